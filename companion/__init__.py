@@ -1,0 +1,91 @@
+"""Train, use, serve and monitor reward models for RLHF.
+
+Public names are imported on first use (PEP 562), so ``import companion`` and ``companion --help``
+do not pay for torch and transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+#: public name -> module that defines it
+_EXPORTS: dict[str, str] = {
+    "CompanionError": "companion.errors",
+    "DataError": "companion.errors",
+    "ShapeError": "companion.errors",
+    "ReadoutError": "companion.errors",
+    "ModelError": "companion.errors",
+    "bradley_terry_probability": "companion.losses",
+    "bradley_terry_loss": "companion.losses",
+    "centering_penalty": "companion.losses",
+    "best_global_shift": "companion.losses",
+    "plackett_luce_loss": "companion.losses",
+    "grouped_pair_loss": "companion.losses",
+    "outcome_loss": "companion.losses",
+    "process_loss": "companion.losses",
+    "IGNORE_INDEX": "companion.losses",
+    "last_token_index": "companion.readout",
+    "last_token_readout": "companion.readout",
+    "pad_id_readout_index": "companion.readout",
+    "position_ids_from_mask": "companion.readout",
+    "STEP_CLASSES": "companion.labels",
+    "completion_mask": "companion.labels",
+    "outcome_labels": "companion.labels",
+    "step_boundaries": "companion.labels",
+    "step_labels": "companion.labels",
+    "aggregate": "companion.reduction",
+    "mean_of_means": "companion.reduction",
+    "weighted_mean_of_means": "companion.reduction",
+    "SumCount": "companion.reduction",
+    "all_reduce_metrics": "companion.reduction",
+    "margin": "companion.selection",
+    "pairwise_accuracy": "companion.selection",
+    "best_of_n": "companion.selection",
+    "top_k": "companion.selection",
+    "best_of_n_kl": "companion.selection",
+    "expected_best_of_n": "companion.selection",
+    "whiten": "companion.selection",
+    "ReliabilityBins": "companion.calibration",
+    "confidence_and_correctness": "companion.calibration",
+    "orient_at_random": "companion.calibration",
+    "brier_score": "companion.calibration",
+    "reliability_bins": "companion.calibration",
+    "expected_calibration_error": "companion.calibration",
+    "calibrated_band": "companion.calibration",
+    "fit_temperature": "companion.calibration",
+    "Interval": "companion.resampling",
+    "bootstrap_interval": "companion.resampling",
+    "RewardFormatter": "companion.formatting",
+    "Encoded": "companion.formatting.encoded",
+    "FormatCounts": "companion.formatting.encoded",
+    "RewardModel": "companion.models.reward_model",
+    "RewardManifest": "companion.models.manifest",
+    "ReferenceStats": "companion.models.manifest",
+    "load_base": "companion.models.loading",
+    "load_reward_model": "companion.models.loading",
+    "save_reward_model": "companion.models.saving",
+    "apply_lora": "companion.models.lora",
+    "reward_scores": "companion.models.forward",
+    "token_budget_batches": "companion.batching",
+    "pad_batch": "companion.batching",
+    "RewardScorer": "companion.scoring",
+    "Scores": "companion.scoring",
+    "PairScores": "companion.scoring",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'companion' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

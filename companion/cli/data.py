@@ -1,0 +1,246 @@
+"""``companion data``: make the tutor's data; check, describe, split and convert your own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, get_type_hints
+
+from companion.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from companion.data.problems import LoadReport
+
+# As in companion.data.formats, which is not imported before a command runs.
+_KINDS: Final = ("auto", "pairs", "rankings", "outcomes", "steps", "prompts")
+_MARGINS: Final = ("given", "ratings", "none")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(
+            name,
+            help=text,
+            description=text,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    _tutor_arguments(action("tutor", "make data of the tutor, whose truth is known"))
+
+    check = action("check", "check every row; exit code 2 if any is bad")
+    _source_arguments(check)
+    check.add_argument("--max_errors", type=int, default=20, help="how many bad rows to show")
+
+    describe = action("describe", "counts, lengths, labels, and how often the longer one wins")
+    _source_arguments(describe)
+    _on_error_argument(describe)
+    describe.add_argument("--json", action="store_true", help="print JSON")
+
+    split = action("split", "write train.jsonl and test.jsonl that share no prompt")
+    _source_arguments(split)
+    _on_error_argument(split)
+    split.add_argument("--test_fraction", type=float, default=0.1, help="share of the prompts")
+    split.add_argument("--seed", type=int, default=0, help="another seed, another split")
+    split.add_argument("--by", metavar="COLUMN", help="keep rows together by this column instead")
+    split.add_argument("--exact", action="store_true", help="meet the share of rows, not prompts")
+    split.add_argument("--output_dir", required=True, help="folder for the parts and split.json")
+    split.add_argument("--overwrite", action="store_true", help="replace parts that exist")
+
+    convert = action("convert", "write rows in the companion's form (also hh-rlhf, UltraFeedback)")
+    _source_arguments(convert)
+    _on_error_argument(convert)
+    convert.add_argument("--output", required=True, help=_OUTPUT_HELP)
+
+
+_OUTPUT_HELP: Final = "file to write: .jsonl, .jsonl.gz, .json, .csv or .parquet"
+
+
+def _source_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="FILE", help="file, folder or hub id")
+    add(
+        "--kind", choices=_KINDS, default="auto", help="what the rows are; auto goes by the columns"
+    )
+    add("--split", default="train", help="split of a folder or hub dataset; train[:100] works too")
+    add("--name", help="configuration of a hub dataset")
+    add("--limit", type=int, help="only the first rows")
+    add("--columns", nargs="+", metavar="OLD=NEW", help="rename columns")
+    add(
+        "--margins", choices=_MARGINS, default="given", help="margins: as given, from ratings, none"
+    )
+
+
+def _on_error_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on_error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="skip leaves bad rows out and counts them",
+    )
+
+
+def _tutor_arguments(parser: argparse.ArgumentParser) -> None:
+    from companion.data.tutor import KINDS, Dials
+
+    parser.add_argument("--kind", choices=KINDS, default="pairs", help="what rows to make")
+    parser.add_argument("--n", type=int, default=5000, help="how many")
+    parser.add_argument("--seed", type=int, default=0, help="rows of one seed are always the same")
+    parser.add_argument("--output", required=True, help=_OUTPUT_HELP)
+    hints = get_type_hints(Dials)
+    group = parser.add_argument_group("dials")
+    for item in fields(Dials):
+        kind = hints[item.name]
+        # A comment beside the field is no help text that a program can read: the name has to do.
+        text = item.metadata.get("help", f"see {Dials.__module__}.{Dials.__name__}")
+        flag = f"--{item.name}"
+        if kind is bool:
+            action = argparse.BooleanOptionalAction
+            group.add_argument(flag, action=action, default=item.default, help=text)
+        else:
+            group.add_argument(flag, type=kind, default=item.default, help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    return _ACTIONS[args.action](args)
+
+
+def _tutor(args: argparse.Namespace) -> int:
+    from companion.data import tutor
+    from companion.data.writing import write_rows
+
+    dials = {item.name: getattr(args, item.name) for item in fields(tutor.Dials)}
+    rows = tutor.make_rows(args.kind, args.n, args.seed, **dials)
+    if not rows:
+        raise DataError(f"--n {args.n} makes no rows", "give a positive number")
+    written = write_rows(rows, args.output)
+    print(f"{written:,} {args.kind} written to {args.output}")
+    if args.kind == "pairs":
+        limits = tutor.limits(rows)
+        print("no model can do better on these pairs than (the limits, computed from the truth):")
+        values = asdict(limits) if is_dataclass(limits) else dict(limits)
+        for name, value in values.items():
+            print(f"  {name:<16} {_number(value)}")
+    return 0
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return " to ".join(map(_number, value))
+    return f"{value:.4f}" if isinstance(value, float) else f"{value}"
+
+
+def _load(args: argparse.Namespace, on_error: str, shown: int = 5) -> tuple[Dataset, LoadReport]:
+    from companion.data.loading import load_rows_with_report
+
+    columns: dict[str, str] = {}
+    for item in args.columns or []:
+        old, equals, new = item.partition("=")
+        if not (old and equals and new):
+            raise DataError(f"--columns {item}", "write OLD=NEW, e.g. instruction=prompt")
+        columns[old] = new
+    return load_rows_with_report(
+        args.source,
+        kind=args.kind,
+        split=args.split,
+        name=args.name,
+        limit=args.limit,
+        columns=columns,
+        margins=args.margins,
+        on_error=on_error,
+        max_problems=shown,
+    )
+
+
+def _check(args: argparse.Namespace) -> int:
+    import logging
+
+    from companion.data.splits import dataset_fingerprint, duplicate_report
+
+    logging.getLogger("companion.data.loading").setLevel(logging.ERROR)  # it is printed below
+    dataset, report = _load(args, "skip", args.max_errors)
+    print(report.summary())
+    print(duplicate_report(dataset))
+    if report.bad:
+        cures = "\n    ".join(report.cures())
+        print(f"error: {report.bad:,} bad rows\n  Cure: {cures}", file=sys.stderr)
+        return 2
+    print(f"all rows are good; sha256 {dataset_fingerprint(dataset)}")
+    return 0
+
+
+def _describe(args: argparse.Namespace) -> int:
+    from companion.data.describe import describe_lines, describe_rows
+
+    dataset, report = _load(args, args.on_error)
+    description = describe_rows(dataset, report.kind)
+    if args.json:
+        print(json.dumps(description | {"load": report.as_dict()}, ensure_ascii=False, indent=2))
+    else:
+        print("\n".join(describe_lines(description)))
+    return 0
+
+
+def _split(args: argparse.Namespace) -> int:
+    from companion.data.splits import (
+        dataset_fingerprint,
+        overlap_report,
+        prompt_key,
+        split_by_prompt,
+    )
+    from companion.data.writing import write_rows
+
+    folder = Path(args.output_dir)
+    paths = {name: folder / f"{name}.jsonl" for name in ("train", "test")}
+    there = [str(path) for path in paths.values() if path.exists()]
+    if there and not args.overwrite:
+        raise DataError(f"{', '.join(there)} exists", "give another --output_dir, or --overwrite")
+    dataset, report = _load(args, args.on_error)
+    train, test = split_by_prompt(
+        dataset, args.test_fraction, seed=args.seed, key=args.by or prompt_key, exact=args.exact
+    )
+    for name, part in (("train", train), ("test", test)):
+        write_rows(part, paths[name])
+    overlap = overlap_report(train, test)
+    record = {
+        "load": report.as_dict(),
+        "test_fraction": args.test_fraction,
+        "seed": args.seed,
+        "by": args.by or "prompt",
+        "exact": args.exact,
+        "overlap": overlap.as_dict(),
+        "sha256": {"train": dataset_fingerprint(train), "test": dataset_fingerprint(test)},
+    }
+    target = folder / "split.json"
+    part_file = target.with_name("split.json.part")
+    part_file.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(part_file, target)
+    print(f"{overlap}\nwritten to {folder}: train.jsonl, test.jsonl, split.json")
+    if not overlap.clean:
+        print(f"warning: split by {args.by!r}, prompts stand in both parts", file=sys.stderr)
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from companion.data.writing import write_rows
+
+    dataset, report = _load(args, args.on_error)
+    written = write_rows(dataset, args.output)
+    print(f"{written:,} {report.kind} written to {args.output}")
+    return 0
+
+
+_ACTIONS: Final = {
+    "tutor": _tutor,
+    "check": _check,
+    "describe": _describe,
+    "split": _split,
+    "convert": _convert,
+}

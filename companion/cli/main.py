@@ -1,0 +1,82 @@
+"""Entry point of ``companion``: finds the command, runs it, turns errors into exit codes.
+
+A command is a module of this package: ``add_arguments(parser)`` declares its flags, ``run(args)``
+returns the exit code. Its line of help stands in the table below, so that ``companion --help``
+imports nothing heavy. A command whose flags belong to another parser (``train``, whose fields come
+from dataclasses) takes what follows its name as it is: ``run_argv(argv)``.
+
+Exit codes: 0 success; 1 a run that ended without reaching its goal; 2 wrong use or bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from companion.errors import CompanionError
+
+#: command -> (module, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": ("companion.cli.quickstart", "train a reward model and judge it, in minutes"),
+    "data": ("companion.cli.data", "make the tutor's data; check, describe and split your own"),
+    "train": ("companion.cli.train", "train a reward model (pairwise)"),
+    "evaluate": ("companion.cli.evaluate", "measure a reward model on held-out pairs"),
+    "score": ("companion.cli.score", "score a JSONL file of texts, messages or completions"),
+    "make-base": ("companion.cli.make_base", "train the tutor base that ships with the companion"),
+}
+
+#: commands that hand their arguments over as they are
+_VERBATIM = {"train"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS)) + 2
+    listing = "\n".join(f"  {name:<{width}}{text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="companion",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train, use, serve and monitor reward models.",
+        epilog=f"commands:\n{listing}\n\n'companion COMMAND --help' says more of each.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of those listed below")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        from companion import __version__
+
+        print(__version__)
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    if args.command not in COMMANDS:
+        parser.error(f"no command {args.command!r}; there are: {', '.join(COMMANDS)}")
+    module = importlib.import_module(COMMANDS[args.command][0])
+    try:
+        if args.command in _VERBATIM:
+            return int(module.run_argv(args.rest))
+        sub = argparse.ArgumentParser(
+            prog=f"companion {args.command}",
+            description=COMMANDS[args.command][1],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        module.add_arguments(sub)
+        return int(module.run(sub.parse_args(args.rest)))
+    except CompanionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `companion score … | head`
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""Rows of every kind, drawn from one seed.
+
+The first ``n`` rows of a seed are the same whatever the total, so a larger file begins with the
+smaller one.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any, Final
+
+from companion.data.tutor.gold import grade
+from companion.data.tutor.labelling import (
+    Dials,
+    annotator_factors,
+    annotator_gap,
+    label_probability,
+    preference_probability,
+    tie_probability,
+)
+from companion.data.tutor.solutions import Solution, Style, draw_solution
+from companion.data.tutor.world import Problem, draw_problem
+from companion.errors import DataError
+
+Row = dict[str, Any]
+
+
+def _user(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
+def _assistant(content: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": content}]
+
+
+def _two_different(rng: random.Random, problem: Problem, dials: Dials) -> tuple[Solution, Solution]:
+    first = draw_solution(rng, problem, shift=dials.shift)
+    while (second := draw_solution(rng, problem, shift=dials.shift)).text == first.text:
+        pass
+    return first, second
+
+
+def _pair_row(row_id: str, problem: Problem, a: str, b: str, first: bool, p_first: float) -> Row:
+    grades = grade(problem, a), grade(problem, b)
+    chosen, rejected = (0, 1) if first else (1, 0)
+    texts = a, b
+    both = sum(g.correct for g in grades)
+    return {
+        "id": row_id,
+        "subset": ("both_wrong", "right_against_wrong", "both_right")[both],
+        "prompt": _user(problem.prompt),
+        "chosen": _assistant(texts[chosen]),
+        "rejected": _assistant(texts[rejected]),
+        "reward_chosen": grades[chosen].reward,
+        "reward_rejected": grades[rejected].reward,
+        "correct_chosen": grades[chosen].correct,
+        "correct_rejected": grades[rejected].correct,
+        "probability": p_first if first else 1 - p_first,
+    }
+
+
+def _pairs(rng: random.Random, row_id: str, dials: Dials) -> Row:
+    problem = draw_problem(rng)
+    first, second = _two_different(rng, problem, dials)
+    grades = grade(problem, first.text), grade(problem, second.text)
+    annotator = rng.randrange(dials.annotators)
+    gap = annotator_gap(*grades, dials, annotator_factors(dials)[annotator])
+    # One draw decides the label and whether it came from a tie: the first part of the unit
+    # interval holds 'first preferred', and a tie takes half of its share on either side.
+    first_preferred = rng.random() < label_probability(gap, dials)
+    row = _pair_row(
+        row_id,
+        problem,
+        first.text,
+        second.text,
+        first_preferred,
+        preference_probability(*grades, dials),
+    )
+    row["annotator"] = annotator
+    row["tie_probability"] = tie_probability(gap, dials)
+    return row
+
+
+def _rankings(rng: random.Random, row_id: str, dials: Dials) -> Row:
+    """Three to five completions with ranks from Plackett–Luce on r*, drawn by Gumbel noise."""
+    problem = draw_problem(rng)
+    texts: list[str] = []
+    size = rng.randint(3, 5)
+    while len(texts) < size:
+        text = draw_solution(rng, problem, shift=dials.shift).text
+        if text not in texts:
+            texts.append(text)
+    rewards = [grade(problem, text).reward for text in texts]
+    utilities = [r - math.log(-math.log(rng.random() or 1e-300)) for r in rewards]
+    order = sorted(range(size), key=lambda i: -utilities[i])
+    return {
+        "id": row_id,
+        "prompt": _user(problem.prompt),
+        "completions": [_assistant(text) for text in texts],
+        "ranks": [order.index(i) + 1 for i in range(size)],
+        "rewards": rewards,
+    }
+
+
+def _outcomes(rng: random.Random, row_id: str, dials: Dials) -> Row:
+    problem = draw_problem(rng)
+    solution = draw_solution(rng, problem, shift=dials.shift)
+    result = grade(problem, solution.text)
+    label = result.correct
+    if rng.random() < dials.noise:
+        label = rng.random() < 0.5
+    return {
+        "id": row_id,
+        "prompt": _user(problem.prompt),
+        "completion": _assistant(solution.text),
+        "label": label,
+        "correct": result.correct,
+        "reward": result.reward,
+    }
+
+
+def _steps(rng: random.Random, row_id: str, dials: Dials) -> Row:
+    problem = draw_problem(rng)
+    solution = draw_solution(rng, problem, shift=dials.shift)
+    result = grade(problem, solution.text)
+    labels = [
+        rng.choice((1, -1)) if label and rng.random() < dials.noise else label
+        for label in result.labels
+    ]
+    return {
+        "id": row_id,
+        "prompt": problem.prompt,
+        "completions": list(solution.lines),
+        "labels": labels,
+        "true_labels": list(result.labels),
+        "first_error": result.first_error,
+        "correct": result.correct,
+    }
+
+
+def _prompts(rng: random.Random, row_id: str, dials: Dials) -> Row:
+    problem = draw_problem(rng)
+    return {"id": row_id, "prompt": _user(problem.prompt), "answer": problem.answer}
+
+
+#: Canaries: what differs between the two completions, and which is better beyond doubt.
+_CANARIES: Final = ("right", "right_but_rude", "step", "greeting", "tone", "brevity")
+
+
+def _canaries(rng: random.Random, row_id: str, dials: Dials) -> Row:
+    """A pair that differs in one known thing (in two for ``right_but_rude``); chosen is better."""
+    kind = _CANARIES[int(row_id.rsplit("/", 1)[1]) % len(_CANARIES)]
+    while True:
+        problem = draw_problem(rng)
+        style = Style(False, 0, "plain")
+        better = worse = style
+        rates = (0.0, 0.0)
+        if kind in ("right", "right_but_rude", "step"):
+            rates = (0.0, 0.6) if kind != "step" else (0.4, 0.8)
+        if kind == "right_but_rude":
+            better, worse = Style(False, -1, "plain"), Style(True, 1, "plain")
+        elif kind == "greeting":
+            better = Style(True, 0, "plain")
+        elif kind == "tone":
+            better, worse = Style(False, 1, "plain"), Style(False, -1, "plain")
+        elif kind == "brevity":
+            better, worse = Style(False, 0, "terse"), Style(False, 0, "wordy")
+        good = draw_solution(rng, problem, error_rate=rates[0], style=better)
+        bad = draw_solution(rng, problem, error_rate=rates[1], style=worse)
+        grades = grade(problem, good.text), grade(problem, bad.text)
+        wanted = {"right": (1, 0), "right_but_rude": (1, 0), "step": (0, 0)}.get(kind, (1, 1))
+        if tuple(int(g.correct) for g in grades) == wanted and grades[0].reward > grades[1].reward:
+            p = preference_probability(*grades, dials)
+            row = _pair_row(row_id, problem, good.text, bad.text, True, p)
+            row["subset"] = kind
+            return row
+
+
+_MAKERS: Final[dict[str, Callable[[random.Random, str, Dials], Row]]] = {
+    "pairs": _pairs,
+    "rankings": _rankings,
+    "outcomes": _outcomes,
+    "steps": _steps,
+    "prompts": _prompts,
+    "canaries": _canaries,
+}
+
+#: The kinds of row that :func:`make_rows` makes.
+KINDS: Final = tuple(_MAKERS)
+
+
+def make_rows(kind: str, n: int, seed: int = 0, **dials: Any) -> list[Row]:
+    """Draw ``n`` rows of the tutor's data.
+
+    Parameters
+    ----------
+    kind : str
+        ``pairs`` (chosen, rejected; gold rewards; the true probability of the label), ``rankings``
+        (3 to 5 completions with ranks), ``outcomes`` (label: is the answer right), ``steps`` (the
+        lines of a completion with labels +1, 0, −1), ``prompts`` (for sampling and GRPO) or
+        ``canaries`` (pairs that differ in one known thing, for monitoring).
+    n : int
+        How many.
+    seed : int
+        Rows of one seed are always the same, and a larger ``n`` only adds rows.
+    **dials
+        Fields of :class:`Dials`. Drifted data are ``shift=1.0``.
+
+    Raises
+    ------
+    DataError
+        For an unknown kind, a negative ``n``, or a dial that does not exist or is out of range.
+    """
+    if kind not in _MAKERS:
+        raise DataError(f"no kind {kind!r} of tutor data", f"take one of: {', '.join(KINDS)}")
+    if n < 0:
+        raise DataError(f"n={n} rows: must not be negative")
+    unknown = set(dials) - set(Dials.names())
+    if unknown:
+        raise DataError(
+            f"no dial {', '.join(sorted(unknown))}", f"there are: {', '.join(Dials.names())}"
+        )
+    setting = Dials(**dials)
+    rng = random.Random(f"{kind}/{seed}")
+    return [_MAKERS[kind](rng, f"tutor/{kind}/{seed}/{i}", setting) for i in range(n)]

@@ -1,0 +1,41 @@
+"""Errors that name the place and the cure.
+
+Every error that a user can cause is a :class:`CompanionError`. Its text says what is wrong, where
+(file, row, field), and what to do. The command line prints it without a traceback and exits with
+code 2; anything else that escapes is a bug in the companion and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class CompanionError(Exception):
+    """Base of all errors that the companion raises on purpose.
+
+    Parameters
+    ----------
+    what : str
+        What is wrong, with the place (file, row, field) where there is one.
+    cure : str, optional
+        What the user can do about it. Printed on a line of its own.
+    """
+
+    def __init__(self, what: str, cure: str | None = None) -> None:
+        self.what = what
+        self.cure = cure
+        super().__init__(what if cure is None else f"{what}\n  Cure: {cure}")
+
+
+class DataError(CompanionError, ValueError):
+    """A row, a file or a dataset that cannot be used as it is."""
+
+
+class ShapeError(CompanionError, ValueError):
+    """Tensors whose shapes do not fit; raised where PyTorch would broadcast in silence."""
+
+
+class ReadoutError(CompanionError, ValueError):
+    """A model or a batch whose score would be silently wrong (contract 3)."""
+
+
+class ModelError(CompanionError, ValueError):
+    """A folder or a checkpoint that is no usable reward model."""

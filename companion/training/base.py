@@ -1,0 +1,336 @@
+"""Making the tutor base: the tokenizer and the small Qwen3 that ship in ``companion/assets``.
+
+Run by ``companion make-base``. The text is drawn without end from
+:mod:`companion.data.tutor.text`, so nothing is seen twice and nothing can be overfitted. Feedback
+weighs more than the solution, and the prompt nothing: capacity goes to knowing whether a solution
+is right (see that module for why).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from companion.data.tutor import text as tutor_text
+from companion.data.tutor.gold import grade
+from companion.data.tutor.solutions import draw_solution
+from companion.data.tutor.world import MAX_NUMBER, draw_problem
+
+#: Words with their leading space, whole numbers with theirs, runs of signs, white space.
+_PRE_TOKENS = r" ?\p{N}+| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
+_IGNORE = -100
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """How the tutor base is made. The defaults made the one that ships."""
+
+    vocab_size: int = 672
+    hidden_size: int = 128
+    intermediate_size: int = 224
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    steps: int = 12_000
+    tokens_per_step: int = 4_096  #: padded tokens
+    learning_rate: float = 3e-3
+    warmup_steps: int = 200
+    weight_decay: float = 0.01
+    feedback_weight: float = (
+        2.0  #: of a token of feedback or of a judge's letter; a solution's has 1
+    )
+    verdict_weight: float = 6.0  #: of the first token after EOS, which is predicted at EOS
+    seed: int = 0
+    compile: bool = (
+        True  #: 2.7 times faster on one core once compiled (a minute); needs a C compiler
+    )
+
+
+def make_tokenizer(config: BaseConfig) -> PreTrainedTokenizerFast:
+    """Train the byte-level BPE tokenizer; BOS, EOS and pad differ, and a number is one token."""
+    rng = random.Random(f"tokenizer/{config.seed}")
+    texts = ["".join(tutor_text.draw_document(rng)) for _ in range(4_000)]
+    texts += [f" {number}" for number in range(MAX_NUMBER + 1) for _ in range(400)]
+    for special in tutor_text.SPECIAL_TOKENS:
+        texts = [text.replace(special, "\n") for text in texts]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PRE_TOKENS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=list(tutor_text.SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    bos_id = tokenizer.token_to_id(
+        tutor_text.BOS
+    )  # plain text gets a BOS; the template writes its own
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{tutor_text.BOS} $A",
+        pair=f"{tutor_text.BOS} $A {tutor_text.BOS} $B",
+        special_tokens=[(tutor_text.BOS, bos_id)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=tutor_text.BOS,
+        eos_token=tutor_text.EOS,
+        pad_token=tutor_text.PAD,
+        extra_special_tokens=[
+            tutor_text.USER,
+            tutor_text.ASSISTANT,
+            tutor_text.SYSTEM,
+            tutor_text.END,
+        ],
+        chat_template=tutor_text.CHAT_TEMPLATE,
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+    )
+
+
+def make_model(config: BaseConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A freshly initialised model of the shape of ``config``."""
+    torch.manual_seed(config.seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+        )
+    )
+
+
+@dataclass
+class _Batch:
+    input_ids: torch.Tensor  #: [B, T] int64
+    weights: torch.Tensor  #: [B, T] float32, of predicting this token; 0 for prompts and padding
+
+
+def _encode(
+    tokenizer: Any, config: BaseConfig, rng: random.Random, n: int
+) -> list[tuple[list[int], list[float]]]:
+    documents = [tutor_text.draw_document(rng) for _ in range(n)]
+    parts = [part for document in documents for part in document]
+    ids = tokenizer(parts, add_special_tokens=False)["input_ids"]
+    encoded = []
+    for i in range(0, len(ids), 3):
+        head, body, comment = ids[i : i + 3]
+        if comment:
+            weights = [1.0] * len(body)
+            weights += [config.verdict_weight] + [config.feedback_weight] * (len(comment) - 1)
+        else:  # a judgement: the letter, then EOS
+            weights = [config.verdict_weight] + [1.0] * (len(body) - 1)
+        encoded.append((head + body + comment, [0.0] * len(head) + weights))
+    return encoded
+
+
+def _batches(tokenizer: Any, config: BaseConfig, rng: random.Random) -> Iterator[_Batch]:
+    """Batches of similar lengths, without end: sorted within a window, then shuffled."""
+    while True:
+        window = sorted(_encode(tokenizer, config, rng, 4096), key=lambda item: len(item[0]))
+        batches: list[_Batch] = []
+        while window:
+            longest = len(window[-1][0])
+            rows = [
+                window.pop()
+                for _ in range(min(len(window), max(1, config.tokens_per_step // longest)))
+            ]
+            ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
+            weights = torch.zeros(len(rows), longest)
+            for i, (row_ids, row_weights) in enumerate(rows):
+                ids[i, : len(row_ids)] = torch.tensor(row_ids)
+                weights[i, : len(row_ids)] = torch.tensor(row_weights)
+            batches.append(_Batch(ids, weights))
+        rng.shuffle(batches)
+        yield from batches
+
+
+def _learning_rate(config: BaseConfig, step: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train_base(
+    config: BaseConfig, output_dir: str | Path, *, log_every: int = 500, progress: bool = True
+) -> dict[str, Any]:
+    """Train the base and save it with its tokenizer and ``base.json`` (config and figures).
+
+    Returns
+    -------
+    dict
+        What :func:`measure_base` measured at the end, with the loss curve under ``"log"``.
+    """
+    output = Path(output_dir)
+    tokenizer = make_tokenizer(config)
+    tokenizer.save_pretrained(output)
+    model = make_model(config, tokenizer)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    model.set_attn_implementation("eager")  # with bf16 on a CPU faster than sdpa at this size
+    forward = torch.compile(model, dynamic=True) if config.compile else model
+    batches = _batches(tokenizer, config, random.Random(f"text/{config.seed}"))
+    log: list[dict[str, float]] = []
+    start, seen = time.time(), 0
+    model.train()
+    for step in (bar := tqdm(range(config.steps), desc="make-base", disable=not progress)):
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(config, step)
+        batch = next(batches)
+        # Right padding needs no mask in a causal model: no real token sees a pad.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = forward(input_ids=batch.input_ids, use_cache=False).logits
+        weights = batch.weights[:, 1:].reshape(-1)
+        kept = weights.nonzero().squeeze(1)
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1])[kept].float(),
+            batch.input_ids[:, 1:].reshape(-1)[kept],
+            reduction="none",
+        )
+        loss = (losses * weights[kept]).sum() / weights.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += batch.input_ids.numel()
+        if (step + 1) % log_every == 0 or step + 1 == config.steps:
+            figures = measure_base(model, tokenizer, n=200, seed=1)
+            model.save_pretrained(output)
+            log.append({"step": step + 1, "tokens": seen, "loss": loss.item(), **figures})
+            bar.write(
+                json.dumps(
+                    {k: round(v, 4) for k, v in log[-1].items()} | {"s": round(time.time() - start)}
+                )
+            )
+    model.save_pretrained(output)
+    figures = measure_base(model, tokenizer, n=2000, seed=2)
+    record = {"config": asdict(config), "figures": figures, "log": log}
+    (output / "base.json").write_text(json.dumps(record, indent=1) + "\n")
+    return figures | {"log": log}
+
+
+@torch.inference_mode()
+def measure_base(model: Any, tokenizer: Any, *, n: int, seed: int) -> dict[str, float]:
+    """What the base knows, on ``n`` fresh problems.
+
+    Returns
+    -------
+    dict of float
+        ``greedy`` and ``sampled``: share of right answers when it solves the problems;
+        ``verdict``: share of solutions whose verdict it knows at EOS (the larger of ``Right`` and
+        ``Wrong``); ``judge``: share of pairs with different r* in which its letter is the better's.
+    """
+    was_training = model.training
+    model.eval()
+    rng = random.Random(f"measure/{seed}")
+    problems = [draw_problem(rng) for _ in range(n)]
+    figures = {}
+    for name, sample in (("greedy", False), ("sampled", True)):
+        torch.manual_seed(seed)
+        texts = generate(model, tokenizer, [p.prompt for p in problems], sample=sample)
+        right = [grade(p, t).correct for p, t in zip(problems, texts, strict=True)]
+        figures[name] = sum(right) / n
+    heads = [
+        f"{tutor_text.BOS}{tutor_text.USER}{p.prompt}{tutor_text.END}{tutor_text.ASSISTANT}"
+        for p in problems
+    ]
+    solutions = [draw_solution(rng, p) for p in problems]
+    logits = _next_token_logits(
+        model,
+        tokenizer,
+        [h + s.text + tutor_text.EOS for h, s in zip(heads, solutions, strict=True)],
+    )
+    right_id, wrong_id = tokenizer.convert_tokens_to_ids(["Right", "Wrong"])
+    said = logits[:, right_id] > logits[:, wrong_id]
+    truth = torch.tensor([grade(s.problem, s.text).correct for s in solutions])
+    figures["verdict"] = (said == truth).double().mean().item()
+    questions, better = [], []
+    for problem, head_solution in zip(problems, solutions, strict=True):
+        other = draw_solution(rng, problem)
+        gap = grade(problem, head_solution.text).reward - grade(problem, other.text).reward
+        if gap != 0:
+            content = tutor_text.JUDGE_PROMPT.format(
+                prompt=problem.prompt, a=head_solution.text, b=other.text
+            )
+            questions.append(
+                f"{tutor_text.BOS}{tutor_text.USER}{content}{tutor_text.END}{tutor_text.ASSISTANT}"
+            )
+            better.append(gap > 0)
+    a_id, b_id = tokenizer.convert_tokens_to_ids(["A", "B"])
+    logits = _next_token_logits(model, tokenizer, questions)
+    figures["judge"] = (
+        ((logits[:, a_id] > logits[:, b_id]) == torch.tensor(better)).double().mean().item()
+    )
+    model.train(was_training)
+    return figures
+
+
+def _next_token_logits(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    """Logits [B, V] of the token after each text."""
+    rows = []
+    for start in range(0, len(texts), 64):
+        batch = tokenizer(
+            texts[start : start + 64], add_special_tokens=False, padding=True, return_tensors="pt"
+        )
+        hidden = model.model(input_ids=batch["input_ids"]).last_hidden_state
+        last = batch["attention_mask"].sum(1) - 1
+        rows.append(model.lm_head(hidden[torch.arange(len(last)), last]).float())
+    return torch.cat(rows)
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: list[str], *, sample: bool, max_new_tokens: int = 96
+) -> list[str]:
+    """Complete user prompts with the base, greedily or at temperature 1."""
+    texts: list[str] = []
+    for start in range(0, len(prompts), 128):
+        messages = [[{"role": "user", "content": p}] for p in prompts[start : start + 128]]
+        batch = tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            return_dict=True,
+            tokenizer_kwargs={"padding_side": "left"},
+        )
+        output = model.generate(
+            **batch, do_sample=sample, temperature=1.0, top_k=0, top_p=1.0,
+            max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        new = output[:, batch["input_ids"].shape[1] :]
+        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return texts
