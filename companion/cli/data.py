@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_type_hints
@@ -22,10 +25,27 @@ _KINDS: Final = ("auto", "pairs", "rankings", "outcomes", "steps", "prompts")
 _MARGINS: Final = ("given", "ratings", "none")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+class _ActionParser(argparse.ArgumentParser):
+    """A parser that can add its flags when it is first used.
 
-    def action(name: str, text: str) -> argparse.ArgumentParser:
+    The tutor's dials are read from a dataclass whose module needs torch; ``data check`` does not.
+    """
+
+    fill: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.fill is not None:
+            fill, self.fill = self.fill, None
+            fill(self)
+        return super().parse_known_args(args, namespace)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(
+        dest="action", metavar="ACTION", required=True, parser_class=_ActionParser
+    )
+
+    def action(name: str, text: str) -> _ActionParser:
         return actions.add_parser(
             name,
             help=text,
@@ -33,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
 
-    _tutor_arguments(action("tutor", "make data of the tutor, whose truth is known"))
+    action("tutor", "make data of the tutor, whose truth is known").fill = _tutor_arguments
 
     check = action("check", "check every row; exit code 2 if any is bad")
     _source_arguments(check)
@@ -94,18 +114,26 @@ def _tutor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=5000, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="rows of one seed are always the same")
     parser.add_argument("--output", required=True, help=_OUTPUT_HELP)
-    hints = get_type_hints(Dials)
+    hints, texts = get_type_hints(Dials), _field_comments(Dials)
     group = parser.add_argument_group("dials")
     for item in fields(Dials):
         kind = hints[item.name]
-        # A comment beside the field is no help text that a program can read: the name has to do.
-        text = item.metadata.get("help", f"see {Dials.__module__}.{Dials.__name__}")
+        text = texts.get(item.name, item.name.replace("_", " "))
         flag = f"--{item.name}"
         if kind is bool:
             action = argparse.BooleanOptionalAction
             group.add_argument(flag, action=action, default=item.default, help=text)
         else:
             group.add_argument(flag, type=kind, default=item.default, help=text)
+
+
+def _field_comments(cls: type) -> dict[str, str]:
+    """The ``#:`` comments over the fields of a dataclass: one text for the book and for --help."""
+    found = re.findall(r"((?:^ *#: .*\n)+) *(\w+):", inspect.getsource(cls), flags=re.MULTILINE)
+    return {
+        name: " ".join(line.strip()[2:].strip() for line in block.splitlines()).replace("%", "%%")
+        for block, name in found
+    }
 
 
 def run(args: argparse.Namespace) -> int:

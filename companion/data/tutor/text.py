@@ -1,11 +1,12 @@
-"""What the tutor base reads: graded transcripts and judgements, drawn without end.
+"""What the tutor base reads: graded transcripts, marked ones and judgements, drawn without end.
 
-Three things in this text make a model of a million parameters a good base for reward models.
+Four things in this text make a model of a million parameters a good base for reward models.
 A quarter of the steps err, so that it can write wrong solutions as well as right ones. Feedback
 stands behind each solution's EOS, as in chat logs, in varying order, so that the hidden state *at*
 EOS, where a reward model is read out, already holds the verdict, the count of valid steps, the tone
-and the length. And some documents judge two solutions by a letter, so that the base can serve as a
-weak generative judge.
+and the length. Some documents mark each line as it stands, so that the base learns to check a line
+where it ends. And some judge two solutions by a letter, so that the base can serve as a weak
+generative judge.
 """
 
 from __future__ import annotations
@@ -39,45 +40,66 @@ CHAT_TEMPLATE: Final = (
 #: How a judge is asked; ``{prompt}``, ``{a}`` and ``{b}`` are filled in.
 JUDGE_PROMPT: Final = "{prompt}\nSolution A:\n{a}\nSolution B:\n{b}\nWhich is better, A or B?"
 
-#: Share of documents that judge two solutions.
-P_JUDGEMENT: Final = 0.2
+#: The system message above solutions whose lines carry their marks.
+MARKING: Final = "Mark every line."
+
+#: Shares of documents that mark each line, and that judge two solutions; the rest are transcripts.
+P_MARKED: Final = 0.2
+P_JUDGEMENT: Final = 0.12
+
+_MARKS: Final = {1: "+", 0: "?", -1: "-"}
+
+#: A document in pieces: text, and what part it is (``prompt``, ``solution``, ``feedback``).
+Document = list[tuple[str, str]]
 
 
 def feedback(rng: random.Random, result: Grade) -> str:
-    """Four short sentences on a solution; the verdict comes first half of the time."""
+    """Five short sentences on a solution; the verdict comes first half of the time."""
     verdict = "Right." if result.correct else "Wrong."
-    marks = " ".join("?+-"[label] for label in result.labels)
-    n_valid = sum(label > 0 for label in result.labels)
-    n_wrong = sum(label < 0 for label in result.labels)
-    steps = f"{n_valid} good and {n_wrong} bad: {marks}"
+    marks = " ".join(["Lines", *(_MARKS[label] for label in result.labels)])
+    count = f"{sum(label > 0 for label in result.labels)} good."
     warmth = int(result.greeting) + result.tone
     tone = {-1: "Cold.", 0: "Plain.", 1: "Kind.", 2: "Warm."}[warmth]
     length = ("Short.", "Fine.", "Long.", "Endless.")[min(int(result.extra_words // 8), 3)]
-    rest = [steps, tone, length]
+    rest = [marks, count, tone, length]
     rng.shuffle(rest)
-    place = 0 if rng.random() < 0.5 else rng.randrange(4)
+    place = 0 if rng.random() < 0.5 else rng.randrange(5)
     return "\n".join([*rest[:place], verdict, *rest[place:]])
 
 
-def transcript(rng: random.Random) -> tuple[str, str, str]:
-    """A problem solved and graded: (prompt part, completion part with EOS, feedback)."""
+def transcript(rng: random.Random, *, marked: bool = False) -> Document:
+    """A problem, a solution, and feedback behind its EOS; ``marked``: a mark behind each line."""
     problem = draw_problem(rng)
     solution = draw_solution(rng, problem, shift=0.1)
-    comment = feedback(rng, grade(problem, solution.text))
-    head = f"{BOS}{USER}{problem.prompt}{END}{ASSISTANT}"
-    return head, solution.text + EOS, comment + EOS
+    result = grade(problem, solution.text)
+    comment = (feedback(rng, result) + EOS, "feedback")
+    question = f"{USER}{problem.prompt}{END}{ASSISTANT}"
+    if not marked:
+        return [(BOS + question, "prompt"), (solution.text + EOS, "solution"), comment]
+    document = [(f"{BOS}{SYSTEM}{MARKING}{END}{question}", "prompt")]
+    for number, (line, label) in enumerate(zip(solution.lines, result.labels, strict=True)):
+        document.append(("\n" * (number > 0) + line, "prompt"))
+        document.append((f" {_MARKS[label]}", "feedback"))
+    return [*document, (EOS, "prompt"), comment]
 
 
-def judgement(rng: random.Random) -> tuple[str, str, str]:
-    """Two solutions judged by r*: (prompt part, letter with EOS, nothing)."""
+def judgement(rng: random.Random) -> Document:
+    """Two solutions, judged by r* with a letter."""
     problem = draw_problem(rng)
     texts = [draw_solution(rng, problem, shift=0.1).text for _ in range(2)]
     rewards = [grade(problem, text).reward for text in texts]
     better = rng.randrange(2) if rewards[0] == rewards[1] else int(rewards[1] > rewards[0])
     question = JUDGE_PROMPT.format(prompt=problem.prompt, a=texts[0], b=texts[1])
-    return f"{BOS}{USER}{question}{END}{ASSISTANT}", "AB"[better] + EOS, ""
+    return [
+        (f"{BOS}{USER}{question}{END}{ASSISTANT}", "prompt"),
+        ("AB"[better], "feedback"),
+        (EOS, "solution"),
+    ]
 
 
-def draw_document(rng: random.Random) -> tuple[str, str, str]:
-    """One document of the base's text, in the three parts that its training weighs differently."""
-    return judgement(rng) if rng.random() < P_JUDGEMENT else transcript(rng)
+def draw_document(rng: random.Random) -> Document:
+    """One document of the base's text, in pieces that its training weighs differently."""
+    kind = rng.random()
+    if kind < P_JUDGEMENT:
+        return judgement(rng)
+    return transcript(rng, marked=kind < P_JUDGEMENT + P_MARKED)

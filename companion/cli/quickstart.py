@@ -1,0 +1,69 @@
+"""``companion quickstart``: train a reward model on the tutor and show how good it is."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from companion.quickstart import QuickstartResult
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("--output_dir", default="quickstart", help="data, model and report go here")
+    parser.add_argument("--n_train", type=int, default=8_000, help="pairs to train on")
+    parser.add_argument("--n_eval", type=int, default=1_000, help="held-out pairs during training")
+    parser.add_argument("--n_test", type=int, default=4_000, help="held-out pairs to judge it on")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak of the cosine")
+    parser.add_argument("--batch_size", type=int, default=32, help="pairs a step")
+    parser.add_argument("--seed", type=int, default=0, help="of data, order and head")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run it; print the tables and what to try next."""
+    from companion.quickstart import QuickstartConfig, run_quickstart
+
+    _show(run_quickstart(QuickstartConfig(**vars(args))))
+    return 0
+
+
+def _show(result: QuickstartResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from companion.evaluation import summary_rows
+
+    console = Console(highlight=False)
+    examples = Table(title="One prompt, six completions", title_justify="left")
+    for name in ("completion", "gold r*", "score", "z", "percentile"):
+        examples.add_column(name, justify="left" if name == "completion" else "right")
+    for row in result.examples:
+        examples.add_row(
+            row["what"],
+            f"{row['gold']:.2f}",
+            f"{row['raw']:+.2f}",
+            f"{row['z']:+.2f}",
+            f"{row['percentile']:.0f}",
+        )
+    table = Table(title="Held-out prompts", title_justify="left")
+    for name in ("figure", "ours", "limit"):
+        table.add_column(name, justify="left" if name == "figure" else "right")
+    for figure in summary_rows(result.evaluation.metrics):
+        table.add_row(*figure)
+    for name, (ours, gold) in result.weights.items():
+        table.add_row(f"what '{name}' adds to the score", f"{ours:.2f}", f"{gold:.2f}")
+    console.print(examples)
+    console.print(table)
+    total = sum(result.seconds.values())
+    console.print(f"Done in {total:.0f} s. Open {result.report} in a browser. Then try:")
+    folder = result.output_dir
+    for command in (
+        f"companion evaluate --model {result.model_dir} --dataset_name {folder}/data/test.jsonl",
+        "companion data tutor --kind outcomes --n 1000 --output answers.jsonl"
+        f" && companion score --model {result.model_dir} --input answers.jsonl"
+        " --output scores.jsonl",
+        "companion train pairwise --model_name_or_path Qwen/Qwen3-0.6B"
+        " --dataset_name trl-lib/ultrafeedback_binarized --output_dir runs/qwen3",
+    ):
+        console.print(f"  {command}", soft_wrap=True)

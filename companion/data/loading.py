@@ -1,0 +1,311 @@
+"""``load_rows``: one door for every source and every form of data.
+
+Every row is read, checked and brought to its kind before anything else happens, so a run does not
+end in the middle of the night on line 40,000. In memory the rows are Arrow tables, a few thousand
+rows at a time; Python objects do not pile up.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, Final
+
+from companion.data.formats import (
+    Conversion,
+    closing_notes,
+    detect_kind,
+    find_conversion,
+    signature,
+)
+from companion.data.pairs import Row
+from companion.data.problems import SHOWN, LoadReport, RowError, RowProblem
+from companion.data.readers import Record
+from companion.data.sources import open_source, split_name
+from companion.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+_PROBE: Final = 256
+_CHUNK: Final = 4096
+
+
+def load_rows(
+    source: Any,
+    *,
+    kind: str = "pairs",
+    split: str = "train",
+    name: str | None = None,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    margins: str = "given",
+    on_error: str = "raise",
+    revision: str | None = None,
+) -> Dataset:
+    """Load rows of one kind from anywhere; check every one.
+
+    Parameters
+    ----------
+    source : str, path, Dataset, DatasetDict or list of dict
+        A file (.jsonl, .json, .csv, .tsv, .parquet; text also .gz), a folder (``save_to_disk``, or
+        data files by split), a hub id, or rows in memory.
+    kind : str
+        ``pairs``, ``rankings``, ``outcomes``, ``steps``, ``prompts`` (see
+        :mod:`companion.data.formats`), or ``auto``: by the columns.
+    split : str
+        Of a hub dataset or a folder; a slice such as ``train[:1000]`` works for every source. A
+        single file is one split, whatever its name.
+    name : str, optional
+        Configuration of a hub dataset.
+    limit : int, optional
+        Stop after this many rows of the result. What follows is not read, nor checked.
+    columns : mapping of str to str, optional
+        Old to new column names.
+    margins : {"given", "ratings", "none"}
+        For pairs: keep a ``margin`` column, make it from ratings, or drop it.
+    on_error : {"raise", "skip"}
+        ``skip`` leaves bad rows out, counts them, and logs the counts.
+    revision : str, optional
+        Of a hub dataset.
+
+    Returns
+    -------
+    datasets.Dataset
+        Canonical rows; other columns are kept.
+
+    Raises
+    ------
+    DataError
+        Names the file, the row (line of JSONL, index elsewhere), the field and the cure, for up to
+        five rows, with the counts of all.
+    """
+    return load_rows_with_report(
+        source,
+        kind=kind,
+        split=split,
+        name=name,
+        limit=limit,
+        columns=columns,
+        margins=margins,
+        on_error=on_error,
+        revision=revision,
+    )[0]
+
+
+def load_rows_with_report(
+    source: Any,
+    *,
+    kind: str = "pairs",
+    split: str = "train",
+    name: str | None = None,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    margins: str = "given",
+    on_error: str = "raise",
+    revision: str | None = None,
+    max_problems: int = SHOWN,
+) -> tuple[Dataset, LoadReport]:
+    """As :func:`load_rows`, with the :class:`LoadReport` of what became of the rows."""
+    if on_error not in ("raise", "skip"):
+        raise DataError(f"on_error={on_error!r}", "take raise or skip")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit} keeps no rows", "give a positive number, or None for all")
+    rename = dict(columns or {})
+    label, raw = open_source(source, split=split, name=name, revision=revision, rename=rename)
+    records = (_renamed(record, rename) for record in raw)
+    # The first rows show the columns and the usual form, so that an odd first row is the odd one.
+    probe = list(islice(records, _PROBE))
+    usable = [record.row for record in probe if record.row is not None]
+    if not probe:
+        raise DataError(f"{label}: empty dataset, no rows", "check the file and the split")
+    names = {column for row in usable for column in row}
+    _check_renaming(rename, names, label)
+    if usable:
+        kind = detect_kind(names) if kind == "auto" else kind
+        how = find_conversion(names, kind, margins)
+    else:
+        how = Conversion(kind, "unreadable rows", margins)
+    usual = _usual_signature(usable, how)
+    report = LoadReport(label, kind, how.layout, max_problems=max_problems)
+    report.notes, report.left_out = how.notes, how.left_out
+    builder = _TableBuilder()
+    for record in chain(probe, records):
+        report.rows_read += 1
+        for row in _convert(record, how, usual, report):
+            builder.add(row, record.where)
+        if limit is not None and builder.n_rows >= limit and split_name(split) == split:
+            break
+    closing_notes(how)
+    if report.bad and on_error == "raise":
+        raise report.error()
+    if builder.n_rows == 0:
+        reasons = ", ".join(f"{n:,} {why}" for why, n in (how.left_out + report.skipped).items())
+        raise DataError(
+            f"{label}: none of {report.rows_read:,} rows can be used ({reasons})",
+            "\n    ".join(report.cures()) or "give rows that hold a preference",
+        )
+    dataset = _slice(builder.dataset(), split, limit)
+    report.rows_kept = len(dataset)
+    if report.skipped or report.left_out or report.notes:
+        logger.warning(report.summary())
+    return dataset, report
+
+
+def _renamed(record: Record, rename: Mapping[str, str]) -> Record:
+    if record.row is None or not rename:
+        return record
+    row: Row = {}
+    for key, value in record.row.items():
+        new = rename.get(key, key)
+        if new in row or (new != key and new in record.row and new not in rename):
+            raise DataError(
+                f"{record.where}: renaming {key!r} to {new!r} meets a column of that name",
+                f"rename that one too, e.g. columns={{{new!r}: 'old_{new}'}}",
+            )
+        row[new] = value
+    return Record(record.where, row=row)
+
+
+def _check_renaming(rename: Mapping[str, str], names: set[str], label: str) -> None:
+    for old, new in rename.items():
+        if new not in names:
+            raise DataError(
+                f"{label}: no column {old!r} to rename",
+                f"there are: {', '.join(sorted(names))}",
+            )
+
+
+def _usual_signature(rows: list[Row], how: Conversion) -> dict[str, str]:
+    """The most frequent form of each field among the first rows."""
+    trial = Conversion(how.kind, how.layout, how.margins)
+    seen: dict[str, Counter[str]] = {}
+    for row in rows:
+        try:
+            converted = trial(row)
+        except RowError:
+            continue
+        for key, value in (item for new in converted[:1] for item in signature(new).items()):
+            seen.setdefault(key, Counter())[value] += 1
+    return {key: counts.most_common(1)[0][0] for key, counts in seen.items()}
+
+
+def _convert(
+    record: Record, how: Conversion, usual: Mapping[str, str], report: LoadReport
+) -> list[Row]:
+    if record.problem is not None or record.row is None:
+        report.add(record.problem or RowProblem(record.where, "not a row"))
+        return []
+    # A row that fails half-way must not leave its notes behind.
+    notes, left_out = how.notes.copy(), how.left_out.copy()
+    try:
+        rows = how(record.row)
+        for row in rows:
+            _check_signature(row, record.row, usual)
+        return rows
+    except RowError as error:
+        for counter, before in ((how.notes, notes), (how.left_out, left_out)):
+            counter.clear()
+            counter.update(before)
+        report.add(RowProblem(record.where, error.reason, error.field, error.detail))
+        return []
+
+
+def _check_signature(row: Row, given: Row, usual: Mapping[str, str]) -> None:
+    for name, found in signature(row).items():
+        expected = usual.get(name, found)
+        if found == expected:
+            continue
+        if found == "none":
+            raise RowError("null" if name in given else "missing field", name, "other rows have it")
+        if expected == "none":
+            raise RowError("mixed types", name, "other rows have no such field")
+        raise RowError("mixed types", name, f"{found} here, {expected} in other rows")
+
+
+def _slice(dataset: Dataset, split: str, limit: int | None) -> Dataset:
+    """``train[:10%]`` by the rules of `datasets`, and the limit."""
+    if split_name(split) != split:
+        from datasets import ReadInstruction
+
+        base = split_name(split)
+        try:
+            parts = ReadInstruction.from_spec(split).to_absolute({base: len(dataset)})
+        except (ValueError, AssertionError) as error:
+            raise DataError(
+                f"split {split!r}: {error}", "write e.g. train[:100] or train[:10%]"
+            ) from (error)
+        keep = [i for part in parts for i in range(len(dataset))[part.from_ : part.to]]
+        if not keep:
+            raise DataError(f"split {split!r} holds none of {len(dataset):,} rows")
+        dataset = dataset.select(keep)
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+class _TableBuilder:
+    """Rows to Arrow, in chunks. ``Dataset.from_list`` drops columns that the first row lacks."""
+
+    def __init__(self) -> None:
+        self.n_rows = 0
+        self._rows: list[Row] = []
+        self._places: list[str] = []
+        self._tables: list[pa.Table] = []
+        self._first_places: list[str] = []
+
+    def add(self, row: Row, where: str) -> None:
+        self._rows.append(row)
+        self._places.append(where)
+        self.n_rows += 1
+        if len(self._rows) >= _CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa  # type: ignore[import-untyped]
+
+        if not self._rows:
+            return
+        arrays: dict[str, pa.Array] = {}
+        for column in dict.fromkeys(key for row in self._rows for key in row):
+            values = [row.get(column) for row in self._rows]
+            try:
+                arrays[column] = pa.array(values)
+            except (pa.ArrowException, OverflowError) as error:
+                place, detail = _odd_one(values, self._places)
+                raise DataError(
+                    f"{place}, field {column!r}: mixed types ({detail}; {error})",
+                    "give the column one type in all rows, or remove it",
+                ) from error
+        self._tables.append(pa.table(arrays))
+        self._first_places.append(self._places[0])
+        self._rows, self._places = [], []
+
+    def dataset(self) -> Dataset:
+        import pyarrow as pa  # type: ignore[import-untyped]
+        from datasets import Dataset
+
+        self._flush()
+        try:
+            # Permissive: a column that is null in one chunk takes its type from another.
+            table = pa.concat_tables(self._tables, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise DataError(
+                f"mixed types: the chunks that begin at {', '.join(self._first_places[:3])} … "
+                f"do not fit together ({error})",
+                "give each column one type in all rows, or remove it",
+            ) from error
+        return Dataset(table)
+
+
+def _odd_one(values: list[Any], places: list[str]) -> tuple[str, str]:
+    """The first value whose type is not the usual one."""
+    types = [type(value).__name__ for value in values if value is not None]
+    usual = Counter(types).most_common(1)[0][0] if types else "null"
+    for value, place in zip(values, places, strict=True):
+        if value is not None and type(value).__name__ != usual:
+            return place, f"{type(value).__name__} here, {usual} in other rows"
+    return places[0], f"{usual} of several shapes"

@@ -1,0 +1,281 @@
+"""Raw rows with their places, from files of every format.
+
+A reader yields :class:`Record`: the row, or what was wrong with the line. It checks nothing else.
+What makes a whole file unusable (missing, cut short, not what its name says) raises DataError.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final, TextIO
+
+from companion.data.problems import RowProblem
+from companion.errors import DataError
+
+#: suffix (without .gz) -> format
+FORMATS: Final = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+
+#: fields that a CSV cell holds as JSON, as a number, as true or false, as text or messages
+_CSV_JSON: Final = ("completions", "labels", "ranks", "ratings", "scores", "rest")
+_CSV_NUMBER: Final = ("margin",)
+_CSV_TEXT: Final = ("prompt", "chosen", "rejected", "completion", "a", "b", "instruction")
+_CSV_KEEP: Final = ("id", "subset", "source", "licence", "preference", "winner")
+_NUMBER: Final = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a source: ``row``, or the ``problem`` with its line; ``where`` names the place."""
+
+    where: str
+    row: dict[str, Any] | None = None
+    problem: RowProblem | None = None
+
+
+def file_format(path: Path) -> str | None:
+    """``jsonl``, ``json``, ``csv``, ``tsv`` or ``parquet`` by the name; None for anything else."""
+    name = path.name.lower().removesuffix(".gz")
+    return FORMATS.get(Path(name).suffix)
+
+
+def read_file(path: Path, rename: Mapping[str, str] | None = None) -> Iterator[Record]:
+    """Rows of one file.
+
+    Parameters
+    ----------
+    path : Path
+    rename : mapping of str to str, optional
+        Old to new column names. CSV needs them to know how to read a cell; rows keep the old ones.
+
+    Raises
+    ------
+    DataError
+        For a file that is missing, damaged, no text, or of no known format.
+    """
+    kind = file_format(path)
+    if kind is None:
+        known = ", ".join(FORMATS)
+        raise DataError(
+            f"{path}: cannot tell the format from the name",
+            f"name it with one of {known} (text may end in .gz too)",
+        )
+    if kind == "parquet":
+        yield from _read_parquet(path)
+        return
+    with _open_bytes(path) as handle:
+        if kind == "jsonl":
+            yield from _read_jsonl(handle, path.name)
+        else:
+            text = io.TextIOWrapper(handle, encoding="utf-8-sig", newline="")
+            if kind == "json":
+                yield from _read_json(text, path.name)
+            else:
+                delimiter = "\t" if kind == "tsv" else ","
+                yield from _read_csv(text, path.name, delimiter, rename or {})
+
+
+@contextmanager
+def _open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked if gzip; damage becomes a DataError with the file's name."""
+    try:
+        with open(path, "rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"  # by content: `.jsonl` files are sometimes gzip
+        opened: Any = gzip.open if packed else open
+        with opened(path, "rb") as handle:
+            yield handle
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path.name}: not UTF-8 text (byte {error.object[error.start]:#04x})",
+            "convert it, e.g. iconv -f latin1 -t utf-8",
+        ) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path.name}: the gzip file is damaged or cut short ({error})", "copy it again"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _record(value: Any, where: str) -> Record:
+    if not isinstance(value, dict):
+        detail = f"{type(value).__name__} in place of an object"
+        return Record(where, problem=RowProblem(where, "not a row", None, detail))
+    return Record(where, row=value)
+
+
+def _read_jsonl(handle: Iterable[bytes], name: str) -> Iterator[Record]:
+    """Bytes, so that only a line feed ends a line (U+2028 inside a text does not)."""
+    for number, line in enumerate(handle, start=1):
+        if not line.strip():
+            continue
+        where = f"{name}, line {number}"
+        try:
+            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            if b"\\ud" in line or b"\\uD" in line:
+                # Half of a surrogate pair is valid JSON, but no text that can be stored.
+                json.dumps(value, ensure_ascii=False).encode()
+        except json.JSONDecodeError as error:
+            detail = f"{error.msg} at column {error.colno}"
+            yield Record(where, problem=RowProblem(where, "malformed JSON", None, detail))
+        except (UnicodeError, RecursionError) as error:
+            detail = getattr(error, "reason", None) or str(error)
+            yield Record(where, problem=RowProblem(where, "malformed JSON", None, detail))
+        else:
+            yield _record(value, where)
+
+
+def _read_json(handle: TextIO, name: str) -> Iterator[Record]:
+    """A list of objects, an object that holds one list of them, or JSON lines by another name."""
+    text = handle.read()
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        first = text.lstrip().split("\n", 1)[0]
+        if first.startswith("{") and _is_json(first):
+            yield from _read_jsonl((line.encode() for line in text.split("\n")), name)
+            return
+        raise DataError(
+            f"{name}: malformed JSON at line {error.lineno}, column {error.colno} ({error.msg})",
+            "mend the file; a file with one object a line should be named .jsonl",
+        ) from error
+    if isinstance(value, dict):
+        lists = [item for item in value.values() if isinstance(item, list)]
+        if not {"prompt", "chosen", "completion", "instruction", "a"} & set(value):
+            if len(lists) != 1:
+                raise DataError(
+                    f"{name}: an object with {len(lists)} lists, so the rows cannot be found",
+                    "write a list of objects, or JSONL",
+                )
+            value = lists[0]
+        else:
+            value = [value]
+    if not isinstance(value, list):
+        raise DataError(f"{name}: holds no rows", "write a list of objects, or JSONL")
+    for index, item in enumerate(value):
+        yield _record(item, f"{name}, row {index}")
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _read_csv(
+    handle: TextIO, name: str, delimiter: str, rename: Mapping[str, str]
+) -> Iterator[Record]:
+    """CSV by the standard library: pandas would read the text ``NA`` as a missing value.
+
+    Fields of the companion get their types (numbers, true and false, JSON lists, messages as JSON);
+    another column becomes numbers or booleans if all its cells are; ``id`` and ``subset`` stay
+    text.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    reader = csv.DictReader(handle, delimiter=delimiter, strict=True)
+    try:
+        header = list(reader.fieldnames or [])
+    except csv.Error as error:
+        raise DataError(f"{name}: malformed CSV in the header ({error})") from error
+    if len(set(header)) < len(header):
+        raise DataError(f"{name}: two columns have the same name ({', '.join(header)})")
+    records: list[Record] = []
+    while True:
+        where = f"{name}, row {len(records)} (line {reader.line_num + 1})"
+        try:
+            row: dict[Any, Any] | None = next(reader, None)
+        except csv.Error as error:
+            # The rest cannot be trusted: a quote that never closes swallows what follows.
+            raise DataError(
+                f"{where}: malformed CSV ({error})", "close the quotes; double those inside a cell"
+            ) from error
+        if row is None:
+            break
+        if None in row or None in row.values():
+            detail = f"{'more' if None in row else 'fewer'} cells than the header's {len(header)}"
+            problem = RowProblem(where, "malformed CSV", None, detail)
+            records.append(Record(where, problem=problem))
+        else:
+            records.append(Record(where, row=row))
+    rows = [record.row for record in records if record.row is not None]
+    typed = set(_CSV_JSON + _CSV_NUMBER + _CSV_TEXT + _CSV_KEEP + ("label",))
+    for column in header:
+        cells = [row[column] for row in rows]
+        meant = rename.get(column, column)
+        values = [_typed_cell(meant, cell) for cell in cells] if meant in typed else _guess(cells)
+        for row, value in zip(rows, values, strict=True):
+            row[column] = value
+    yield from records
+
+
+def _typed_cell(column: str, cell: str) -> Any:
+    if column in _CSV_KEEP:
+        return cell
+    if column in _CSV_TEXT:
+        return _messages_or_text(cell)
+    if not cell.strip():
+        return None
+    if column == "label":
+        return {"true": True, "false": False}.get(cell.strip().lower(), cell)
+    if column in _CSV_NUMBER:
+        try:
+            return float(cell)
+        except ValueError:
+            return cell
+    try:
+        return json.loads(cell)
+    except json.JSONDecodeError:
+        return cell
+
+
+def _messages_or_text(cell: str) -> Any:
+    if cell.startswith("[{") and '"role"' in cell:
+        try:
+            return json.loads(cell)
+        except json.JSONDecodeError:
+            return cell
+    return cell
+
+
+def _guess(cells: list[str]) -> list[Any]:
+    filled = [cell for cell in cells if cell != ""]
+    if filled and all(_NUMBER.fullmatch(cell) for cell in filled):
+        return [json.loads(cell) if cell else None for cell in cells]
+    if filled and all(cell.lower() in ("true", "false") for cell in filled):
+        return [cell.lower() == "true" if cell else None for cell in cells]
+    return list(cells)
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        file = pq.ParquetFile(path)
+        index = 0
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                yield Record(f"{path.name}, row {index}", row=row)
+                index += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path.name}: no readable Parquet file ({error})", "copy it again"
+        ) from error

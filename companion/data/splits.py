@@ -1,0 +1,350 @@
+"""Splits by prompt, and reports of what would make a held-out figure a lie.
+
+Pairs of one prompt share its difficulty and often a completion. Split by row, a prompt stands on
+both sides, and the held-out accuracy measures memory (chapter 9, 'correlated pairs'). Here a
+prompt's side is a hash of its text and the seed: it depends on no other row, so new data never move
+an old prompt from test to train.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile
+from typing import Any, TypeVar, cast
+
+from companion.data.messages import plain
+from companion.data.writing import plain_row
+from companion.errors import DataError
+
+Rows = TypeVar("Rows")
+Key = str | Callable[[Mapping[str, Any]], str]
+
+
+def normalise(text: str) -> str:
+    """Unicode NFKC, lower case, white space as single blanks."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def prompt_key(row: Mapping[str, Any]) -> str:
+    """SHA-256 of the normalised prompt: equal for prompts that a reader would call the same.
+
+    A single user message counts as its text, so a file of texts and one of messages compare. A pair
+    without a prompt takes what both texts share, up to the last line break (or blank) in it;
+    that is a guess, and the reports count such rows.
+    """
+    prompt = row.get("prompt")
+    if prompt is None:
+        prompt = _shared_text(row)
+    if not isinstance(prompt, str):
+        turns = [(message["role"], message.get("content") or "") for message in prompt]
+        if len(turns) == 1 and turns[0][0] == "user":
+            prompt = turns[0][1]
+        else:
+            prompt = "\x1e".join(f"{role}\x1f{content}" for role, content in turns)
+    return hashlib.sha256(normalise(prompt).encode()).hexdigest()
+
+
+def _shared_text(row: Mapping[str, Any]) -> str:
+    if not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
+        raise DataError("a row without a prompt cannot be split by prompt", "add a prompt field")
+    both = zip(row["chosen"], row["rejected"], strict=False)
+    shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], both))
+    cut = max(shared.rfind("\n"), 0) or max(shared.rfind(" "), 0)
+    return shared[:cut] or "\x1d".join(sorted((row["chosen"], row["rejected"])))
+
+
+def _keys(rows: Iterable[Mapping[str, Any]], key: Key) -> list[str]:
+    if isinstance(key, str):
+        column = key
+        out = []
+        for index, row in enumerate(rows):
+            if row.get(column) is None:
+                raise DataError(
+                    f"row {index}, field {column!r}: missing, so the row has no group to stay with",
+                    "name a column that all rows have",
+                )
+            out.append(str(row[column]))
+        return out
+    if key is prompt_key and "prompt" in getattr(rows, "column_names", ()):
+        prompts = cast(Any, rows).select_columns(["prompt"])  # decoding the texts is the cost
+        if not any(row["prompt"] is None for row in prompts):
+            rows = prompts
+    return [key(row) for row in rows]
+
+
+def _unit(key: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the key and the seed alone, on every machine."""
+    digest = hashlib.sha256(f"{seed}\x00{key}".encode()).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56
+
+
+def split_by_prompt(
+    dataset: Rows,
+    test_fraction: float = 0.1,
+    *,
+    seed: int = 0,
+    key: Key = prompt_key,
+    exact: bool = False,
+) -> tuple[Rows, Rows]:
+    """Split rows so that all rows of a prompt stand on one side.
+
+    Parameters
+    ----------
+    dataset : Dataset or list of dict
+    test_fraction : float
+        Share of *prompts* in the test part, 0 < f < 1, up to chance.
+    seed : int
+        Another seed, another split.
+    key : callable or str
+        What keeps rows together: :func:`prompt_key`, a function of the row, or a column's name.
+    exact : bool
+        Fill the test part with whole prompts in the order of their hash until it holds the share
+        of *rows*. A prompt may then change sides when rows are added.
+
+    Returns
+    -------
+    train, test : same type as ``dataset``
+        In the order of the source.
+
+    Raises
+    ------
+    DataError
+        If one side is empty.
+    """
+    if not 0 < test_fraction < 1:
+        raise DataError(f"test_fraction={test_fraction}", "give a number between 0 and 1")
+    rows = cast(Iterable[Mapping[str, Any]], dataset)
+    keys = _keys(rows, key)
+    place = {name: _unit(name, seed) for name in set(keys)}
+    if exact:
+        wanted, counts, test_keys = round(test_fraction * len(keys)), Counter(keys), set[str]()
+        taken = 0
+        for name in sorted(place, key=lambda name: (place[name], name)):
+            if taken >= wanted:
+                break
+            test_keys.add(name)
+            taken += counts[name]
+    else:
+        test_keys = {name for name, unit in place.items() if unit < test_fraction}
+    train = [i for i, name in enumerate(keys) if name not in test_keys]
+    test = [i for i, name in enumerate(keys) if name in test_keys]
+    if not train or not test:
+        side = "train" if not train else "test"
+        raise DataError(
+            f"the {side} part is empty: {len(keys):,} rows with {len(place):,} different prompts, "
+            f"test_fraction={test_fraction}",
+            "take another fraction or seed, exact=True, or more prompts",
+        )
+    return _take(dataset, train), _take(dataset, test)
+
+
+def _take(dataset: Any, indices: list[int]) -> Any:
+    if hasattr(dataset, "select"):
+        return dataset.select(indices)
+    return [dataset[i] for i in indices]
+
+
+def _texts(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The normalised completions of a row, in their order."""
+    values = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+    values += row.get("completions") or []
+    return tuple(normalise(plain(value)) for value in values)
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    text = " ".join(plain(row["prompt"] if row.get("prompt") else row.get("chosen", "")).split())
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+class _Printable:
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, for a JSON file."""
+        return asdict(cast(Any, self))
+
+
+@dataclass
+class DuplicateReport(_Printable):
+    """How often prompts and rows repeat within one set.
+
+    Attributes
+    ----------
+    rows, prompts : int
+        Rows, and different prompts (by :func:`prompt_key`).
+    largest : int
+        Rows of the most frequent prompt.
+    repeated_rows : int
+        Rows whose prompt and completions stood in an earlier row.
+    contradictions : int
+        Pairs that stand the other way round in an earlier row. People who disagree are no mistake,
+        but no model can be right on both.
+    without_prompt : int
+        Rows whose prompt is a guess.
+    examples : list of (str, int)
+        The most frequent prompts, with their number of rows.
+    """
+
+    rows: int
+    prompts: int
+    largest: int
+    repeated_rows: int
+    contradictions: int
+    without_prompt: int
+    examples: list[tuple[str, int]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.rows:,} rows, {self.prompts:,} different prompts, "
+            f"at most {self.largest:,} rows each",
+            f"{self.repeated_rows:,} rows repeat an earlier row, "
+            f"{self.contradictions:,} pairs contradict an earlier pair",
+        ]
+        if self.without_prompt:
+            lines.append(f"{self.without_prompt:,} rows without a prompt: grouped by shared text")
+        lines += [f"  {n:,} × {text}" for text, n in self.examples if n > 1]
+        return "\n".join(lines)
+
+
+def duplicate_report(rows: Iterable[Mapping[str, Any]], *, n_examples: int = 3) -> DuplicateReport:
+    """Count prompts and rows that repeat, and pairs that contradict each other."""
+    counts: Counter[str] = Counter()
+    shown: dict[str, str] = {}
+    seen: set[tuple[str, tuple[str, ...]]] = set()
+    repeated = contradictions = without = 0
+    for row in rows:
+        key, texts = prompt_key(row), _texts(row)
+        counts[key] += 1
+        shown.setdefault(key, _shown(row))
+        without += row.get("prompt") is None
+        if (key, texts) in seen:
+            repeated += 1
+        elif "chosen" in row and (key, texts[::-1]) in seen:
+            contradictions += 1
+        seen.add((key, texts))
+    examples = [(shown[key], n) for key, n in counts.most_common(n_examples)]
+    largest = max(counts.values(), default=0)
+    total = sum(counts.values())
+    return DuplicateReport(total, len(counts), largest, repeated, contradictions, without, examples)
+
+
+@dataclass
+class OverlapReport(_Printable):
+    """What two splits share.
+
+    Attributes
+    ----------
+    train_rows, test_rows, train_prompts, test_prompts : int
+    shared_prompts : int
+        Prompts that stand in both; 0 is what a held-out figure needs.
+    train_rows_affected, test_rows_affected : int
+        Rows of those prompts on either side.
+    shared_rows : int
+        Rows of test whose prompt and completions stand in train, in either order.
+    without_prompt : int
+        Rows whose prompt is a guess, so that an overlap can be missed.
+    examples : list of str
+    """
+
+    train_rows: int
+    test_rows: int
+    train_prompts: int
+    test_prompts: int
+    shared_prompts: int
+    train_rows_affected: int
+    test_rows_affected: int
+    shared_rows: int
+    without_prompt: int
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        """True if no prompt stands on both sides."""
+        return self.shared_prompts == 0
+
+    def __str__(self) -> str:
+        lines = [
+            f"train {self.train_rows:,} rows of {self.train_prompts:,} prompts, "
+            f"test {self.test_rows:,} rows of {self.test_prompts:,} prompts",
+            f"{self.shared_prompts:,} prompts stand in both "
+            f"({self.train_rows_affected:,} rows of train, {self.test_rows_affected:,} of test; "
+            f"{self.shared_rows:,} whole rows of test stand in train)",
+        ]
+        if self.without_prompt:
+            lines.append(f"{self.without_prompt:,} rows without a prompt: an overlap can be missed")
+        return "\n".join(lines + [f"  in both: {text}" for text in self.examples])
+
+
+def overlap_report(
+    train: Iterable[Mapping[str, Any]],
+    test: Iterable[Mapping[str, Any]],
+    *,
+    n_examples: int = 3,
+) -> OverlapReport:
+    """Find prompts, and whole rows, that stand in both splits."""
+    counts: Counter[str] = Counter()
+    bodies: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
+    without = 0
+    for row in train:
+        key = prompt_key(row)
+        counts[key] += 1
+        bodies[key].add(tuple(sorted(_texts(row))))
+        without += row.get("prompt") is None
+    test_counts: Counter[str] = Counter()
+    shown: dict[str, str] = {}
+    shared_rows = 0
+    for row in test:
+        key = prompt_key(row)
+        test_counts[key] += 1
+        without += row.get("prompt") is None
+        if key in counts:
+            shown.setdefault(key, _shown(row))
+            shared_rows += tuple(sorted(_texts(row))) in bodies[key]
+    return OverlapReport(
+        train_rows=sum(counts.values()),
+        test_rows=sum(test_counts.values()),
+        train_prompts=len(counts),
+        test_prompts=len(test_counts),
+        shared_prompts=len(shown),
+        train_rows_affected=sum(counts[key] for key in shown),
+        test_rows_affected=sum(test_counts[key] for key in shown),
+        shared_rows=shared_rows,
+        without_prompt=without,
+        examples=list(shown.values())[:n_examples],
+    )
+
+
+def dataset_fingerprint(
+    rows: Sequence[Mapping[str, Any]] | Iterable[Mapping[str, Any]], *, ordered: bool = False
+) -> str:
+    """SHA-256 of the rows' content: the same on every machine and for every file format.
+
+    Nulls, the order of keys, and 1 against 1.0 make no difference; nor does the order of the rows
+    unless ``ordered``. For the manifest, to tell whether two models saw the same data.
+    """
+    digests = [
+        hashlib.sha256(
+            json.dumps(
+                _bare(plain_row(row)), sort_keys=True, ensure_ascii=False, default=str
+            ).encode("utf-8", "surrogatepass")
+        ).digest()
+        for row in rows
+    ]
+    whole = hashlib.sha256(f"{len(digests)}\n".encode())
+    for digest in digests if ordered else sorted(digests):
+        whole.update(digest)
+    return whole.hexdigest()
+
+
+def _bare(value: Any) -> Any:
+    """Without nulls in mappings; whole floats as integers."""
+    if isinstance(value, Mapping):
+        return {key: _bare(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_bare(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value

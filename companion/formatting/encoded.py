@@ -1,0 +1,57 @@
+"""What the formatter gives: a text as token ids, and counts of what was done on the way."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One text as the model sees it.
+
+    Attributes
+    ----------
+    input_ids : list of int
+        Token ids, BOS and EOS included.
+    prompt_length : int
+        How many of them belong to the prompt. A token that straddles the border counts as
+        completion. 0 (or 1 with BOS) for a whole text whose prompt is unknown.
+    terminated : bool
+        Whether the completion was finished, so that its end was written.
+    cut_tokens : int
+        Tokens that were cut from the prompt's left to fit ``max_length``.
+    """
+
+    input_ids: list[int]
+    prompt_length: int
+    terminated: bool
+    cut_tokens: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass
+class FormatCounts:
+    """What a formatter did. ``rows`` counts calls (a pair is one row), the rest as named."""
+
+    rows: int = 0
+    sequences: int = 0
+    dropped_overlong: int = 0
+    truncated: int = 0
+    tokens_cut: int = 0
+    unterminated: int = 0
+
+    def __add__(self, other: FormatCounts) -> FormatCounts:
+        return FormatCounts(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
+
+    def merge(self, other: FormatCounts) -> None:
+        """Add the counts of another formatter (of a worker process, say) to these."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def to_dict(self) -> dict[str, int]:
+        """The counts by name."""
+        return asdict(self)

@@ -1,0 +1,112 @@
+"""From token ids to scores: backbone, last real token by the mask, head in fp32 (Chapter 2)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from companion.errors import ShapeError
+from companion.models.guards import check_batch, check_positions
+from companion.models.head import ScoreHead, find_head
+from companion.readout import last_token_readout, position_ids_from_mask
+
+
+def reward_scores(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    check: bool = True,
+    **backbone_arguments: Any,
+) -> Tensor:
+    """Score each row of a padded batch; gradients flow.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+        A decoder with a sequence-classification head of one label.
+    input_ids : Tensor
+        ``[B, T]`` integers.
+    attention_mask : Tensor, optional
+        ``[B, T]``, 1 at real tokens; None if no row is padded. Padding may stand left or right.
+    check : bool
+        Run :func:`companion.models.guards.check_batch` first.
+    **backbone_arguments
+        Handed to the backbone as they are.
+
+    Returns
+    -------
+    Tensor
+        ``[B]`` in float32 (float64 for a float64 model), whatever the autocast.
+
+    Notes
+    -----
+    A right-padded batch goes through the backbone without its mask: a causal model's real tokens
+    cannot see what follows them, and the attention kernels without a mask are faster. A left-padded
+    one gets the mask and positions that count real tokens only.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if check:
+        check_batch(input_ids, attention_mask, model.config)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone = getattr(inner, inner.base_model_prefix)
+    arguments: dict[str, Any] = {"use_cache": False}
+    mask = attention_mask.to(torch.bool)
+    if not (_is_causal(inner.config) and bool(mask[:, 0].all())):
+        arguments["attention_mask"] = attention_mask
+        if "position_ids" in inspect.signature(backbone.forward).parameters:
+            arguments["position_ids"] = position_ids_from_mask(attention_mask)
+    output = backbone(input_ids, **{**arguments, **backbone_arguments})
+    pooled = last_token_readout(output.last_hidden_state, attention_mask)
+    return apply_head(find_head(inner), pooled)
+
+
+def apply_head(head: nn.Module, hidden: Tensor) -> Tensor:
+    """Hidden states ``[B, D]`` to scores ``[B]`` in fp32, autocast or not.
+
+    Raises
+    ------
+    ShapeError
+        If the head gives more than one value a row.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        if isinstance(head, nn.Linear) and not isinstance(head, ScoreHead):
+            dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
+            bias = None if head.bias is None else head.bias.to(dtype)
+            scores = nn.functional.linear(hidden.to(dtype), head.weight.to(dtype), bias)
+        else:
+            scores = head(hidden)
+    if scores.shape[-1] != 1:
+        raise ShapeError(f"the head gives {scores.shape[-1]} values a row, a reward model one")
+    return scores.squeeze(-1)
+
+
+def stock_scores(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
+    """Score with the model's own stock forward, after the guards have looked at the batch.
+
+    For code that must go through ``model(...)`` (trainers, comparisons). Every case in which stock
+    transformers would give a wrong number raises :class:`companion.errors.ReadoutError` here.
+
+    Returns
+    -------
+    Tensor
+        ``[B]``, in the dtype that the forward gives.
+    """
+    check_batch(input_ids, attention_mask, model.config, position_ids=position_ids)
+    check_positions(model, attention_mask, position_ids)
+    extra = {} if position_ids is None else {"position_ids": position_ids}
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits
+    return logits.squeeze(-1)
+
+
+def _is_causal(config: Any) -> bool:
+    text = config.get_text_config()
+    return getattr(text, "is_causal", True) is not False and not getattr(
+        text, "use_bidirectional_attention", False
+    )

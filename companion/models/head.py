@@ -1,0 +1,88 @@
+"""The head: one linear row from the last token's hidden state to the score, always in fp32.
+
+Under bf16 autocast a stock head runs in bf16, and 4,000 distinct rewards were measured to collapse
+to 1,295. :class:`ScoreHead` keeps the product in fp32 in every forward, stock ones included, and
+has the state of the ``nn.Linear`` that it replaces, so that the checkpoint stays a plain one.
+Chapter 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from companion.errors import ModelError
+
+
+class ScoreHead(nn.Linear):
+    """``nn.Linear`` that computes in float32 (float64 if its weight is), autocast or not."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Hidden states ``[..., D]`` of any floating dtype to scores ``[..., 1]`` in fp32."""
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(input.device.type, enabled=False):
+            return nn.functional.linear(input.to(dtype), self.weight.to(dtype), bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> ScoreHead:
+        """Take over weight and bias (the same parameters, not copies)."""
+        head = cls(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
+        )
+        head.weight = linear.weight
+        if linear.bias is not None:
+            head.bias = linear.bias
+        head.train(linear.training)
+        return head
+
+
+def find_head(model: Any) -> nn.Module:
+    """The module ``score`` of a decoder with a sequence-classification head (LoRA-wrapped or not).
+
+    Raises
+    ------
+    ModelError
+        If there is none: an encoder, a causal LM, or a model of another kind.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = getattr(inner, "score", None)
+    if not isinstance(head, nn.Module):
+        raise ModelError(
+            f"{type(inner).__name__} has no module 'score', so it is no decoder with a "
+            "sequence-classification head",
+            "use a decoder that AutoModelForSequenceClassification knows (Llama, Qwen, Mistral, "
+            "Gemma, GPT-2, …)",
+        )
+    return head
+
+
+def install_head(model: Any) -> ScoreHead:
+    """Put a :class:`ScoreHead` in the place of the model's stock head; return it."""
+    head = find_head(model)
+    if isinstance(head, ScoreHead):
+        return head
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"the head is a {type(head).__name__}, not one linear layer")
+    model.score = ScoreHead.from_linear(head)
+    return model.score
+
+
+def initialise_head(head: nn.Linear, seed: int, std: float | None = None) -> float:
+    """Draw a fresh head from N(0, std²), reproducibly; return the std.
+
+    The default, 1/sqrt(D + 1), is that of Stiennon et al. 2020 (arXiv 2009.01325, appendix B.1),
+    and keeps the first scores near unit size for normalised hidden states. It is not zero, since a
+    zero head passes no gradient to the backbone at the first step.
+    """
+    if std is None:
+        std = (head.in_features + 1) ** -0.5
+    generator = torch.Generator().manual_seed(seed)
+    fresh = torch.randn(head.weight.shape, generator=generator, dtype=torch.float32) * std
+    with torch.no_grad():
+        head.weight.copy_(fresh)
+        if head.bias is not None:
+            head.bias.zero_()
+    return std

@@ -1,0 +1,158 @@
+"""LoRA with the head kept: trained, saved, and merged into a plain checkpoint.
+
+Without ``modules_to_save=["score"]`` a LoRA run neither trains nor saves the head, and the adapter
+loads later on a random one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from companion.errors import ModelError
+from companion.models.checkpoint import find_file, read_json
+from companion.models.head import find_head, install_head
+from companion.models.pieces import (
+    add_rows,
+    disable_dropout,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    resolve,
+    set_pad,
+)
+from companion.models.reward_model import RewardModel
+
+_CURE = "pip install 'reward-model-companion[peft]'"
+
+
+def apply_lora(
+    reward_model: RewardModel,
+    *,
+    r: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    use_rslora: bool = False,
+) -> RewardModel:
+    """Wrap the model for LoRA; the head is trained and saved in full.
+
+    Parameters
+    ----------
+    reward_model : RewardModel
+        From :func:`companion.models.loading.load_base`; its ``model`` is replaced.
+    r, alpha, dropout : int, int, float
+        Rank, scale, and dropout of the adapter (0: a score has no randomness).
+    target_modules : str or list of str
+        Which linear layers; default: all of the backbone.
+
+    Returns
+    -------
+    RewardModel
+        The same object.
+
+    Raises
+    ------
+    ModelError
+        If peft is missing, or the head would not be trained.
+    """
+    try:
+        from peft import LoraConfig, TaskType, get_peft_model
+    except ImportError as error:
+        raise ModelError("LoRA needs the package peft", _CURE) from error
+
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        modules_to_save=["score"],
+        use_rslora=use_rslora,
+    )
+    try:
+        reward_model.model = get_peft_model(reward_model.model, config)
+    except ValueError as error:
+        raise ModelError(f"LoRA cannot be applied: {error}", "name other target_modules") from error
+    if not any(p.requires_grad for p in find_head(reward_model.model).parameters()):
+        raise ModelError("LoRA would leave the head untrained", 'keep modules_to_save=["score"]')
+    trained = sum(p.numel() for p in reward_model.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in reward_model.model.parameters())
+    reward_model.notes.append(f"LoRA of rank {r}: {trained:,} of {total:,} weights are trained")
+    return reward_model
+
+
+def is_lora(model: Any) -> bool:
+    """Whether the model is wrapped by peft."""
+    return hasattr(model, "get_base_model") and hasattr(model, "peft_config")
+
+
+def merged(model: Any) -> Any:
+    """A plain model with the adapter merged into a copy; a plain model as it is."""
+    if not is_lora(model):
+        return model
+    return copy.deepcopy(model).merge_and_unload(safe_merge=True)
+
+
+def load_adapter(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    attn_implementation: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> tuple[Any, Any]:
+    """Load a LoRA adapter with its base and merge them; returns model and tokenizer.
+
+    Raises
+    ------
+    ModelError
+        If the adapter has no head, its base is not found, or peft is missing.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError("the folder holds a LoRA adapter, which needs peft", _CURE) from error
+    from safetensors import safe_open
+
+    described = find_file(name, "adapter_config.json", revision)
+    weights = find_file(name, "adapter_model.safetensors", revision)
+    if described is None or weights is None:
+        raise ModelError(f"{name}: the adapter lacks adapter_model.safetensors")
+    with safe_open(weights, framework="pt") as file:
+        keys = list(file.keys())
+    if not any(key.endswith("score.weight") for key in keys):
+        raise ModelError(
+            f"{name}: the adapter does not hold the head, so it would load with a random one",
+            'train it with modules_to_save=["score"] (companion.models.apply_lora does)',
+        )
+    base = read_json(described).get("base_model_name_or_path")
+    if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
+        raise ModelError(
+            f"{name}: the adapter's base {base!r} is not found",
+            "set base_model_name_or_path in adapter_config.json to the base",
+        )
+    base_name = resolve(base)
+    shared = {"trust_remote_code": trust_remote_code}
+    config = load_config(base_name, **shared)
+    config.num_labels = 1
+    config.problem_type = "regression"
+    disable_dropout(config)
+    has_own = find_file(name, "tokenizer_config.json", revision) is not None
+    tokenizer = load_tokenizer(name if has_own else base_name, **shared)
+    model, _ = load_weights(
+        base_name, config, dtype, attn_implementation=attn_implementation, **shared
+    )
+    pad = tokenizer.pad_token_id
+    if pad is not None:
+        if pad >= model.get_input_embeddings().weight.shape[0]:
+            add_rows(model, pad + 1)
+        set_pad(model, pad)
+    install_head(model).to(torch.float32)
+    model = PeftModel.from_pretrained(model, name).merge_and_unload(safe_merge=True)
+    return model, tokenizer

@@ -1,0 +1,39 @@
+"""What loading returns and everything else takes: model, tokenizer, formatter, manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from companion.formatting import RewardFormatter
+from companion.models.manifest import RewardManifest
+
+
+@dataclass
+class RewardModel:
+    """A reward model with all that decides its scores.
+
+    Attributes
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        A sequence-classification model with one label and a head in fp32.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        With a pad token that differs from its EOS.
+    formatter : RewardFormatter
+        The only way from a row to token ids.
+    manifest : RewardManifest or None
+        None for a model that was not saved by the companion, or was not trained yet.
+    notes : list of str
+        What was repaired or assumed on the way, a line each; show them to the user.
+    """
+
+    model: Any
+    tokenizer: Any
+    formatter: RewardFormatter
+    manifest: RewardManifest | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that batches are padded with."""
+        return int(self.tokenizer.pad_token_id)

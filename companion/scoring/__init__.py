@@ -1,0 +1,7 @@
+"""Score texts, conversations and completions; see :mod:`companion.scoring.scorer`."""
+
+from companion.scoring.results import PairScores, Scores
+from companion.scoring.scorer import RewardScorer
+from companion.scoring.streaming import FileReport, score_file
+
+__all__ = ["FileReport", "PairScores", "RewardScorer", "Scores", "score_file"]

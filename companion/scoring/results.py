@@ -1,0 +1,68 @@
+"""What scoring returns: arrays in input order, and a reason for each row without a score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Scores:
+    """Scores of rows, in input order; ``[N]`` arrays.
+
+    Attributes
+    ----------
+    raw : numpy.ndarray
+        float64, the model's scalar; NaN where a row has none. Only differences of raw scores of
+        one model mean something.
+    n_tokens : numpy.ndarray
+        int64, length of each text in tokens; 0 where a row was dropped.
+    reasons : list of (str or None)
+        Why a row has no score.
+    centered, z, percentile : numpy.ndarray or None
+        Against the manifest's reference set: minus its mean, in its standard deviations, share of
+        it below (0 to 100). None without a reference set.
+    """
+
+    raw: np.ndarray
+    n_tokens: np.ndarray
+    reasons: list[str | None]
+    centered: np.ndarray | None = None
+    z: np.ndarray | None = None
+    percentile: np.ndarray | None = None
+
+    @property
+    def n_dropped(self) -> int:
+        """Number of rows without a score."""
+        return sum(reason is not None for reason in self.reasons)
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+
+@dataclass
+class PairScores:
+    """Raw scores of pairs, in input order; ``[N]`` arrays, NaN (tokens: 0) where a pair has none.
+
+    A pair is dropped as a whole: ``reasons[i]`` says why.
+    """
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+    chosen_tokens: np.ndarray
+    rejected_tokens: np.ndarray
+    reasons: list[str | None]
+
+    @property
+    def kept(self) -> np.ndarray:
+        """``[N]`` bool: pairs that have scores."""
+        return np.array([reason is None for reason in self.reasons], dtype=bool)
+
+    @property
+    def n_dropped(self) -> int:
+        """Number of pairs without scores."""
+        return sum(reason is not None for reason in self.reasons)
+
+    def __len__(self) -> int:
+        return len(self.chosen)

@@ -1,0 +1,317 @@
+"""Score a JSONL file in chunks; go on where a run was stopped; lose and double no row.
+
+The output has one line for each row of the input, in its order, so the number of whole lines says
+where to go on. A line that was torn by a kill is cut off first. A small file beside the output
+(``<output>.state.json``) holds the fingerprints of the input, the model and the options: a run goes
+on only if all of them are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from companion.errors import DataError
+from companion.scoring.results import Scores
+from companion.scoring.scorer import OnError, Progress, RewardScorer
+
+_STATE_VERSION = 1
+_OURS = frozenset({"index", "score", "n_tokens", "centered", "z", "percentile", "error"})
+_OVERWRITE = "give another output, or --overwrite to begin anew"
+
+
+@dataclass
+class FileReport:
+    """What :func:`score_file` did: rows of the input, of earlier runs, and by outcome."""
+
+    rows: int
+    resumed_at: int
+    scored: int = 0
+    without_score: int = 0
+
+
+def score_file(
+    scorer: RewardScorer,
+    input_path: str | os.PathLike[str],
+    output_path: str | os.PathLike[str],
+    *,
+    fields: Sequence[str] = (),
+    completion_field: str = "completion",
+    terminated: bool | None = None,
+    on_error: OnError = "raise",
+    overwrite: bool = False,
+    chunk_rows: int = 1024,
+    progress: Progress | None = None,
+    on_total: Progress | None = None,
+) -> FileReport:
+    """Score ``input_path`` (.jsonl or .jsonl.gz) into ``output_path`` (.jsonl).
+
+    Parameters
+    ----------
+    fields : sequence of str
+        Fields to copy from the input, besides ``id``; ``("*",)`` copies all. One that has the
+        name of an output field (``score``) is called ``input_score``.
+    completion_field, terminated, on_error
+        As in :meth:`RewardScorer.score`; with ``on_error="skip"`` a bad row gets an ``error``.
+    overwrite : bool
+        Throw away an output that is there.
+    chunk_rows : int
+        Rows that are scored, written and made durable at a time.
+    progress : callable, optional
+        Called with the number of rows that have been written, earlier runs' rows first.
+    on_total : callable, optional
+        Called once, before, with the number of rows of the input.
+
+    Returns
+    -------
+    FileReport
+
+    Raises
+    ------
+    DataError
+        For a bad row (file and line), or an output that belongs to another run.
+    """
+    source, target = Path(input_path), Path(output_path)
+    if target.suffix == ".gz":
+        raise DataError(f"{target}: the output is plain text, so that a stopped run can go on")
+    if source.resolve() == target.resolve():
+        raise DataError(f"{source}: input and output are the same file")
+    if chunk_rows < 1:
+        raise DataError(f"chunk_rows is {chunk_rows}", "use a positive number")
+    digest, rows = _input_digest(source)
+    state = {
+        "version": _STATE_VERSION,
+        "input": {"sha256": digest, "rows": rows},
+        "model": model_fingerprint(scorer.reward_model.model),
+        "formatter": scorer.formatter.fingerprint(),
+        "reference": None if scorer.reference is None else vars(scorer.reference),
+        "options": {
+            "fields": list(fields),
+            "completion_field": completion_field,
+            "terminated": terminated,
+            "on_error": on_error,
+        },
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target) as out:
+        done = _resume(out, target, state, overwrite)
+        if done > rows:
+            raise DataError(f"{target}: has {done} rows, the input {rows}", _OVERWRITE)
+        report = FileReport(rows=rows, resumed_at=done)
+        if on_total is not None:
+            on_total(rows)
+        if progress is not None and done:
+            progress(done)
+        numbered = islice(enumerate(_lines(source)), done, None)
+        while chunk := list(islice(numbered, chunk_rows)):
+            records = _score_chunk(
+                scorer, source, chunk, fields, completion_field, terminated, on_error
+            )
+            out.write("".join(_to_json(record) for record in records).encode())
+            out.flush()
+            os.fsync(out.fileno())
+            failed = sum(record["score"] is None for record in records)
+            report.without_score += failed
+            report.scored += len(records) - failed
+            if progress is not None:
+                progress(len(records))
+    return report
+
+
+def model_fingerprint(model: Any) -> str:
+    """SHA-256 over names, shapes, dtypes and a sample of 256 values of every weight.
+
+    Training moves every weight, so a sample tells two versions apart without reading gigabytes.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float64)
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------- input
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Line number (from 1) and bytes of each line that is not blank."""
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                    line = line[3:]
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file", "check the path") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path}: is a folder", "give a .jsonl or .jsonl.gz file") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path} after line {number}: the gzip file is damaged: {error}", "fetch it again"
+        ) from error
+
+
+def _input_digest(path: Path) -> tuple[str, int]:
+    digest, rows = hashlib.sha256(), 0
+    for _, line in _lines(path):
+        digest.update(line)
+        rows += 1
+    return digest.hexdigest(), rows
+
+
+def _parse(path: Path, number: int, line: bytes) -> Any:
+    where = f"{path} line {number}"
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: no valid JSON: {error}", "one JSON value a line") from error
+    if not isinstance(row, (dict, str, list)):
+        raise DataError(f"{where}: a {type(row).__name__}, not an object, a text or messages")
+    return row
+
+
+# ---------------------------------------------------------------------- output
+
+
+def _score_chunk(
+    scorer: RewardScorer,
+    source: Path,
+    chunk: Sequence[tuple[int, tuple[int, bytes]]],
+    fields: Sequence[str],
+    completion_field: str,
+    terminated: bool | None,
+    on_error: OnError,
+) -> list[dict[str, Any]]:
+    rows: list[Any] = []
+    errors: list[str | None] = []
+    for _, (number, line) in chunk:
+        try:
+            rows.append(_parse(source, number, line))
+            errors.append(None)
+        except DataError as error:
+            if on_error == "raise":
+                raise
+            rows.append(None)
+            errors.append(error.what)
+    good = [place for place, error in enumerate(errors) if error is None]
+    scores = scorer.score(
+        [rows[place] for place in good],
+        terminated=terminated,
+        field=completion_field,
+        on_error=on_error,
+        names=[f"{source} line {chunk[place][1][0]}" for place in good],
+    )
+    records = []
+    where_scored = {place: i for i, place in enumerate(good)}
+    for place, (index, _) in enumerate(chunk):
+        row, error_text = rows[place], errors[place]
+        record: dict[str, Any] = {"index": index}
+        if isinstance(row, dict):
+            wanted = list(row) if "*" in fields else ["id", *fields]
+            for key in wanted:
+                if key in row:  # a field of the input never passes for one of ours
+                    record[f"input_{key}" if key in _OURS else key] = row[key]
+        i = where_scored.get(place)
+        if i is not None and scores.reasons[i] is None:
+            record.update(_values(scores, i))
+        else:
+            record["score"] = None
+            record["error"] = error_text if i is None else scores.reasons[i]
+        records.append(record)
+    return records
+
+
+def _values(scores: Scores, i: int) -> dict[str, Any]:
+    record: dict[str, Any] = {"score": float(scores.raw[i]), "n_tokens": int(scores.n_tokens[i])}
+    for name in ("centered", "z", "percentile"):
+        array: np.ndarray | None = getattr(scores, name)
+        if array is not None:
+            record[name] = float(array[i])
+    return record
+
+
+def _to_json(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[IO[bytes]]:
+    """The output, open for reading and appending, for this process alone."""
+    with open(path, "a+b") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # not on Windows: there two runs are the user's to avoid
+            pass
+        except OSError as error:
+            raise DataError(f"{path}: another process is writing it", "wait for it") from error
+        yield file
+
+
+def _resume(out: IO[bytes], path: Path, state: dict[str, Any], overwrite: bool) -> int:
+    """Number of rows that stand whole in the output; cuts a torn last line; writes the state."""
+    beside = path.with_name(path.name + ".state.json")
+    size = out.seek(0, os.SEEK_END)
+    if overwrite or size == 0:
+        out.truncate(0)
+        _write_state(beside, state)
+        return 0
+    if not beside.is_file():
+        raise DataError(
+            f"{path}: exists and was not begun by this command ({beside.name} is missing)",
+            _OVERWRITE,
+        )
+    try:
+        before = json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{beside}: no valid JSON: {error}", _OVERWRITE) from error
+    now = json.loads(json.dumps(state))
+    changed = [key for key in now if before.get(key) != now[key]]
+    if changed:
+        raise DataError(
+            f"{path}: was begun with another {', another '.join(changed)}; going on would mix two "
+            "runs in one file",
+            _OVERWRITE,
+        )
+    rows, end, last = 0, 0, b""
+    out.seek(0)
+    for line in out:
+        if not line.endswith(b"\n"):
+            break
+        rows, end, last = rows + 1, end + len(line), line
+    out.truncate(end)
+    out.seek(0, os.SEEK_END)
+    if rows:
+        try:
+            index = json.loads(last)["index"]
+        except (ValueError, KeyError, TypeError):
+            index = None
+        if index != rows - 1:
+            raise DataError(
+                f"{path} line {rows}: should hold row {rows - 1}, it was changed", _OVERWRITE
+            )
+    return rows
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,246 @@
+"""Choosing by score, and the figures that go with it: accuracy, margin, best-of-N, whitening.
+
+Chapters 4 (accuracy and margin) and 5 (best-of-N, whitening). A NaN score marks an item that could
+not be scored; it never wins, and it is never counted as right or wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from companion._tensors import as_float, same_shape
+from companion.errors import DataError, ShapeError
+
+
+def margin(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Return ``chosen - rejected`` for each pair. Chapter 4.
+
+    Raises
+    ------
+    ShapeError, DtypeError
+        If the shapes differ or a tensor is not of floating point.
+    """
+    chosen, rejected = as_float("chosen", chosen), as_float("rejected", rejected)
+    same_shape(chosen=chosen, rejected=rejected)
+    return chosen - rejected
+
+
+def pairwise_accuracy(
+    chosen: Tensor, rejected: Tensor, *, ties: Literal["wrong", "half"] = "wrong"
+) -> Tensor:
+    """1 for each pair that is ordered right, 0 for each that is not. Chapter 4.
+
+    Parameters
+    ----------
+    chosen, rejected : Tensor
+        Scores ``[B]`` (any shape, the same for both).
+    ties : {"wrong", "half"}
+        What a tie is worth: 0 (TRL's rule: strictly greater) or 0.5 (a coin's).
+
+    Returns
+    -------
+    Tensor
+        Of the same shape; NaN where a score is NaN (a comparison with NaN is false, which would
+        pass for a wrong answer).
+
+    Raises
+    ------
+    ShapeError, DtypeError
+        If the shapes differ or a tensor is not of floating point.
+    DataError
+        If `ties` is unknown.
+    """
+    chosen, rejected = as_float("chosen", chosen), as_float("rejected", rejected)
+    same_shape(chosen=chosen, rejected=rejected)
+    if ties not in ("wrong", "half"):
+        raise DataError(f"ties={ties!r} is unknown", "there are 'wrong' and 'half'")
+    result = (chosen > rejected).to(torch.promote_types(chosen.dtype, rejected.dtype))
+    if ties == "half":
+        result = result + 0.5 * (chosen == rejected)
+    return result.masked_fill(chosen.isnan() | rejected.isnan(), float("nan"))
+
+
+def _candidates(scores: Tensor) -> Tensor:
+    scores = as_float("scores", scores)
+    if scores.dim() == 0 or scores.shape[-1] == 0:
+        raise ShapeError(f"scores must be [..., N] with N >= 1, not {list(scores.shape)}")
+    return scores
+
+
+def best_of_n(scores: Tensor) -> Tensor:
+    """Index of the best of N completions; the first one if several are best. Chapter 5.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[..., N]``. NaN never wins (``torch.argmax`` would let it win always).
+
+    Returns
+    -------
+    Tensor
+        ``[...]`` int64.
+
+    Raises
+    ------
+    DataError
+        If all N scores of an item are NaN.
+    """
+    scores = _candidates(scores)
+    invalid = scores.isnan()
+    if bool(invalid.all(dim=-1).any()):
+        raise DataError("a prompt has no completion with a score: all are NaN")
+    # Minus infinity would tie a NaN with a true -inf, so the finite-or-not is asked first.
+    filled = scores.masked_fill(invalid, float("-inf"))
+    best = filled == filled.amax(dim=-1, keepdim=True)
+    return (best & ~invalid).int().argmax(dim=-1)
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k best, best first; equal scores keep their order. Chapter 5.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[..., N]``; NaN comes last.
+    k : int
+        From 1 to N.
+
+    Returns
+    -------
+    Tensor
+        ``[..., k]`` int64.
+
+    Raises
+    ------
+    ShapeError
+        If k is not within 1 and N.
+    """
+    scores = _candidates(scores)
+    if not 1 <= k <= scores.shape[-1]:
+        raise ShapeError(f"k is {k}; it must lie within 1 and {scores.shape[-1]}")
+    by_score = torch.sort(
+        scores.masked_fill(scores.isnan(), float("-inf")), dim=-1, descending=True, stable=True
+    ).indices
+    # a second stable sort puts NaN behind a true -inf
+    behind = scores.isnan().gather(-1, by_score).int()
+    order = torch.sort(behind, dim=-1, stable=True).indices
+    return by_score.gather(-1, order)[..., :k]
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL divergence of best-of-N sampling from its policy, in nats: ``ln n - (n - 1) / n``.
+
+    Exact for a continuous score, else an upper bound (Beirami et al. 2024, arXiv 2401.01879).
+    Chapter 5.
+
+    Raises
+    ------
+    DataError
+        If n is below 1.
+    """
+    if n < 1:
+        raise DataError(f"best-of-N with N = {n}: N must be at least 1")
+    return math.log(n) - (n - 1) / n
+
+
+def expected_best_of_n(scores: Tensor, n: int, values: Tensor | None = None) -> Tensor:
+    """Unbiased estimate of best-of-n from M >= n samples of each prompt.
+
+    Mean over all ways to draw n of the M without replacement, in closed form (Nakano et al. 2021,
+    arXiv 2112.09332, appendix). All n up to M come from one set of samples. Chapter 5.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[..., M]``, what the choice is made by.
+    n : int
+        From 1 to M.
+    values : Tensor, optional
+        ``[..., M]``, what is counted of the chosen one, such as a gold reward; `scores` if absent.
+
+    Returns
+    -------
+    Tensor
+        ``[...]`` float64.
+
+    Raises
+    ------
+    ShapeError
+        If n is not within 1 and M, or the shapes differ.
+    DataError
+        If a score is NaN.
+    """
+    scores = _candidates(scores)
+    values = scores if values is None else as_float("values", values)
+    same_shape(scores=scores, values=values)
+    size = scores.shape[-1]
+    if not 1 <= n <= size:
+        raise ShapeError(f"n is {n}; it must lie within 1 and the {size} samples")
+    if bool(scores.isnan().any()):
+        raise DataError("a score is NaN", "drop completions that could not be scored")
+    order = torch.sort(scores, dim=-1, stable=True).indices
+    # The i-th smallest is the best of those n-subsets whose n - 1 others lie below it.
+    weights = torch.tensor(
+        [math.comb(i, n - 1) / math.comb(size, n) for i in range(size)],
+        dtype=torch.float64,
+        device=scores.device,
+    )
+    return (values.double().gather(-1, order) * weights).sum(dim=-1)
+
+
+def whiten(
+    scores: Tensor,
+    dim: int = -1,
+    *,
+    eps: float | None = None,
+    shift_mean: bool = True,
+    correction: int = 0,
+) -> Tensor:
+    """Scores with mean 0 and standard deviation 1 along `dim`; zeros where all are equal.
+
+    Chapter 5. (TRL's GRPO divides by the sample standard deviation + 1e-4 itself: whitening a
+    reward before it changes nothing under group scaling.)
+
+    Parameters
+    ----------
+    scores : Tensor
+        Any shape with at least one axis.
+    eps : float, optional
+        Scores count as equal if their standard deviation is at most `eps` times the largest
+        magnitude: then it is rounding noise, which a division would blow up to size 1. By default
+        twice the machine epsilon.
+    shift_mean : bool, default True
+        If false the mean is put back afterwards, so that only the scale changes.
+    correction : int, default 0
+        0 for the population's standard deviation, 1 for the sample's.
+
+    Returns
+    -------
+    Tensor
+        Of the same shape.
+
+    Raises
+    ------
+    ShapeError
+        If the axis is empty.
+    """
+    scores = as_float("scores", scores)
+    if scores.dim() == 0 or scores.shape[dim] == 0:
+        raise ShapeError(f"there is nothing to whiten along axis {dim} of {list(scores.shape)}")
+    tolerance = 2 * torch.finfo(scores.dtype).eps if eps is None else eps
+    mean = scores.mean(dim=dim, keepdim=True)
+    centred = scores - mean
+    freedom = scores.shape[dim] - correction
+    variance = centred.square().sum(dim=dim, keepdim=True) / max(freedom, 1)
+    with torch.no_grad():
+        scale = scores.abs().amax(dim=dim, keepdim=True)
+        equal = scores.amax(dim=dim, keepdim=True) == scores.amin(dim=dim, keepdim=True)
+        equal = equal | (variance.sqrt() <= tolerance * scale)
+    # The root of 0 has an infinite gradient, so the guard stands before the root.
+    deviation = variance.masked_fill(equal, 1.0).sqrt()
+    white = torch.where(equal, torch.zeros_like(centred), centred / deviation)
+    return white if shift_mean else white + mean
