@@ -18,8 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+# A busy machine is no failure: the time that an example takes is not what is tested.
+settings.register_profile("companion", deadline=None)
+settings.load_profile("companion")
 
 _TEXT = (
     "Ana Ben has buys gives boxes pens each and with how many now the answer is so yes no good bad "

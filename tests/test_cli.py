@@ -86,5 +86,8 @@ def test_public_names_resolve_and_are_listed():
 
 def test_errors_say_the_cure_on_a_line_of_its_own():
     assert str(CompanionError("it broke")) == "it broke"
-    assert str(CompanionError("it broke", "mend it")).splitlines() == ["it broke", "  Cure: mend it"]
+    assert str(CompanionError("it broke", "mend it")).splitlines() == [
+        "it broke",
+        "  Cure: mend it",
+    ]
     assert issubclass(DataError, ValueError)

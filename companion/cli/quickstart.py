@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,12 +62,21 @@ def _show(result: QuickstartResult) -> None:
     total = sum(result.seconds.values())
     console.print(f"Done in {total:.0f} s. Open {result.report} in a browser. Then try:")
     folder = result.output_dir
+    program = _program()
     for command in (
-        f"companion evaluate --model {result.model_dir} --dataset_name {folder}/data/test.jsonl",
-        "companion data tutor --kind outcomes --n 1000 --output answers.jsonl"
-        f" && companion score --model {result.model_dir} --input answers.jsonl"
+        f"{program} evaluate --model {result.model_dir} --dataset_name {folder}/data/test.jsonl",
+        f"{program} data tutor --kind outcomes --n 1000 --output answers.jsonl"
+        f" && {program} score --model {result.model_dir} --input answers.jsonl"
         " --output scores.jsonl",
-        "companion train pairwise --model_name_or_path Qwen/Qwen3-0.6B"
+        f"{program} train pairwise --model_name_or_path Qwen/Qwen3-0.6B"
         " --dataset_name trl-lib/ultrafeedback_binarized --output_dir runs/qwen3",
     ):
         console.print(f"  {command}", soft_wrap=True)
+
+
+def _program() -> str:
+    """How to call the companion from here: by its name, or by its path in an environment that is
+    not activated (``make quickstart``)."""
+    if shutil.which("companion"):
+        return "companion"
+    return os.path.relpath(Path(sys.prefix) / "bin" / "companion")

@@ -29,20 +29,20 @@ from companion.data.tutor.world import MAX_NUMBER, draw_problem
 
 #: Words with their leading space, whole numbers with theirs, runs of signs, white space.
 _PRE_TOKENS = r" ?\p{N}+| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
-_IGNORE = -100
+
 
 
 @dataclass(frozen=True)
 class BaseConfig:
     """How the tutor base is made. The defaults made the one that ships."""
 
-    vocab_size: int = 672
+    vocab_size: int = 680
     hidden_size: int = 128
     intermediate_size: int = 224
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
-    steps: int = 12_000
+    steps: int = 7_500
     tokens_per_step: int = 4_096  #: padded tokens
     learning_rate: float = 3e-3
     warmup_steps: int = 200
@@ -50,7 +50,7 @@ class BaseConfig:
     feedback_weight: float = (
         2.0  #: of a token of feedback or of a judge's letter; a solution's has 1
     )
-    verdict_weight: float = 6.0  #: of the first token after EOS, which is predicted at EOS
+    verdict_weight: float = 6.0  #: of a judge's letter, and of the token that is predicted at EOS
     seed: int = 0
     compile: bool = (
         True  #: 2.7 times faster on one core once compiled (a minute); needs a C compiler
@@ -60,7 +60,7 @@ class BaseConfig:
 def make_tokenizer(config: BaseConfig) -> PreTrainedTokenizerFast:
     """Train the byte-level BPE tokenizer; BOS, EOS and pad differ, and a number is one token."""
     rng = random.Random(f"tokenizer/{config.seed}")
-    texts = ["".join(tutor_text.draw_document(rng)) for _ in range(4_000)]
+    texts = ["".join(t for t, _ in tutor_text.draw_document(rng)) for _ in range(4_000)]
     texts += [f" {number}" for number in range(MAX_NUMBER + 1) for _ in range(400)]
     for special in tutor_text.SPECIAL_TOKENS:
         texts = [text.replace(special, "\n") for text in texts]
@@ -136,19 +136,24 @@ class _Batch:
 def _encode(
     tokenizer: Any, config: BaseConfig, rng: random.Random, n: int
 ) -> list[tuple[list[int], list[float]]]:
+    """Token ids and weights of ``n`` documents. Pieces end in a special token or before a space or
+    a line break, so tokenising them one by one gives the ids of the whole."""
     documents = [tutor_text.draw_document(rng) for _ in range(n)]
-    parts = [part for document in documents for part in document]
-    ids = tokenizer(parts, add_special_tokens=False)["input_ids"]
-    encoded = []
-    for i in range(0, len(ids), 3):
-        head, body, comment = ids[i : i + 3]
-        if comment:
-            weights = [1.0] * len(body)
-            weights += [config.verdict_weight] + [config.feedback_weight] * (len(comment) - 1)
-        else:  # a judgement: the letter, then EOS
-            weights = [config.verdict_weight] + [1.0] * (len(body) - 1)
-        encoded.append((head + body + comment, [0.0] * len(head) + weights))
-    return encoded
+    texts = [text for document in documents for text, _ in document]
+    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    result = []
+    for document in documents:
+        ids: list[int] = []
+        weights: list[float] = []
+        for text, part in document:
+            piece = next(encoded)
+            ids += piece
+            weight = {"prompt": 0.0, "solution": 1.0, "feedback": config.feedback_weight}[part]
+            weights += [weight] * len(piece)
+            if part == "feedback" and text.endswith((tutor_text.EOS, "A", "B")):
+                weights[len(ids) - len(piece)] = config.verdict_weight
+        result.append((ids, weights))
+    return result
 
 
 def _batches(tokenizer: Any, config: BaseConfig, rng: random.Random) -> Iterator[_Batch]:

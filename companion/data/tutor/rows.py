@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from typing import Any, Final
 
-from companion.data.tutor.gold import grade
+from companion.data.tutor.gold import Grade, grade
 from companion.data.tutor.labelling import (
     Dials,
     annotator_factors,
@@ -20,7 +20,7 @@ from companion.data.tutor.labelling import (
     preference_probability,
     tie_probability,
 )
-from companion.data.tutor.solutions import Solution, Style, draw_solution
+from companion.data.tutor.solutions import Style, draw_solution
 from companion.data.tutor.world import Problem, draw_problem
 from companion.errors import DataError
 
@@ -35,17 +35,22 @@ def _assistant(content: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": content}]
 
 
-def _two_different(rng: random.Random, problem: Problem, dials: Dials) -> tuple[Solution, Solution]:
-    first = draw_solution(rng, problem, shift=dials.shift)
-    while (second := draw_solution(rng, problem, shift=dials.shift)).text == first.text:
+def _two_different(rng: random.Random, problem: Problem, dials: Dials) -> tuple[str, str]:
+    first = draw_solution(rng, problem, shift=dials.shift).text
+    while (second := draw_solution(rng, problem, shift=dials.shift).text) == first:
         pass
     return first, second
 
 
-def _pair_row(row_id: str, problem: Problem, a: str, b: str, first: bool, p_first: float) -> Row:
-    grades = grade(problem, a), grade(problem, b)
+def _pair_row(
+    row_id: str,
+    problem: Problem,
+    texts: tuple[str, str],
+    grades: tuple[Grade, Grade],
+    first: bool,
+    p_first: float,
+) -> Row:
     chosen, rejected = (0, 1) if first else (1, 0)
-    texts = a, b
     both = sum(g.correct for g in grades)
     return {
         "id": row_id,
@@ -63,8 +68,8 @@ def _pair_row(row_id: str, problem: Problem, a: str, b: str, first: bool, p_firs
 
 def _pairs(rng: random.Random, row_id: str, dials: Dials) -> Row:
     problem = draw_problem(rng)
-    first, second = _two_different(rng, problem, dials)
-    grades = grade(problem, first.text), grade(problem, second.text)
+    texts = _two_different(rng, problem, dials)
+    grades = grade(problem, texts[0]), grade(problem, texts[1])
     annotator = rng.randrange(dials.annotators)
     gap = annotator_gap(*grades, dials, annotator_factors(dials)[annotator])
     # One draw decides the label and whether it came from a tie: the first part of the unit
@@ -73,8 +78,8 @@ def _pairs(rng: random.Random, row_id: str, dials: Dials) -> Row:
     row = _pair_row(
         row_id,
         problem,
-        first.text,
-        second.text,
+        texts,
+        grades,
         first_preferred,
         preference_probability(*grades, dials),
     )
@@ -167,13 +172,13 @@ def _canaries(rng: random.Random, row_id: str, dials: Dials) -> Row:
             better, worse = Style(False, 1, "plain"), Style(False, -1, "plain")
         elif kind == "brevity":
             better, worse = Style(False, 0, "terse"), Style(False, 0, "wordy")
-        good = draw_solution(rng, problem, error_rate=rates[0], style=better)
-        bad = draw_solution(rng, problem, error_rate=rates[1], style=worse)
-        grades = grade(problem, good.text), grade(problem, bad.text)
+        good = draw_solution(rng, problem, error_rate=rates[0], style=better).text
+        bad = draw_solution(rng, problem, error_rate=rates[1], style=worse).text
+        grades = grade(problem, good), grade(problem, bad)
         wanted = {"right": (1, 0), "right_but_rude": (1, 0), "step": (0, 0)}.get(kind, (1, 1))
         if tuple(int(g.correct) for g in grades) == wanted and grades[0].reward > grades[1].reward:
             p = preference_probability(*grades, dials)
-            row = _pair_row(row_id, problem, good.text, bad.text, True, p)
+            row = _pair_row(row_id, problem, (good, bad), grades, True, p)
             row["subset"] = kind
             return row
 

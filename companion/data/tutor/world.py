@@ -3,7 +3,8 @@
 ``Ana has 3 boxes with 4 pens each and buys 5. How many pens now?`` is a :class:`Problem`:
 a product, then one or two changes. The numbers are small on purpose: all of the world's arithmetic
 fits into a model of a million parameters, so what a reward model gets wrong is its training's fault
-and not the base's. :meth:`Problem.steps` is the truth that everything else in this package is graded against.
+and not the base's. :attr:`Problem.steps` is the truth that all else in this package is graded
+against.
 """
 
 from __future__ import annotations

@@ -1,0 +1,131 @@
+# Each goal makes its own virtual environment (.venv) when there is none, and installs only what is
+# missing or has changed. See `make help`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+# Goals share one environment and one pip: `make -j` must not start two of them at once.
+.NOTPARALLEL:
+
+VENV ?= .venv
+BUILD ?= build
+# Test processes at a time; each uses one thread.
+JOBS ?= 2
+# A package index for torch alone, as pytorch.org's start page prints it behind --index-url.
+# Empty: wherever pip looks by itself.
+TORCH_INDEX ?=
+# The interpreter that makes the environment: the first of these that runs and is new enough.
+PYTHON ?= $(shell for c in python3.11 python3.12 python3.13 python3 python; do \
+	"$$c" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$c"; break; }; done)
+
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet -c constraints.txt
+# One stamp an index, so that asking for another build of torch later really changes it.
+TORCH_STAMP := $(VENV)/.stamp-torch$(if $(TORCH_INDEX),-$(notdir $(patsubst %/,%,$(TORCH_INDEX))))
+
+# DeepSpeed compiles nothing at install; its operators are built on the GPU machine when first used.
+export DS_BUILD_OPS = 0
+# Outside of this environment nothing may leak in.
+unexport PYTHONPATH
+# What runs offline: tests and the book. Quickstart needs no network either, but sets nothing, so
+# that a model id of the hub works in its place.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+NOTEBOOK_SOURCES := $(wildcard book/ch*.md solutions/*.md)
+NOTEBOOKS := $(patsubst %.md,$(BUILD)/notebooks/%.ipynb,$(NOTEBOOK_SOURCES))
+
+.PHONY: help quickstart test test-slow book notebooks lint format figures clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
+	@echo
+	@echo "  PYTHON=python3.12    the interpreter that makes .venv (3.11 or newer)"
+	@echo "  TORCH_INDEX=URL      take torch from this index, e.g. for a CUDA build"
+	@echo "  JOBS=N               test processes at a time (2)"
+
+quickstart: $(VENV)/.stamp-core ## train a reward model, judge it, write report.html (minutes)
+	$(VENV)/bin/companion quickstart
+
+test: $(VENV)/.stamp-all $(NOTEBOOKS) ## lint, types, import floors, unit tests, notebooks, book
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check $(NOTEBOOKS)
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest --quiet -n $(JOBS) --dist loadgroup \
+		--nbmake --nbmake-timeout=300 $(NOTEBOOKS) tests
+
+test-slow: $(VENV)/.stamp-all ## the tests that take minutes
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests
+
+book: $(VENV)/.stamp-book ## run every notebook and build the pages into build/_build/html
+	$(OFFLINE) $(VENV)/bin/jupyter-book build . --toc book/_toc.yml --path-output $(BUILD) --all -W --keep-going
+	@echo "open $(BUILD)/_build/html/index.html"
+
+notebooks: $(NOTEBOOKS) ## the chapters as .ipynb, to open and change, in build/notebooks
+	@ls $(NOTEBOOKS)
+
+figures: $(VENV)/.stamp-core ## draw the pictures of README and start pages again
+	$(PY) book/figures/draw.py
+
+lint: $(VENV)/.stamp-all $(NOTEBOOKS) ## what `make test` checks without running anything
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check $(NOTEBOOKS)
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/.stamp-all ## let ruff format and mend what it can
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+clean: ## remove the environment and all that was built
+	rm -rf $(VENV) $(BUILD) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Notebooks: nbmake runs .ipynb only, so the Markdown sources are converted first. A source that is
+# gone must not leave its notebook behind to be run.
+$(BUILD)/notebooks/%.ipynb: %.md $(VENV)/.stamp-book
+	@mkdir -p $(@D)
+	@$(VENV)/bin/jupytext --quiet --to ipynb --output $@ $<
+
+# Environment, in order: interpreter, torch by its pin, the package, then what the book and the tests
+# need on top. Each stamp depends on the one before, so that one pip runs after the other.
+$(VENV)/.stamp-python:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "No Python 3.11 or newer was found on the path."; \
+		echo "  Cure: install one (pyenv install 3.11, or your system's python3.11 and python3.11-venv),"; \
+		echo "  or name it: make PYTHON=/path/to/python3.11"; exit 1; fi
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is not Python 3.11 or newer: $$("$(PYTHON)" --version 2>&1)"; \
+		echo "  Cure: make PYTHON=python3.11 (or another one that is new enough)"; exit 1; }
+	@"$(PYTHON)" -m venv $(VENV) || { \
+		echo "  Cure: Debian and Ubuntu keep this apart: apt install python3-venv"; exit 1; }
+	@touch $@
+
+$(TORCH_STAMP): constraints.txt | $(VENV)/.stamp-python
+	@echo "Installing $(TORCH) …"
+ifneq ($(TORCH_INDEX),)
+	@$(PIP) uninstall --quiet --yes torch 2>/dev/null || true
+	@$(PIP) install --quiet --index-url "$(TORCH_INDEX)" "$(TORCH)"
+else
+	@$(INSTALL) "$(TORCH)"
+endif
+	@touch $@
+
+$(VENV)/.stamp-core: pyproject.toml constraints.txt $(TORCH_STAMP)
+	@echo "Installing the companion …"
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.stamp-book: $(VENV)/.stamp-core
+	@echo "Installing what the book needs …"
+	@$(INSTALL) -e ".[book]"
+	@touch $@
+
+$(VENV)/.stamp-all: $(VENV)/.stamp-book
+	@echo "Installing what the tests need …"
+	@$(INSTALL) -e ".[book,test,dev,peft,deepspeed]"
+	@touch $@

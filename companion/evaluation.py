@@ -1,0 +1,388 @@
+"""A reward model on held-out pairs: scores, figures, and the best that any model could reach.
+
+Where rows carry their truth (``probability``, or ``reward_chosen`` and ``reward_rejected``, as the
+tutor's do) each figure stands beside its limit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from companion.data.splits import prompt_key
+from companion.errors import DataError
+from companion.metrics import pairwise_metrics
+from companion.resampling import Array
+
+__all__ = [
+    "EvaluationResult",
+    "evaluate_pairs",
+    "format_table",
+    "gold_probability",
+    "pairwise_metrics",
+    "subset_rows",
+    "summary_rows",
+]
+
+
+class PairScoresLike(Protocol):
+    """What ``score_pairs`` returns: one entry a row, NaN and a reason where a row was dropped."""
+
+    @property
+    def chosen(self) -> Any: ...
+    @property
+    def rejected(self) -> Any: ...
+    @property
+    def chosen_tokens(self) -> Any: ...
+    @property
+    def rejected_tokens(self) -> Any: ...
+    @property
+    def reasons(self) -> Sequence[str | None]: ...
+
+
+class PairScorer(Protocol):
+    """Anything that scores pairs, such as ``RewardScorer``."""
+
+    def score_pairs(
+        self, rows: Sequence[Mapping[str, Any]], *, progress: Callable[[int], None] | None = None
+    ) -> PairScoresLike:
+        """Score both sides of each row, in the order of the rows."""
+
+
+@dataclass
+class EvaluationResult:
+    """Figures, and what they were computed from.
+
+    Attributes
+    ----------
+    metrics : dict
+        As :func:`companion.metrics.pairwise_metrics` returns them.
+    chosen, rejected : ndarray ``[n_rows]``
+        Raw scores, NaN where a row was dropped.
+    chosen_lengths, rejected_lengths : ndarray ``[n_rows]``
+        Tokens of the whole text, prompt and template included.
+    probability : ndarray ``[n_rows]`` or None
+        True probability that `chosen` is preferred.
+    reasons : list of str or None
+        Why a row has no score.
+    rows : list of dict
+        The pairs themselves, for showing some.
+    info : dict
+        What was evaluated on what.
+    """
+
+    metrics: dict[str, Any]
+    chosen: Array
+    rejected: Array
+    chosen_lengths: Array
+    rejected_lengths: Array
+    probability: Array | None = None
+    reasons: list[str | None] = field(default_factory=list)
+    rows: list[Mapping[str, Any]] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def margins(self) -> Array:
+        """``chosen - rejected``, NaN where a row was dropped."""
+        return self.chosen - self.rejected
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return metrics and info as plain JSON values; what is not finite becomes None."""
+        return _plain({"info": self.info, "metrics": self.metrics})
+
+    def save(self, path: str | Path) -> Path:
+        """Write :meth:`to_dict` as JSON; folders are made."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        target.write_text(text + "\n", encoding="utf-8")
+        return target
+
+    def table(self) -> str:
+        """Return the figures as text: one table of all pairs, one of the subsets if there are."""
+        parts = [format_table(("figure", "ours", "limit"), summary_rows(self.metrics))]
+        if self.metrics["subsets"]:
+            head, *body = subset_rows(self.metrics)
+            parts.append(format_table(head, body))
+        return "\n\n".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
+
+
+def gold_probability(rows: Sequence[Mapping[str, Any]]) -> tuple[Array | None, str | None]:
+    """True probability that `chosen` is preferred, where the rows say it.
+
+    Parameters
+    ----------
+    rows : sequence of mappings
+        With ``probability``; or ``reward_chosen`` and ``reward_rejected``, whose difference is
+        taken for the logit. With neither in the first row there is no gold.
+
+    Returns
+    -------
+    probability : ndarray ``[n]`` or None
+    source : str or None
+        Which columns it came from.
+
+    Raises
+    ------
+    DataError
+        If a later row lacks what the first one has; the row is named.
+    """
+    if not rows:
+        return None, None
+    if isinstance(rows[0].get("probability"), (int, float)):
+        columns = ["probability"]
+    elif all(isinstance(rows[0].get(f"reward_{s}"), (int, float)) for s in ("chosen", "rejected")):
+        columns = ["reward_chosen", "reward_rejected"]
+    else:
+        return None, None
+    table = np.empty((len(rows), len(columns)))
+    for number, row in enumerate(rows):
+        for place, column in enumerate(columns):
+            value = row.get(column)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise DataError(
+                    f"row {number}: {column} is {value!r}, though the first row has it",
+                    f"give every row a {column}, or leave the column out",
+                )
+            table[number, place] = value
+    if len(columns) == 1:
+        outside = (table < 0) | (table > 1)
+        if outside.any():
+            raise DataError(f"row {int(outside.argmax())}: probability is not in [0, 1]")
+        return table[:, 0], "probability"
+    gap = table[:, 0] - table[:, 1]
+    return np.exp(-np.logaddexp(0.0, -gap)), "reward_chosen - reward_rejected"
+
+
+def _groups(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = []
+    for number, row in enumerate(rows):
+        try:
+            keys.append(prompt_key(row))
+        except DataError:  # a row whose prompt cannot be told apart is a prompt of its own
+            keys.append(f"row {number}")
+    return keys
+
+
+def evaluate_pairs(
+    scorer: PairScorer,
+    dataset: Iterable[Mapping[str, Any]],
+    *,
+    temperature: float | None = None,
+    info: Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+    seed: int = 0,
+) -> EvaluationResult:
+    """Score held-out pairs and compute every figure.
+
+    Parameters
+    ----------
+    scorer : RewardScorer or alike
+        Its ``score_pairs(rows)`` is called once with all rows.
+    dataset : iterable of mappings
+        Pairs (``companion.data.loading.load_rows``), with an optional ``subset`` column and
+        optional truth (:func:`gold_probability`).
+    temperature : float, optional
+        Of the calibrated probability; by default that of the scorer's manifest.
+    info : mapping, optional
+        What goes into the result's ``info``, such as the names of model and data.
+    progress : callable, optional
+        Called with the number of texts scored since the last call.
+    seed : int, default 0
+        Of the bootstrap and the band.
+
+    Raises
+    ------
+    DataError
+        If there is no pair, or none can be scored.
+    """
+    rows = [dict(row) for row in dataset]
+    if not rows:
+        raise DataError("there is no pair to evaluate on", "check the split and the limit")
+    if temperature is None:
+        manifest = getattr(getattr(scorer, "reward_model", None), "manifest", None)
+        temperature = getattr(manifest, "temperature", None)
+    probability, source = gold_probability(rows)
+    scores = (
+        scorer.score_pairs(rows)
+        if progress is None
+        else scorer.score_pairs(rows, progress=progress)
+    )
+    chosen = np.asarray(scores.chosen, dtype=np.float64)
+    rejected = np.asarray(scores.rejected, dtype=np.float64)
+    lengths = [
+        np.asarray(side, dtype=np.float64)
+        for side in (scores.chosen_tokens, scores.rejected_tokens)
+    ]
+    reasons = list(scores.reasons)
+    subsets = None
+    if any(row.get("subset") is not None for row in rows):
+        subsets = ["(none)" if row.get("subset") is None else str(row["subset"]) for row in rows]
+    metrics = pairwise_metrics(
+        chosen,
+        rejected,
+        chosen_lengths=lengths[0],
+        rejected_lengths=lengths[1],
+        subsets=subsets,
+        groups=_groups(rows),
+        probability=probability,
+        reasons=reasons,
+        temperature=temperature,
+        seed=seed,
+    )
+    about = {**dict(info or {}), "limit_from": source, "length_unit": "tokens"}
+    return EvaluationResult(
+        metrics, chosen, rejected, lengths[0], lengths[1], probability, reasons, list(rows), about
+    )
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _range(pair: Sequence[float] | None, percent: bool = False) -> str:
+    if pair is None:
+        return ""
+    low, high = (100 * v if percent else v for v in pair)
+    return f" [{low:.1f}, {high:.1f}]" if percent else f" [{low:.3f}, {high:.3f}]"
+
+
+def summary_rows(
+    metrics: Mapping[str, Any], limit: Mapping[str, Any] | None = None
+) -> list[tuple[str, str, str]]:
+    """Return (figure, ours, limit) as text, for tables on a terminal and in a report.
+
+    The limit is what the true probabilities reach on the same labels, an interval what a perfectly
+    calibrated model shows by chance; '–' where there is none.
+
+    Parameters
+    ----------
+    metrics : mapping
+        Of :func:`pairwise_metrics`.
+    limit : mapping, optional
+        In place of ``metrics["limit"]``, of the same form.
+    """
+    limit = limit or metrics.get("limit") or {}
+    best: Mapping[str, Any] = limit.get("rows", {})
+    pairs = f"{metrics['n']:,}"
+    if metrics.get("n_prompts") not in (None, metrics["n"]):
+        pairs += f" ({metrics['n_prompts']:,} prompts)"
+    rows = [
+        ("pairs scored", pairs, "–"),
+        ("rows dropped", f"{metrics['dropped']['total']:,}", "–"),
+        (
+            "accuracy [95%]",
+            _percent(metrics["accuracy"]) + _range(metrics["accuracy_interval"], percent=True),
+            _percent(best.get("accuracy")),
+        ),
+        ("accuracy, ties as half", _percent(metrics["accuracy_ties_half"]), "–"),
+        ("ties", f"{metrics['ties']:,}", "–"),
+    ]
+    if metrics.get("longer_wins"):
+        rows.append(("floor: 'longer wins'", _percent(metrics["longer_wins"]["accuracy"]), "–"))
+    rows += [
+        ("loss (nats)", _number(metrics["loss"]), _number(best.get("loss"))),
+        ("mean margin", _number(metrics["margin_mean"]), "–"),
+        (
+            "calibration error, debiased",
+            _number(metrics["ece"]),
+            "calibrated" + _range(metrics["ece_band"]),
+        ),
+        (
+            "calibration error, plain",
+            _number(metrics["ece_plain"]),
+            "calibrated" + _range(metrics["ece_plain_band"]),
+        ),
+        ("Brier score", _number(metrics["brier"]), _number(best.get("brier"))),
+    ]
+    warm = metrics.get("at_temperature")
+    if warm and warm["temperature"] != 1.0:
+        name = f"at T = {warm['temperature']:.2f}"
+        rows += [
+            (f"loss {name}", _number(warm["loss"]), _number(best.get("loss"))),
+            (
+                f"calibration error {name}",
+                _number(warm["ece"]),
+                "calibrated" + _range(warm["ece_band"]),
+            ),
+        ]
+    if limit.get("model_expected"):
+        ours, ideal = limit["model_expected"], limit["expected"]
+        rows += [
+            (
+                "accuracy, mean over labels",
+                _percent(ours["accuracy"]),
+                _percent(ideal["accuracy"]),
+            ),
+            ("loss, mean over labels", _number(ours["loss"]), _number(ideal["loss"])),
+        ]
+    if metrics.get("score_length"):
+        link = metrics["score_length"]
+        rows.append(
+            (
+                "score ~ length, r (ρ)",
+                f"{_number(link['pearson'], 2)} ({_number(link['spearman'], 2)})",
+                "–",
+            )
+        )
+    return rows
+
+
+def subset_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return a head and one row of text for each subset."""
+    rows: list[tuple[str, ...]] = [
+        ("subset", "pairs", "accuracy [95%]", "limit", "longer wins", "loss", "mean margin")
+    ]
+    for name, figures in metrics["subsets"].items():
+        longer = figures.get("longer_wins")
+        rows.append(
+            (
+                name,
+                f"{figures['n']:,}",
+                _percent(figures["accuracy"]) + _range(figures["accuracy_interval"], percent=True),
+                _percent(figures["limit_accuracy"]),
+                _percent(longer["accuracy"] if longer else None),
+                _number(figures["loss"]),
+                _number(figures["margin_mean"]),
+            )
+        )
+    return rows
+
+
+def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return an aligned text table: first column left, the others right."""
+    table = [tuple(head), *(tuple(row) for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("─" * width for width in widths)
+    return "\n".join([line(table[0]), rule, *(line(row) for row in table[1:])])

@@ -1,0 +1,264 @@
+"""Settings of a pairwise run: every field is a flag of ``companion train pairwise``.
+
+Three groups: the model, the data, and the training itself (all of transformers'
+``TrainingArguments`` and TRL's ``RewardConfig``, with the defaults that a reward model wants).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import RewardConfig
+
+from companion.errors import CompanionError
+
+
+@dataclass
+class PairwiseRewardConfig(RewardConfig):
+    """TRL's ``RewardConfig`` with the defaults of a reward model, and two fields more.
+
+    What differs from TRL's defaults, and why:
+
+    =============================  ===================  ==========================================
+    field                          here (TRL)           why
+    =============================  ===================  ==========================================
+    num_train_epochs               1 (3)                reward models overfit beyond one epoch
+    center_rewards_coefficient     0.01 (none)          else the scores drift: Bradley–Terry sees
+                                                        differences only (arXiv 2312.09244)
+    bf16                           on CUDA with bf16    on a CPU it saves nothing on small models
+                                   (always)             and rounds
+    activation_checkpointing       off (on)             it costs a second forward; switch it on
+                                                        when memory runs out
+    logging_steps                  0.02 (10)            a share of the run: 50 points, however long
+    eval_strategy, eval_steps      steps, 0.2 (no)      five looks at held-out pairs on the way
+    save_total_limit               2 (none)             a checkpoint is three times the model
+    ddp_find_unused_parameters     off (on)             all are used; the search costs time at
+                                                        every step
+    =============================  ===================  ==========================================
+
+    ``label_smoothing_factor`` is the probability with which a label is taken to be flipped.
+    Raises :class:`companion.errors.CompanionError` for settings that cannot be honoured.
+    """
+
+    num_train_epochs: float = field(
+        default=1.0, metadata={"help": "Passes over the data; reward models overfit beyond one."}
+    )
+    center_rewards_coefficient: float | None = field(
+        default=0.01,
+        metadata={"help": "Weight of the penalty (chosen + rejected)^2 that keeps scores near 0."},
+    )
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Former name of activation_checkpointing. Default: off."},
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "bf16 mixed precision. Default: on where the device is CUDA with bf16."},
+    )
+    logging_steps: float = field(
+        default=0.02, metadata={"help": "Log every N steps, or below 1: every share of the run."}
+    )
+    eval_strategy: str = field(
+        default="steps",
+        metadata={
+            "help": "Evaluate on held-out pairs: by 'steps', by 'epoch', or 'no'.",
+            "choices": ["no", "steps", "epoch"],
+        },
+    )
+    eval_steps: float | None = field(
+        default=0.2, metadata={"help": "Evaluate every N steps, or below 1: share of the run."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Keep this many checkpoints."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Look for parameters without a gradient at every step (mixtures)."},
+    )
+    overlong: str = field(
+        default="drop",
+        metadata={
+            "help": "Pairs with a text above max_length: drop them, stop with an error, or cut "
+            "the prompt from its left. Each is counted and shown.",
+            "choices": ["drop", "error", "truncate_prompt"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            usable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = usable and not self.fp16 and not self.use_cpu
+        by_deepspeed = (
+            self.deepspeed is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        )
+        if not torch.accelerator.is_available() and not by_deepspeed:
+            self.use_cpu = True  # several processes then talk over gloo
+        super().__post_init__()
+        if not 0 <= self.label_smoothing_factor < 0.5:
+            raise CompanionError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}",
+                "give a probability in [0, 0.5) with which a label is flipped",
+            )
+        if not self.average_tokens_across_devices:
+            raise CompanionError(
+                "average_tokens_across_devices=False asks for the mean of local means, whose "
+                "gradient is wrong whenever the ranks hold different numbers of pairs",
+                "leave it on",
+            )
+        settings: Any = self.accelerator_config
+        if settings.split_batches or settings.dispatch_batches:
+            raise CompanionError(
+                "accelerator_config: split_batches and dispatch_batches are not supported, since "
+                "the pairs of a step could then not be counted exactly",
+                "leave both off",
+            )
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise CompanionError(
+                "train_sampling_strategy 'batch_rebalance' is not supported",
+                "take 'group_by_length', which also saves padding",
+            )
+        for name in ("eos_token", "pad_token", "model_init_kwargs"):
+            if getattr(self, name) is not None:
+                raise CompanionError(
+                    f"{name} is set, but models are loaded by companion.models.load_base, "
+                    "which chooses pad and EOS safely",
+                    "set the token in the tokenizer's own files",
+                )
+
+
+@dataclass
+class ModelArguments:
+    """Which base, and whether to train all of it."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base to start from: a folder or a hub id."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit on the hub."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Number format of the weights. With bf16 on, float32 weights are computed "
+            "with in bf16; the head is float32 in any case.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2, …"}
+    )
+    keep_head: bool = field(
+        default=False,
+        metadata={"help": "Go on with the head of an earlier reward model, not a fresh one."},
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter and the head."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers to adapt; default: all linear ones."}
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale by alpha/sqrt(r) in place of alpha/r."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which pairs to train on, and which to hold out."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Pairs: a file (.jsonl, .parquet, .csv, …), a folder, or a hub id."},
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a hub dataset."}
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a hub dataset."}
+    )
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split to train on; slices such as train[:1000] work."}
+    )
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to hold out. Default: a part of the prompts of the train split."},
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out pairs from another source."}
+    )
+    eval_fraction: float = field(
+        default=0.1,
+        metadata={"help": "Share of the rows to hold out, whole prompts, if nothing else is."},
+    )
+    calibration_fraction: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the held-out pairs that is looked at during training and sets "
+            "temperature and reference; the others give the final figures. 1: all do both."
+        },
+    )
+    split_seed: int = field(default=0, metadata={"help": "Another seed, another split."})
+    limit: int | None = field(default=None, metadata={"help": "Take this many rows at most."})
+    margins: str = field(
+        default="given",
+        metadata={
+            "help": "A 'margin' column as given, made from ratings, or none.",
+            "choices": ["given", "ratings", "none"],
+        },
+    )
+    on_error: str = field(
+        default="raise",
+        metadata={
+            "help": "Bad rows: stop with all of them named, or skip and count them.",
+            "choices": ["raise", "skip"],
+        },
+    )
+
+
+def describe_settings(config: PairwiseRewardConfig, model: ModelArguments) -> dict[str, Any]:
+    """The settings that decide what is learned, for the manifest."""
+    names = (
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "world_size",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "optim",
+        "center_rewards_coefficient",
+        "label_smoothing_factor",
+        "max_length",
+        "overlong",
+        "bf16",
+        "fp16",
+        "seed",
+        "data_seed",
+        "train_sampling_strategy",
+        "activation_checkpointing",
+    )
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
+    settings["optim"] = str(getattr(config.optim, "value", config.optim))
+    settings["lr_scheduler_type"] = str(
+        getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
+    )
+    if model.use_peft:
+        settings["lora"] = {
+            "r": model.lora_r,
+            "alpha": model.lora_alpha,
+            "dropout": model.lora_dropout,
+            "target_modules": model.lora_target_modules or "all-linear",
+            "use_rslora": model.use_rslora,
+        }
+    return settings

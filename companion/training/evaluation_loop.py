@@ -1,0 +1,93 @@
+"""The evaluation loop of the pairwise trainer: n pairs in, figures of exactly n pairs out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers.integrations.deepspeed import deepspeed_init
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
+
+from companion.training.exact import COLUMNS, PairMetrics, summarise
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from transformers import Trainer
+
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class ExactEvaluation(_Base):
+    """Replaces ``Trainer.evaluation_loop``, which averages what batches report.
+
+    In transformers the loss of a batch is repeated batch-size times and averaged, and TRL's metrics
+    are means of batch means over ranks (trl #7010). Here each rank's pairs are gathered as they
+    are, the padding pairs are taken out, and the figures are computed from the whole table.
+    """
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Score all pairs; ``predictions`` is ``[n, 2]`` float32 in the order of the rows."""
+        model = self._model_for_evaluation()
+        model.eval()
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()  # type: ignore[union-attr]
+        self.callback_handler.eval_dataloader = dataloader
+        pairs = PairMetrics()
+        for batch in dataloader:
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                table = self.per_pair(model, inputs)  # type: ignore[attr-defined]
+            # every rank holds as many rows, padding pairs included, so a plain gather fits
+            pairs.add(self.accelerator.gather(table).cpu())
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
+        table = pairs.pop()
+        figures: dict[str, Any] = summarise(table)
+        del figures["tokens"]
+        chosen = COLUMNS.index("chosen")
+        predictions = table[:, chosen : chosen + 2].to(torch.float32).numpy()
+        labels = np.zeros(len(predictions), dtype=np.int64)
+        if self.compute_metrics is not None:
+            more = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+            figures |= denumpify_detensorize(more)
+        prefix = f"{metric_key_prefix}_"
+        metrics = {
+            name if name.startswith(prefix) else prefix + name: value
+            for name, value in figures.items()
+        }
+        return EvalLoopOutput(
+            predictions=predictions, label_ids=labels, metrics=metrics, num_samples=len(predictions)
+        )
+
+    def _model_for_evaluation(self) -> Any:
+        """The wrapped model; wrapped now if nothing was trained yet (as transformers does it)."""
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            deepspeed_init(self, num_training_steps=0, inference=True)
+        model: Any = self._wrap_model(self.model, training=False)  # type: ignore[arg-type]
+        if len(self.accelerator._models) == 0 and model is self.model:
+            whole = self.is_fsdp_enabled and not self.args.torch_compile
+            if self.is_deepspeed_enabled or whole:
+                model = self.accelerator.prepare(model)
+            else:
+                model = self.accelerator.prepare_model(model, evaluation_mode=True)
+            if self.is_fsdp_enabled:
+                self.model = model
+            if model is not self.model:
+                self.model_wrapped = model
+            if self.is_deepspeed_enabled:
+                self.deepspeed: Any = self.model_wrapped
+        if not self.is_in_train and (self.args.fp16_full_eval or self.args.bf16_full_eval):
+            dtype = torch.float16 if self.args.fp16_full_eval else torch.bfloat16
+            model = model.to(dtype=dtype, device=self.args.device)
+        return model

@@ -1,0 +1,126 @@
+"""Links, anatomy and figures of the pages; what needs a built book is in test_build.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from book_pages import BOOK, CHAPTERS, PAGES, ROOT
+
+import companion
+
+_LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
+_CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+_DIRECTIVE_FILE = re.compile(r"^```\{(?:image|figure)\} (\S+)", re.MULTILINE)
+_SECTIONS = ("At scale", "Exercises", "Key points", "Pitfalls", "References", "Break it on purpose")
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def local_links(text: str) -> list[str]:
+    """Targets of links and images that are no URL, without their anchors."""
+    prose = _CODE.sub("", text)
+    targets = [a or b for a, b in _LINK.findall(prose)] + _DIRECTIVE_FILE.findall(text)
+    return [
+        target.split("#")[0]
+        for target in targets
+        if not re.match(r"[a-z]+:|#", target) and target.split("#")[0]
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_local_links_lead_somewhere(page):
+    missing = [
+        target
+        for target in local_links(page.read_text(encoding="utf-8"))
+        if not (page.parent / target).exists()
+    ]
+    assert not missing
+
+
+def test_links_are_found():
+    text = '[a](x.md#b) ![c](d.svg) <img src="e.svg"> [f](https://g.h) `[no](i)`\n'
+    assert local_links(text) == ["x.md", "d.svg", "e.svg"]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_has_its_parts(chapter):
+    text = chapter.read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert [name for name in _SECTIONS if name not in headings] == []
+    assert ":class: chapter-card" in text
+    assert re.search(r"https://github\.com/\S+/(issues|pull)/\d+", text), "no upstream thread"
+    cells = "".join(re.findall(r"^```\{code-cell\}.*?^```", text, re.MULTILINE | re.DOTALL))
+    assert "from companion" in cells
+    assert cells.count("assert") >= 10
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_glued_names_are_made_and_used(chapter):
+    """A number that is glued but not shown, or shown but not glued, is a slip."""
+    text = chapter.read_text(encoding="utf-8")
+    made = re.findall(r"\bglue\(\s*\"([^\"]+)\"", text)
+    used = re.findall(r"\{glue:[a-z]+\}`([^:`]+)", text)
+    assert len(made) == len(set(made))
+    assert set(used) == set(made)
+
+
+def test_chapters_stand_in_the_table_of_contents():
+    toc = (BOOK / "_toc.yml").read_text(encoding="utf-8")
+    assert [path.stem for path in CHAPTERS if f"file: book/{path.stem}\n" not in toc] == []
+
+
+def test_every_public_module_stands_in_the_reference():
+    modules = {
+        module.name
+        for module in pkgutil.walk_packages(companion.__path__, "companion.")
+        if not module.ispkg
+        and not any(part.startswith("_") for part in module.name.split("."))
+        and not module.name.startswith("companion.cli.")
+    }
+    pages = "".join(path.read_text(encoding="utf-8") for path in (BOOK / "api").glob("*.md"))
+    listed = re.findall(r"^\.\. automodule:: (\S+)$", pages, re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    assert set(listed) == modules, "add the module to, or take it from, its page in book/api/"
+
+
+def test_drawings_are_those_that_the_code_draws():
+    drawn = _load(BOOK / "figures" / "draw.py").drawings()
+    assert len(drawn) == 4
+    stale = [
+        name
+        for name, svg in drawn.items()
+        if (BOOK / "figures" / name).read_text(encoding="utf-8") != svg
+    ]
+    assert not stale, "run 'make figures'"
+
+
+def test_docstrings_link_the_chapters_that_exist():
+    extension = _load(BOOK / "_ext" / "companion_docs.py")
+    documents = extension.chapter_documents(BOOK)
+    assert documents[1] == "/book/ch01_bradley_terry"
+    lines = ["See Chapter 1, and Chapter 99.", "chapter 1 in passing"]
+    extension.link_chapters(lines, documents)
+    assert lines == [
+        "See :doc:`Chapter 1 </book/ch01_bradley_terry>`, and Chapter 99.",
+        "chapter 1 in passing",
+    ]
+
+
+def test_no_registry_host_is_written_down():
+    """Where packages come from is the business of whoever installs, not of this repository."""
+    names = ("pyproject.toml", "constraints.txt", "Makefile", ".ci/run")
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in names)
+    assert "://" not in text
+    assert "+cpu" not in text.replace("(`+cpu`)", "").replace("2.13.0+cpu and", "")

@@ -1,0 +1,104 @@
+"""Train an epoch under DeepSpeed ZeRO on CPU processes; write the figures and the final weights.
+
+Usage: ``torchrun --nproc_per_node 2 deepspeed_worker.py STAGE OUTPUT`` (environment:
+``DS_ACCELERATOR=cpu ACCELERATE_USE_DEEPSPEED=true``); stage 0 is plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+spec = importlib.util.spec_from_file_location(
+    "exact_worker", Path(__file__).with_name("exact_worker.py")
+)
+assert spec is not None
+assert spec.loader is not None
+base = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(base)
+
+from companion.training.config import PairwiseRewardConfig  # noqa: E402
+from companion.training.pairwise import PairwiseRewardTrainer  # noqa: E402
+
+N_PAIRS, STEP_MICRO, ACCUMULATION = 9, 4, 2
+
+
+def settings(stage: int, ranks: int) -> dict[str, Any]:
+    if stage == 0:
+        return {"use_cpu": True}
+    zero: dict[str, Any] = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+    if stage == 2:  # both abort over gloo
+        zero |= {"overlap_comm": False, "reduce_scatter": False}
+    return {
+        "use_cpu": False,
+        "accelerator_config": {"use_configured_state": True},
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": STEP_MICRO // ranks,
+            "gradient_accumulation_steps": ACCUMULATION,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,
+        },
+    }
+
+
+def main(stage: int, output: str) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if stage:
+        PartialState(backend="gloo")
+    start = dict(base.make_model().state_dict())  # before DeepSpeed partitions every new module
+    rows = Dataset.from_list(base.make_rows(N_PAIRS, margin=True))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PairwiseRewardTrainer(
+            model=base.make_model(),
+            args=PairwiseRewardConfig(
+                folder,
+                per_device_train_batch_size=STEP_MICRO // ranks,
+                per_device_eval_batch_size=2,
+                gradient_accumulation_steps=ACCUMULATION,
+                learning_rate=0.05,
+                lr_scheduler_type="constant",
+                optim="sgd",
+                max_grad_norm=0.0,
+                center_rewards_coefficient=base.CENTERING,
+                save_strategy="no",
+                eval_strategy="no",
+                logging_steps=1,
+                report_to="none",
+                disable_tqdm=True,
+                **settings(stage, ranks),
+            ),
+            train_dataset=rows,
+            processing_class=base.make_tokenizer(),
+        )
+        trainer.train()
+        held_out = trainer.evaluate(rows.select(range(5)))
+        predictions = trainer.predict(rows.select(range(5))).predictions.tolist()
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if int(os.environ.get("RANK", 0)) == 0:
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        torch.save(
+            {
+                "weights": {name: value.cpu().float() for name, value in state.items()},
+                "start": start,
+                "figures": json.dumps(
+                    {"losses": losses, "eval": held_out, "predictions": predictions}
+                ),
+            },
+            output,
+        )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,52 @@
+"""The same numbers on a GPU as on a CPU. Run with ``pytest -m gpu tests/gpu``."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from companion.losses import bradley_terry_loss, outcome_loss, plackett_luce_loss, process_loss
+from companion.models import load_reward_model, reward_scores
+from companion.readout import last_token_readout
+from companion.scoring import RewardScorer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_maths_agrees_with_the_cpu(dtype):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(16, 5, dtype=dtype, generator=generator) * 10
+    logits = torch.randn(4, 7, 3, dtype=dtype, generator=generator)
+    classes = torch.randint(0, 3, (4, 7), generator=generator)
+    mask = torch.ones(16, 5, dtype=torch.long)
+    mask[::3, 3:] = 0
+    for function, arguments in (
+        (bradley_terry_loss, (scores[:, 0], scores[:, 1])),
+        (plackett_luce_loss, (scores, mask.bool())),
+        (process_loss, (logits, classes)),
+        (outcome_loss, (logits[..., 0], (classes > 1).long())),
+        (last_token_readout, (scores, mask)),
+    ):
+        here = function(*arguments)
+        there = function(*(a.cuda() for a in arguments))
+        assert there.is_cuda
+        torch.testing.assert_close(there.cpu(), here)
+
+
+def test_scores_agree_with_the_cpu(tiny_reward, tiny_texts):
+    here, there = (RewardScorer.from_pretrained(tiny_reward, device=d) for d in ("cpu", "cuda"))
+    assert there.device.type == "cuda"
+    assert np.abs(here.score(tiny_texts).raw - there.score(tiny_texts).raw).max() < 1e-4
+
+
+def test_the_head_stays_in_float32_under_bf16_autocast(tiny_reward, tiny_texts):
+    loaded = load_reward_model(tiny_reward, device="cuda")
+    ids = torch.tensor([loaded.tokenizer(tiny_texts[0])["input_ids"]]).cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        scores = reward_scores(loaded.model, ids, torch.ones_like(ids))
+    assert scores.dtype == torch.float32
