@@ -33,7 +33,7 @@ unexport PYTHONPATH
 # that a model id of the hub works in its place.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-NOTEBOOK_SOURCES := $(wildcard book/ch*.md solutions/*.md)
+NOTEBOOK_SOURCES := $(wildcard book/ch*.md solutions/ch*.md)
 NOTEBOOKS := $(patsubst %.md,$(BUILD)/notebooks/%.ipynb,$(NOTEBOOK_SOURCES))
 
 .PHONY: help quickstart test test-slow book notebooks lint format figures clean
@@ -54,7 +54,7 @@ test: $(VENV)/.stamp-all $(NOTEBOOKS) ## lint, types, import floors, unit tests,
 	$(VENV)/bin/ruff check $(NOTEBOOKS)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest --quiet -n $(JOBS) --dist loadgroup \
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup \
 		--nbmake --nbmake-timeout=300 $(NOTEBOOKS) tests
 
 test-slow: $(VENV)/.stamp-all ## the tests that take minutes

@@ -31,7 +31,6 @@ from companion.data.tutor.world import MAX_NUMBER, draw_problem
 _PRE_TOKENS = r" ?\p{N}+| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
 
 
-
 @dataclass(frozen=True)
 class BaseConfig:
     """How the tutor base is made. The defaults made the one that ships."""
@@ -42,7 +41,7 @@ class BaseConfig:
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
-    steps: int = 7_500
+    steps: int = 6_000
     tokens_per_step: int = 4_096  #: padded tokens
     learning_rate: float = 3e-3
     warmup_steps: int = 200
@@ -134,11 +133,11 @@ class _Batch:
 
 
 def _encode(
-    tokenizer: Any, config: BaseConfig, rng: random.Random, n: int
+    tokenizer: Any, config: BaseConfig, rng: random.Random, n: int, progress: float = 1.0
 ) -> list[tuple[list[int], list[float]]]:
     """Token ids and weights of ``n`` documents. Pieces end in a special token or before a space or
     a line break, so tokenising them one by one gives the ids of the whole."""
-    documents = [tutor_text.draw_document(rng) for _ in range(n)]
+    documents = [tutor_text.draw_document(rng, progress) for _ in range(n)]
     texts = [text for document in documents for text, _ in document]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
     result = []
@@ -158,8 +157,12 @@ def _encode(
 
 def _batches(tokenizer: Any, config: BaseConfig, rng: random.Random) -> Iterator[_Batch]:
     """Batches of similar lengths, without end: sorted within a window, then shuffled."""
+    given = 0
     while True:
-        window = sorted(_encode(tokenizer, config, rng, 4096), key=lambda item: len(item[0]))
+        progress = min(1.0, given / config.steps)
+        window = sorted(
+            _encode(tokenizer, config, rng, 2048, progress), key=lambda item: len(item[0])
+        )
         batches: list[_Batch] = []
         while window:
             longest = len(window[-1][0])
@@ -174,6 +177,7 @@ def _batches(tokenizer: Any, config: BaseConfig, rng: random.Random) -> Iterator
                 weights[i, : len(row_ids)] = torch.tensor(row_weights)
             batches.append(_Batch(ids, weights))
         rng.shuffle(batches)
+        given += len(batches)
         yield from batches
 
 

@@ -40,7 +40,7 @@ class PaddedSampler(Sampler[int]):
 
     Accelerate deals the stream out in blocks of ``batch_size``, one block to a rank in turn. The
     rows of the last, short round are spread evenly over its blocks, and :data:`PADDING` fills the
-    rest. With one rank nothing is filled: its last batch is short.
+    rest. So every batch is full, and no wrapper of accelerate's has a reason to repeat rows.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class PaddedSampler(Sampler[int]):
         whole = self._batch_size * self._ranks
         if self._drop_last:
             return self._n_rows // whole * whole
-        return self._n_rows if self._ranks == 1 else -(-self._n_rows // whole) * whole
+        return -(-self._n_rows // whole) * whole
 
     def __iter__(self) -> Iterator[int]:
         rows = list(self._order(self.epoch))
@@ -90,9 +90,6 @@ class PaddedSampler(Sampler[int]):
         if self._drop_last or rest == 0:
             return
         last = rows[len(rows) - rest :]
-        if self._ranks == 1:
-            yield from last
-            return
         begin = 0
         for rank in range(self._ranks):
             size = rest // self._ranks + (rank < rest % self._ranks)

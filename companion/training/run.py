@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -93,6 +93,8 @@ def train_pairwise(
     """
     main = config.process_index == 0
     tell: Say = (say or print) if main else (lambda line: None)
+    if not main:
+        disable_progress_bars()
     _check_arguments(model, data)
     resume = _checkpoint(config)
     sets = load_sets(data)

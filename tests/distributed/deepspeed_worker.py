@@ -1,6 +1,6 @@
 """Train an epoch under DeepSpeed ZeRO on CPU processes; write the figures and the final weights.
 
-Usage: ``torchrun --nproc_per_node 2 deepspeed_worker.py STAGE OUTPUT`` (environment:
+Usage: ``torchrun --nproc_per_node 2 deepspeed_worker.py STAGE|run OUTPUT`` (environment:
 ``DS_ACCELERATOR=cpu ACCELERATE_USE_DEEPSPEED=true``); stage 0 is plain PyTorch.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from tokenizers import pre_tokenizers
 
 spec = importlib.util.spec_from_file_location(
     "exact_worker", Path(__file__).with_name("exact_worker.py")
@@ -98,7 +99,60 @@ def main(stage: int, output: str) -> None:
         )
 
 
+def whole_run(output: str) -> None:
+    """``train_pairwise`` under ZeRO-3, from a base on disk to a saved reward model."""
+    from transformers import Qwen3ForCausalLM
+
+    from companion.training.config import DataArguments, ModelArguments
+    from companion.training.run import train_pairwise
+
+    state = PartialState(backend="gloo")
+    base_dir, data = Path(f"{output}.base"), Path(f"{output}.jsonl")
+    words = [f"w{i}" for i in range(40)]
+    if state.is_main_process:
+        tokenizer = base.make_tokenizer()
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.chat_template = (
+            "{% for m in messages %}w0 {{ m['content'] }} {{ eos_token }}{% endfor %}"
+        )
+        tokenizer.save_pretrained(base_dir)
+        Qwen3ForCausalLM(base.make_model().config).save_pretrained(base_dir)
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": words[i % 40]}],
+                "chosen": [{"role": "assistant", "content": f"{words[i % 7]} {words[i % 40]}"}],
+                "rejected": [{"role": "assistant", "content": words[(i + 1) % 40]}],
+            }
+            for i in range(40)
+        ]
+        data.write_text("\n".join(map(json.dumps, rows)))
+    state.wait_for_everyone()
+    result = train_pairwise(
+        PairwiseRewardConfig(
+            output,
+            per_device_train_batch_size=STEP_MICRO // 2,
+            gradient_accumulation_steps=ACCUMULATION,
+            learning_rate=0.01,
+            optim="sgd",
+            max_grad_norm=0.0,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **settings(3, 2),
+        ),
+        ModelArguments(model_name_or_path=str(base_dir)),
+        DataArguments(dataset_name=str(data), eval_fraction=0.3),
+    )
+    if state.is_main_process:
+        test = result.test
+        record = {"row": test.rows[0], "scores": [test.chosen[0], test.rejected[0]]}
+        Path(f"{output}.scores.json").write_text(json.dumps(record))
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    if sys.argv[1] == "run":
+        whole_run(sys.argv[2])
+    else:
+        main(int(sys.argv[1]), sys.argv[2])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -26,6 +26,7 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer
 
+from companion.training.batches import ExactBatches
 from companion.training.config import PairwiseRewardConfig
 from companion.training.pairwise import PairwiseRewardTrainer
 
@@ -43,6 +44,8 @@ CASES = [
     (1, 2, 1),
     (8, 2, 2),
 ]
+#: those that are also run without margins and label smoothing
+PLAIN_CASES = [(9, 4, 1), (13, 2, 2)]
 STOCK_CASES = [(5, 4, 2), (9, 4, 1), (5, 2, 1), (8, 2, 2)]
 
 
@@ -86,7 +89,7 @@ def make_rows(n: int, *, margin: bool, seed: int = 1) -> list[dict[str, Any]]:
 
 
 def direct_gradient(rows: list[dict[str, Any]], *, smoothing: float, centering: float) -> Any:
-    """Gradient of the mean over these pairs, one text at a time, in float64, without the companion."""
+    """Gradient of the mean over these pairs, a text at a time, in float64, by stock code."""
     model = make_model().double()
     for row in rows:
         chosen, rejected = (
@@ -156,6 +159,39 @@ def run(
     return recorder.steps, trainer
 
 
+class ForgetsTheEpoch(PairwiseRewardTrainer):
+    """A wrong one: a resumed run sees the first epoch's order in its second epoch."""
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        return super(ExactBatches, self)._run_epoch(*args, **kwargs)
+
+
+def resume_gap(trainer_class: Any, folder: str) -> float:
+    """Largest difference of the weights of a run and of one resumed in its second epoch."""
+    weights = []
+    for resume in (None, f"{folder}/checkpoint-5"):
+        trainer = trainer_class(
+            model=make_model(),
+            args=PairwiseRewardConfig(
+                folder,
+                per_device_train_batch_size=2,
+                num_train_epochs=2,
+                learning_rate=1e-3,
+                use_cpu=True,
+                save_strategy="steps",
+                save_steps=5,
+                save_total_limit=None,
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(make_rows(13, margin=False)),
+            processing_class=make_tokenizer(),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        weights.append(flat(dict(trainer.model.state_dict())))
+    return float((weights[0] - weights[1]).abs().max())
+
+
 def flat(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([gradient[name].double().flatten() for name in sorted(gradient)])
 
@@ -164,7 +200,8 @@ def main(output: str) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     results = []
     for n, batch, accumulation in CASES:
-        for smoothing, margin in ((0.0, False), (0.1, True)):
+        plain = (n, batch, accumulation) in PLAIN_CASES
+        for smoothing, margin in [(0.1, True), (0.0, False)][: 1 + plain]:
             rows = make_rows(n, margin=margin)
             steps, trainer = run(
                 PairwiseRewardTrainer,
@@ -201,6 +238,10 @@ def main(output: str) -> None:
         found = flat(steps[-1])
         cosine = float(found @ exact / found.norm() / exact.norm())
         results.append({"stock": [n, batch, accumulation], "cosine": cosine})
+    for trainer_class in (PairwiseRewardTrainer, ForgetsTheEpoch):
+        folder = f"{output}.{trainer_class.__name__}"
+        gap = resume_gap(trainer_class, folder)
+        results.append({"resumed": trainer_class.__name__, "gap": gap})
     if int(os.environ.get("RANK", 0)) == 0:
         Path(output).write_text(json.dumps(results))
 

@@ -44,7 +44,8 @@ def draw_style(rng: random.Random, *, shift: float = 0.0) -> Style:
     return Style(rng.random() < 0.5, rng.choice((-1, 0, 1)), rng.choice(VERBOSITIES))
 
 
-def _slip(rng: random.Random, result: int) -> int:
+def slip(rng: random.Random, result: int) -> int:
+    """A wrong result near the right one."""
     while True:
         wrong = result + rng.choice((-10, -3, -2, -1, 1, 2, 3, 10))
         if 0 <= wrong <= MAX_NUMBER:
@@ -61,7 +62,7 @@ def _wrong_step(rng: random.Random, right: Step) -> Step:
         op = {"x": "+", "+": "-", "-": "+"}[op]
     result = apply(left, op, number)
     if kind == "slip" or not 0 <= result <= MAX_NUMBER:
-        return Step(right.left, right.op, right.right, _slip(rng, right.result))
+        return Step(right.left, right.op, right.right, slip(rng, right.result))
     return Step(left, op, number, result)
 
 
@@ -83,7 +84,7 @@ def draw_steps(
         steps.append(step)
     answer = steps[-1].result
     if rng.random() < P_MISCOPY:
-        answer = _slip(rng, answer)
+        answer = slip(rng, answer)
     return tuple(steps), answer
 
 

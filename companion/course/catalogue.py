@@ -1,0 +1,80 @@
+"""The list of all exercises: what ``companion progress`` shows, without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["write it", "find the bug", "predict, then run", "derive it"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One exercise of the list.
+
+    Attributes
+    ----------
+    id : str
+        As :func:`companion.course.check` takes it, such as ``"ch01.bradley_terry_loss"``.
+    title : str
+    kind : str
+        What is to be done: write, find the bug, predict, derive.
+    minutes : int
+        What it takes a reader who has read the chapter.
+    difficulty : int
+        1 to 3.
+    """
+
+    id: str
+    title: str
+    kind: Kind
+    minutes: int
+    difficulty: int
+
+    @property
+    def chapter(self) -> int:
+        """Number of the chapter."""
+        return int(self.id[2:4])
+
+    @property
+    def line(self) -> str:
+        """Kind, minutes and difficulty, as they stand under an exercise's heading."""
+        stars = "●" * self.difficulty + "○" * (3 - self.difficulty)
+        return f"{self.kind} · {self.minutes} minutes · {stars}"
+
+
+#: chapter -> its title, and the stem of its notebooks in ``exercises/`` and ``solutions/``
+CHAPTERS: dict[int, tuple[str, str]] = {
+    1: ("Bradley–Terry", "ch01_bradley_terry"),
+    2: ("The scalar head and the read-out", "ch02_readout"),
+    4: ("Training with TRL", "ch04_training"),
+}
+
+#: every exercise, in the order of the course
+CATALOGUE: tuple[Entry, ...] = (
+    Entry("ch01.predict_shift", "What the loss sees", "predict, then run", 5, 1),
+    Entry("ch01.bradley_terry_loss", "A loss that never overflows", "write it", 10, 1),
+    Entry("ch01.bt_gradient", "The gradient by hand", "derive it", 10, 1),
+    Entry("ch01.margin_loss", "Margins that train the wrong pairs", "find the bug", 10, 2),
+    Entry("ch01.fit_strengths", "Strengths from comparisons", "find the bug", 20, 2),
+    Entry("ch01.plackett_luce", "Rankings of any length", "write it", 30, 3),
+    Entry("ch02.last_token_index", "The last real token", "write it", 10, 1),
+    Entry("ch02.pad_is_eos", "When the pad token is EOS", "predict, then run", 10, 1),
+    Entry("ch02.encode_chat", "One BOS, one EOS", "find the bug", 15, 2),
+    Entry("ch02.position_ids", "Positions under left padding", "write it", 10, 2),
+    Entry("ch02.read_scores", "From hidden states to a score", "write it", 15, 2),
+    Entry("ch02.is_padding_invariant", "A test that catches it", "write it", 30, 3),
+    Entry("ch04.epoch_accuracy", "Accuracy, ties and a short batch", "write it", 10, 1),
+    Entry("ch04.best_shift", "Where centring puts the scores", "derive it", 10, 1),
+    Entry("ch04.one_epoch_or_many", "One epoch or many", "predict, then run", 10, 1),
+    Entry("ch04.training_settings", "A configuration with six traps", "find the bug", 20, 2),
+    Entry("ch04.split_rows", "A held-out set that is held out", "write it", 20, 2),
+    Entry("ch04.train_epoch", "A training loop with three bugs", "find the bug", 30, 3),
+)
+
+BY_ID: dict[str, Entry] = {entry.id: entry for entry in CATALOGUE}
+
+
+def entries_of(chapter: int) -> list[Entry]:
+    """The exercises of one chapter, in order."""
+    return [entry for entry in CATALOGUE if entry.chapter == chapter]

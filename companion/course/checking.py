@@ -1,0 +1,387 @@
+"""``check``: is this answer right, and if it is not, what does its author believe?
+
+The attempt is held against properties on several shapes, dtypes and seeds. If one fails, the
+attempt is compared with the exercise's known wrong answers: one that gives the same results on the
+same inputs names the misconception. A check never raises on what an attempt does.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+import linecache
+import textwrap
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from companion.course import progress
+from companion.course.catalogue import BY_ID
+from companion.course.exercise import Exercise, Mutant, Prediction, Property, Unmet
+from companion.course.result import CheckResult
+from companion.errors import DataError
+
+_MISSING: Any = object()
+_HERE = str(Path(__file__).resolve().parents[1])  # the package: frames in it are not the learner's
+IN_PLACE = (
+    "The function changes its argument in place (`+=`, `-=`, `x[...] = ...`). Its caller still "
+    "needs the old values: work on a new tensor."
+)
+
+
+class _Crash(Exception):
+    """The attempt raised; `error` is what it raised."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _NoAnswer(Exception):
+    """The attempt returned None or `...`."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__(repr(value))
+        self.value = value
+
+
+def load_exercise(exercise_id: str) -> Exercise | Prediction:
+    """Import one exercise.
+
+    Raises
+    ------
+    DataError
+        If there is none of that name; the message says the nearest.
+    """
+    if exercise_id not in BY_ID:
+        near = difflib.get_close_matches(str(exercise_id), BY_ID, n=3, cutoff=0.4)
+        raise DataError(
+            f"there is no exercise {exercise_id!r}",
+            f"did you mean {' or '.join(map(repr, near))}?" if near else "see `companion progress`",
+        )
+    chapter, name = exercise_id.split(".")
+    module = importlib.import_module(f"companion.course.exercises.{chapter}._{name}")
+    exercise: Exercise | Prediction = module.EXERCISE
+    return exercise
+
+
+def check(exercise_id: str, attempt: Any = _MISSING, *, hint: int | None = None) -> CheckResult:
+    """Check an answer, or ask for a hint.
+
+    Parameters
+    ----------
+    exercise_id : str
+        Such as ``"ch01.bradley_terry_loss"``.
+    attempt : callable or dict, optional
+        Your function itself (not its result), or the dict of your predictions.
+    hint : {1, 2, 3}, optional
+        Also show this hint, from a nudge to nearly the answer.
+
+    Returns
+    -------
+    CheckResult
+        Shows itself in a notebook; ``print`` it elsewhere. True if the answer is right.
+
+    Raises
+    ------
+    DataError
+        If there is no such exercise or hint. Never for anything that the attempt does.
+    """
+    exercise = load_exercise(exercise_id)
+    if hint is not None and hint not in (1, 2, 3):
+        raise DataError(f"there is no hint {hint!r}", "ask for hint=1, 2 or 3")
+    if attempt is _MISSING and hint is not None:
+        result = CheckResult(exercise_id, "hint", "")
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an overflow is reported in our words
+            judge = _judge_prediction if isinstance(exercise, Prediction) else _judge_function
+            result = judge(exercise, attempt)  # type: ignore[arg-type]
+    if hint is not None:
+        result.hint = exercise.hints[hint - 1]
+    elif result.outcome == "wrong":
+        result.notes.append(f'Stuck? `check("{exercise_id}", hint=1)`')
+    result.notes += progress.record(
+        exercise_id,
+        attempted=result.outcome in ("wrong", "right"),
+        solved=result.outcome == "right",
+        hint=hint or 0,
+    )
+    return result
+
+
+def _judge_prediction(exercise: Prediction, attempt: Any) -> CheckResult:
+    if attempt is _MISSING or attempt is None or attempt is Ellipsis:
+        return CheckResult(exercise.id, "not attempted", "Nothing is predicted yet.")
+    keys = [question.key for question in exercise.questions]
+    if not isinstance(attempt, Mapping):
+        return CheckResult(
+            exercise.id,
+            "wrong",
+            f"A prediction is a dict with the keys {', '.join(f'`{key}`' for key in keys)}.",
+            f"a {type(attempt).__name__}",
+        )
+    still_open = [key for key in keys if attempt.get(key) is None or attempt[key] is Ellipsis]
+    if still_open:
+        listing = ", ".join(f"`{key}`" for key in still_open)
+        return CheckResult(exercise.id, "not attempted", f"Still without an answer: {listing}.")
+    for question in exercise.questions:
+        answer = attempt[question.key]
+        if not any(_is(answer, option) for option in question.options):
+            options = ", ".join(map(repr, question.options))
+            return CheckResult(
+                exercise.id,
+                "wrong",
+                f"`{question.key}` is answered by one of {options}.",
+                repr(answer)[:200],
+            )
+    truth = exercise.run()
+    marks = [(question.key, _is(attempt[question.key], truth[question.key]))
+             for question in exercise.questions]  # fmt: skip
+    for question, (_, good) in zip(exercise.questions, marks, strict=True):
+        if not good:
+            option = next(o for o in question.options if _is(attempt[question.key], o))
+            return CheckResult(
+                exercise.id,
+                "wrong",
+                question.misconceptions[option],
+                f"you predicted {attempt[question.key]!r} for `{question.key}`; "
+                "run the experiment and see",
+                question.thread,
+                marks,
+            )
+    return CheckResult(exercise.id, "right", exercise.right, properties=marks)
+
+
+def _is(answer: Any, option: Any) -> bool:
+    try:
+        return type(answer) is type(option) and bool(answer == option)
+    except Exception:
+        return False
+
+
+def _judge_function(exercise: Exercise, attempt: Any) -> CheckResult:
+    todo = "Write the function, run its cell, then run this one again."
+    if exercise.broken is not None:
+        todo = "Find the bugs, mend them, and delete the line that raises NotImplementedError."
+    if attempt is _MISSING or attempt is None or attempt is Ellipsis:
+        return CheckResult(exercise.id, "not attempted", todo)
+    if not callable(attempt):
+        name = exercise.id.split(".")[1]
+        return CheckResult(
+            exercise.id,
+            "wrong",
+            f"Pass the function itself, not what it returns: `check(…, {name})`.",
+            f"a {type(attempt).__name__}",
+        )
+    if _is_stub(attempt):
+        return CheckResult(exercise.id, "not attempted", todo)
+    wrong_call = _signature_problem(exercise, attempt)
+    if wrong_call:
+        return CheckResult(exercise.id, "wrong", wrong_call)
+
+    failures: list[tuple[Property, Exception]] = []
+    for rule in exercise.properties:
+        try:
+            rule.test(_guarded(attempt))
+        except Exception as error:
+            failures.append((rule, error))
+    errors = [error for _, error in failures]
+    if any(isinstance(e, _Crash) and isinstance(e.error, NotImplementedError) for e in errors):
+        return CheckResult(exercise.id, "not attempted", todo)
+    if any(isinstance(e, _NoAnswer) and (e.value is Ellipsis or not _source(attempt))
+           for e in errors):  # fmt: skip
+        return CheckResult(exercise.id, "not attempted", todo)
+    failed = {rule.name for rule, _ in failures}
+    marks = [(rule.name, rule.name not in failed) for rule in exercise.properties]
+    if not failures:
+        return CheckResult(exercise.id, "right", exercise.right, properties=marks)
+
+    rule, error = failures[0]
+    result = CheckResult(exercise.id, "wrong", rule.misconception, properties=marks)
+    result.thread = rule.thread
+    if isinstance(error, _NoAnswer):
+        result.message = "The function returns None. Is a `return` missing?"
+        result.thread = None
+        return result
+    if isinstance(error, _Crash):
+        result.evidence = _told(error.error, attempt)
+        result.message = "The function raises an exception."
+        result.thread = None
+    elif isinstance(error, Unmet):
+        result.evidence = str(error)
+        if str(error) == IN_PLACE:
+            result.message, result.evidence, result.thread = IN_PLACE, "", None
+    else:
+        result.evidence = f"the result cannot be used: {type(error).__name__}: {error}"
+    known = diagnose(exercise, attempt)
+    if known is not None:
+        result.message, result.thread = known.misconception, known.thread
+    return result
+
+
+def diagnose(exercise: Exercise, attempt: Callable[..., Any]) -> Mutant | None:
+    """The mutant that behaves like the attempt on all of the exercise's probes, if there is one."""
+    probes = exercise.probes()
+    seen = [_observe(exercise, attempt, arguments) for arguments in probes]
+    if all(isinstance(one, _Raised) for one in seen):
+        return None  # an exception says nothing about what its author believes
+    for mutant in exercise.mutants:
+        for answer in (mutant.answer, *mutant.also):
+            if all(
+                alike(one, _observe(exercise, answer, arguments))
+                for one, arguments in zip(seen, exercise.probes(), strict=True)
+            ):
+                return mutant
+    return None
+
+
+class _Raised:
+    def __init__(self, error: BaseException) -> None:
+        self.kind = type(error.error if isinstance(error, _Crash) else error)
+
+
+def _observe(exercise: Exercise, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    try:
+        return exercise.look(_guarded(function), arguments)
+    except Exception as error:
+        return _Raised(error)
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two results are the same: kind, shape, dtype, and numbers up to rounding."""
+    if isinstance(a, _Raised) or isinstance(b, _Raised):
+        return isinstance(a, _Raised) and isinstance(b, _Raised) and a.kind is b.kind
+    if isinstance(a, (str, bool, type(None))) or isinstance(b, (str, bool, type(None))):
+        return type(a) is type(b) and bool(a == b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(alike(x, y) for x, y in zip(a, b, strict=True))
+    try:
+        import numpy as np
+
+        if getattr(a, "dtype", None) != getattr(b, "dtype", None):
+            return False
+        x, y = (_array(value) for value in (a, b))
+        return x.shape == y.shape and bool(np.allclose(x, y, rtol=1e-4, atol=1e-6, equal_nan=True))
+    except Exception:
+        return False
+
+
+def _array(value: Any) -> Any:
+    import numpy as np
+
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().double().numpy()
+    return np.asarray(value, dtype=np.float64)
+
+
+def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The attempt, with its exceptions marked as its own, and its arguments watched."""
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        before = [_copy(value) for value in arguments]
+        try:
+            result = function(*arguments, **named)
+        except (Exception, SystemExit) as error:
+            raise _Crash(error) from error
+        for old, new in zip(before, arguments, strict=True):
+            if old is not None and not _unchanged(old, new):
+                raise Unmet(IN_PLACE)
+        if result is None or result is Ellipsis:
+            raise _NoAnswer(result)
+        return result
+
+    return call
+
+
+def raised(function: Callable[..., Any], *arguments: Any) -> BaseException | None:
+    """What the attempt raises on these arguments; None if it returns. For properties."""
+    try:
+        function(*arguments)
+    except _Crash as crash:
+        if isinstance(crash.error, NotImplementedError):
+            raise
+        return crash.error
+    return None
+
+
+def _copy(value: Any) -> Any:
+    """A copy of a tensor or array; None for anything else."""
+    if hasattr(value, "detach"):
+        return value.detach().clone()
+    return value.copy() if type(value).__module__ == "numpy" else None
+
+
+def _unchanged(old: Any, new: Any) -> bool:
+    if tuple(old.shape) != tuple(new.shape):
+        return False
+    new = new.detach() if hasattr(new, "detach") else new
+    return bool(((old == new) | ((old != old) & (new != new))).all())
+
+
+def _source(function: Any) -> str:
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return ""
+
+
+def _is_stub(function: Any) -> bool:
+    """Whether the body holds nothing but a docstring, `...`, pass, or NotImplementedError."""
+    try:
+        tree = ast.parse(_source(function))
+    except SyntaxError:
+        return False
+    definitions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if not definitions:
+        return False
+
+    def empty(node: ast.stmt) -> bool:
+        if isinstance(node, ast.Pass):
+            return True
+        if isinstance(node, ast.Raise):
+            return "NotImplemented" in ast.unparse(node)
+        value = node.value if isinstance(node, (ast.Expr, ast.Return)) else node
+        return value is None or (
+            isinstance(value, ast.Constant)
+            and (isinstance(node, ast.Expr) or value.value in (None, Ellipsis))
+        )
+
+    return all(empty(node) for node in definitions[0].body)
+
+
+def _signature_problem(exercise: Exercise, attempt: Callable[..., Any]) -> str:
+    try:
+        inspect.signature(attempt).bind(*exercise.parameters)
+    except ValueError:  # some built-ins have no signature
+        return ""
+    except TypeError as error:
+        wanted = f"`{exercise.id.split('.')[1]}({', '.join(exercise.parameters)})`"
+        return f"The function is to be called as {wanted}, which yours does not allow: {error}."
+    return ""
+
+
+def _told(error: BaseException, attempt: Any) -> str:
+    """The exception, and the line of the learner's code that it came from."""
+    code = getattr(inspect.unwrap(attempt), "__code__", None)
+    own = getattr(code, "co_filename", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    mine = [frame for frame in frames if frame.filename == own]
+    if not mine:  # a callable object, or a helper that raised
+        mine = [
+            frame
+            for frame in frames
+            if not frame.filename.startswith(_HERE) and "site-packages" not in frame.filename
+        ]
+    text = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    if isinstance(error, SyntaxError) or not mine:
+        return text
+    line = (mine[-1].line or linecache.getline(mine[-1].filename, mine[-1].lineno or 0)).strip()
+    where = f"line {mine[-1].lineno}" + (f": `{line}`" if line else "")
+    return f"{text}\nin {mine[-1].name}, {where}"

@@ -1,0 +1,172 @@
+"""What an exercise is made of: properties, wrong answers that are known, hints.
+
+An exercise of the course is an :class:`Exercise` (a function to write or to mend) or a
+:class:`Prediction` (questions to answer before the cell is run). Both hold *mutants*: wrong
+answers, each with the misconception behind it. An attempt that behaves like a mutant is told so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+#: upstream threads that an exercise rebuilds: short name -> address
+THREADS: dict[str, str] = {
+    "DeepSpeedExamples #423": "https://github.com/deepspeedai/DeepSpeedExamples/issues/423",
+    "ms-swift #9927": "https://github.com/modelscope/ms-swift/pull/9927",
+    "trl #7010": "https://github.com/huggingface/trl/issues/7010",
+    "trl #2778": "https://github.com/huggingface/trl/issues/2778",
+    "trl #469": "https://github.com/huggingface/trl/issues/469",
+    "transformers #35352": "https://github.com/huggingface/transformers/issues/35352",
+    "transformers #29419": "https://github.com/huggingface/transformers/issues/29419",
+    "transformers #46782": "https://github.com/huggingface/transformers/pull/46782",
+    "reward-bench #137": "https://github.com/allenai/reward-bench/issues/137",
+    "reward-bench #164": "https://github.com/allenai/reward-bench/issues/164",
+    "reward-bench #94": "https://github.com/allenai/reward-bench/issues/94",
+    "RLHF-Reward-Modeling #16": "https://github.com/RLHFlow/RLHF-Reward-Modeling/issues/16",
+}
+
+
+class Unmet(AssertionError):
+    """A property does not hold; the text is the evidence: what went in, what came out."""
+
+
+@dataclass(frozen=True)
+class Property:
+    """Something that every right answer does.
+
+    Attributes
+    ----------
+    name : str
+        A few words: "one loss for each pair".
+    misconception : str
+        What is probably believed if it fails, for attempts that no mutant explains.
+    test : callable
+        Takes the attempt; raises :class:`Unmet` with the evidence.
+    thread : str, optional
+        Key of :data:`THREADS`.
+    """
+
+    name: str
+    misconception: str
+    test: Callable[[Callable[..., Any]], None]
+    thread: str | None = None
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong answer that people give, and what they believe who give it.
+
+    Attributes
+    ----------
+    misconception : str
+    answer : Any
+        A function, or the dict of a prediction.
+    thread : str, optional
+        Key of :data:`THREADS`: the upstream bug that it rebuilds.
+    also : tuple
+        Variants of the same mistake, such as another small constant.
+    """
+
+    misconception: str
+    answer: Any
+    thread: str | None = None
+    also: tuple[Any, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the function, or the prediction itself."""
+        return getattr(self.answer, "__name__", None) or str(self.answer)
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return function(*arguments)
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A function to write, or to mend.
+
+    Attributes
+    ----------
+    id : str
+    parameters : tuple of str
+        Names of the function's parameters, in order.
+    properties : tuple of Property
+        The first that fails is reported.
+    mutants : tuple of Mutant
+    probes : callable
+        Makes argument tuples on which the mutants behave differently from one another.
+    hints : tuple of three str
+        From a nudge to nearly the answer.
+    right : str
+        A word to who solved it: what else is worth knowing.
+    look : callable
+        ``look(function, arguments)`` gives what is compared with the mutants; default: the result.
+    broken : callable, optional
+        The script with the bugs; the generator of the notebooks puts its body into the stub.
+    """
+
+    id: str
+    parameters: tuple[str, ...]
+    properties: tuple[Property, ...]
+    mutants: tuple[Mutant, ...]
+    probes: Callable[[], list[tuple[Any, ...]]]
+    hints: tuple[str, str, str]
+    right: str
+    look: Callable[[Callable[..., Any], tuple[Any, ...]], Any] = _call
+    broken: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a prediction.
+
+    Attributes
+    ----------
+    key : str
+    options : tuple
+        All answers that may be given.
+    misconceptions : mapping
+        For each wrong option, what it comes from.
+    thread : str, optional
+        Key of :data:`THREADS`.
+    """
+
+    key: str
+    options: tuple[Any, ...]
+    misconceptions: Mapping[Any, str]
+    thread: str | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Questions to answer before running; the answers are computed by running, not stored.
+
+    Attributes
+    ----------
+    id : str
+    questions : tuple of Question
+    run : callable
+        Makes the experiment; returns ``{key: right answer}``.
+    hints : tuple of three str
+    right : str
+    """
+
+    id: str
+    questions: tuple[Question, ...]
+    run: Callable[[], dict[str, Any]]
+    hints: tuple[str, str, str]
+    right: str
+
+    @property
+    def mutants(self) -> tuple[Mutant, ...]:
+        """The right answers with one of them wrong, for each wrong option of each question."""
+        truth = self.run()
+        return tuple(
+            Mutant(question.misconceptions[option], {**truth, question.key: option})
+            for question in self.questions
+            for option in question.options
+            if option != truth[question.key]
+        )

@@ -1,0 +1,1 @@
+"""The exercises, one module each: properties, mutants and hints. Spoilers."""

@@ -1,0 +1,67 @@
+"""What the properties of exercises are written with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from companion.course.exercise import Unmet
+
+Attempt = Callable[..., Any]
+
+
+def expect(condition: Any, evidence: str) -> None:
+    """Raise :class:`Unmet` with the evidence unless the condition holds."""
+    if not bool(condition):
+        raise Unmet(evidence)
+
+
+def tensor(value: Any, shape: tuple[int, ...] | None = None, what: str = "the result") -> Tensor:
+    """The value, which must be a tensor, and of that shape."""
+    expect(isinstance(value, Tensor), f"{what} is a {type(value).__name__}, not a tensor")
+    if shape is not None:
+        got = tuple(value.shape)
+        expect(got == shape, f"{what} has shape {list(got)}; it should be {list(shape)}")
+    result: Tensor = value
+    return result
+
+
+def number(value: Any, what: str = "the result") -> float:
+    """The value as one float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise Unmet(f"{what} is {show(value)}, not one number") from None
+
+
+def close(got: Any, want: Any, setting: str, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """Raise :class:`Unmet` unless the numbers agree; the evidence shows the worst place."""
+    a = np.asarray(got.detach().double() if isinstance(got, Tensor) else got, dtype=np.float64)
+    b = np.asarray(want.detach().double() if isinstance(want, Tensor) else want, dtype=np.float64)
+    expect(a.shape == b.shape, f"{setting}: shape {list(a.shape)}; it should be {list(b.shape)}")
+    bad = ~np.isclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
+    if bad.any():
+        place = int(np.flatnonzero(bad.ravel())[0])
+        where = f" at place {place}" if a.size > 1 else ""
+        raise Unmet(f"{setting}: {a.ravel()[place]:.6g}{where}; "
+                    f"it should be {b.ravel()[place]:.6g}")  # fmt: skip
+
+
+def show(value: Any) -> str:
+    """A value in a few words."""
+    if isinstance(value, Tensor):
+        value = value.tolist() if value.numel() <= 12 else f"tensor of shape {list(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 160 else text[:157] + "…"
+
+
+def normal(
+    seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 2.0
+) -> Tensor:
+    """Normal draws, the same for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)

@@ -1,0 +1,232 @@
+"""Write a split that leaks no prompt."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from companion.course.exercise import Exercise, Mutant, Property
+from companion.course.exercises._tools import Attempt, expect, show
+
+Row = dict[str, Any]
+Rows = list[Row]
+LEAK = (
+    "Rows are dealt to the two parts one by one. Pairs of one prompt share its difficulty, and "
+    "often a completion: with a prompt on both sides the held-out accuracy measures memory. Deal "
+    "whole prompts."
+)
+
+
+def _rows(seed: int, prompts: int = 60) -> Rows:
+    rng = random.Random(seed)
+    rows = []
+    for number in range(prompts):
+        text = f"What is {number} plus {rng.randrange(9)}?"
+        for pair in range(rng.randrange(1, 5)):
+            shown = [text, text.upper(), f"  {text} ", text.replace(" ", "  ")][rng.randrange(4)]
+            rows.append({"id": len(rows), "prompt": shown, "chosen": f"{pair}", "rejected": "no"})
+    rng.shuffle(rows)
+    return rows
+
+
+def _key(row: Row) -> str:
+    return " ".join(row["prompt"].casefold().split())
+
+
+def _parts(split: Attempt, rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    value = split([dict(row) for row in rows], fraction, seed)
+    good = isinstance(value, (tuple, list)) and len(value) == 2
+    good = good and all(isinstance(part, list) for part in value)
+    expect(good, f"the result is {show(value)}; it should be two lists of rows, train and test")
+    train, test = value
+    expect(
+        all(isinstance(row, dict) and "id" in row for row in [*train, *test]),
+        "a part holds something that is no row of the input",
+    )
+    return train, test
+
+
+def _whole(split: Attempt) -> None:
+    for seed in range(3):
+        rows = _rows(seed)
+        train, test = _parts(split, rows, 0.25, seed)
+        seen = sorted(row["id"] for row in [*train, *test])
+        want = sorted(row["id"] for row in rows)
+        lost, twice = len(set(want) - set(seen)), len(seen) - len(set(seen))
+        expect(seen == want, f"of {len(want)} rows {lost} are lost and {twice} stand twice")
+
+
+def _exact(split: Attempt) -> None:
+    for seed in range(3):
+        train, test = _parts(split, _rows(seed), 0.25, seed)
+        shared = {row["prompt"] for row in train} & {row["prompt"] for row in test}
+        expect(not shared, f"{len(shared)} prompts stand in both parts, such as {min(shared, default='')!r}")  # fmt: skip
+
+
+def _normalised(split: Attempt) -> None:
+    for seed in range(3):
+        train, test = _parts(split, _rows(seed), 0.25, seed)
+        shared = {_key(row) for row in train} & {_key(row) for row in test}
+        example = [row["prompt"] for row in [*train, *test] if _key(row) in shared][:2]
+        expect(
+            not shared, f"{len(shared)} prompts stand in both parts, if written alike: {example}"
+        )
+
+
+def _fraction(split: Attempt) -> None:
+    for fraction in (0.1, 0.3):
+        rows = _rows(7, 300)
+        _, test = _parts(split, rows, fraction, 1)
+        share = len({_key(row) for row in test}) / 300
+        expect(
+            abs(share - fraction) < 0.08,
+            f"test_fraction={fraction}: the test part has {share:.2f} of the prompts",
+        )
+
+
+def _seeded(split: Attempt) -> None:
+    rows = _rows(4)
+    sides = []
+    for seed in (1, 1, 2, 3):
+        sides.append({row["id"] for row in _parts(split, rows, 0.25, seed)[1]})
+    expect(sides[0] == sides[1], "two calls with seed 1 gave different parts")
+    expect(sides[0] != sides[2] or sides[0] != sides[3], "seeds 1, 2 and 3 gave the same parts")
+
+
+def by_row(rows: Rows, test_fraction: float, seed: int) -> tuple[Rows, Rows]:
+    order = list(rows)
+    random.Random(seed).shuffle(order)
+    cut = round(test_fraction * len(order))
+    return order[cut:], order[:cut]
+
+
+def _by(rows: Rows, test_fraction: float, seed: int | None, keys: list[str]) -> tuple[Rows, Rows]:
+    prompts = sorted(set(keys))
+    if seed is not None:
+        random.Random(seed).shuffle(prompts)
+    test = set(prompts[: round(test_fraction * len(prompts))])
+    pairs = list(zip(rows, keys, strict=True))
+    return [r for r, k in pairs if k not in test], [r for r, k in pairs if k in test]
+
+
+def exact_text(rows: Rows, test_fraction: float, seed: int) -> tuple[Rows, Rows]:
+    return _by(rows, test_fraction, seed, [row["prompt"] for row in rows])
+
+
+def only_stripped(rows: Rows, test_fraction: float, seed: int) -> tuple[Rows, Rows]:
+    return _by(rows, test_fraction, seed, [row["prompt"].strip() for row in rows])
+
+
+def deduplicated(rows: Rows, test_fraction: float, seed: int) -> tuple[Rows, Rows]:
+    first = list({_key(row): row for row in reversed(rows)}.values())
+    return _by(first, test_fraction, seed, [_key(row) for row in first])
+
+
+def overlap_removed(rows: Rows, test_fraction: float, seed: int) -> tuple[Rows, Rows]:
+    train, test = by_row(rows, test_fraction, seed)
+    held_out = {_key(row) for row in test}
+    return [row for row in train if _key(row) not in held_out], test
+
+
+def no_seed(rows: Rows, test_fraction: float, seed: int) -> tuple[Rows, Rows]:
+    return _by(rows, test_fraction, None, [_key(row) for row in rows])
+
+
+def swapped(rows: Rows, test_fraction: float, seed: int) -> tuple[Rows, Rows]:
+    train, test = _by(rows, test_fraction, seed, [_key(row) for row in rows])
+    return test, train
+
+
+def _look(split: Attempt, arguments: tuple[Any, ...]) -> Any:
+    """What is wrong with the split, not who stands where: seeds may be used in many ways."""
+    rows, fraction, seed = arguments
+    train, test = _parts(split, rows, fraction, seed)
+    _, other = _parts(split, rows, fraction, seed + 1)
+    ids = [row["id"] for row in [*train, *test]]
+
+    def shared(key: Any) -> bool:
+        return bool({key(row) for row in train} & {key(row) for row in test})
+
+    # Whether rows get lost because each prompt keeps one, or because of an overlap.
+    once = len({_key(row) for row in [*train, *test]}) == len(ids)
+    return [
+        len(set(ids)) == len(rows),
+        once,
+        shared(lambda row: row["prompt"]),
+        shared(lambda row: row["prompt"].strip()),
+        shared(_key),
+        len(test) > len(train),
+        {row["id"] for row in test} == {row["id"] for row in other},
+    ]
+
+
+EXERCISE = Exercise(
+    id="ch04.split_rows",
+    parameters=("rows", "test_fraction", "seed"),
+    properties=(
+        Property(
+            "every row in one part, none lost, none twice",
+            "Rows are lost or doubled. A split deals the rows out; leaving some out is a decision "
+            "of its own, and is counted.",
+            _whole,
+        ),
+        Property("no prompt in both parts", LEAK, _exact),
+        Property(
+            "not even written with other spaces or capitals",
+            "Prompts that differ in white space or capitals are taken for different ones. Compare "
+            "them normalised: `' '.join(text.casefold().split())`.",
+            _normalised,
+        ),
+        Property(
+            "about test_fraction of the prompts in test",
+            "The test part should hold about `test_fraction` of the prompts.",
+            _fraction,
+        ),
+        Property(
+            "the same for a seed, another for another seed",
+            "The split must be the same for one seed, and another one for another seed.",
+            _seeded,
+        ),
+    ),
+    mutants=(
+        Mutant(LEAK, by_row),
+        Mutant(
+            "Prompts are grouped by their exact text. `What is 2?` and `what  is 2? ` are one "
+            "prompt to the model, and here they can stand on both sides. Normalise first.",
+            exact_text,
+        ),
+        Mutant(
+            "White space at the ends is taken care of, but not that inside of the prompt, nor "
+            "capitals.",
+            only_stripped,
+        ),
+        Mutant(
+            "All pairs of a prompt but one are thrown away. That leaks nothing, and it loses most "
+            "of the data: keep them together in place of dropping them.",
+            deduplicated,
+        ),
+        Mutant(
+            "The rows are split one by one, and what overlaps is then dropped from train. Nothing "
+            "leaks, but a good part of the data is lost without a word.",
+            overlap_removed,
+        ),
+        Mutant(
+            "The seed is not used: there is only one split, and its prompts are the first in "
+            "order, which need not be like the others.",
+            no_seed,
+        ),
+        Mutant("The parts are exchanged: the large one is for training.", swapped),
+    ),
+    probes=lambda: [(_rows(11), 0.25, 5), (_rows(12), 0.25, 8)],
+    look=_look,
+    hints=(
+        "What must never be separated? Deal that, and let the rows follow.",
+        "Make a key for each row (normalised prompt), shuffle the *sorted* distinct keys with "
+        "`random.Random(seed)`, and take the first share of them for test.",
+        "`test_keys = set(keys[: round(test_fraction * len(keys))])`, then two list comprehensions "
+        "over the rows.",
+    ),
+    right="`sorted` matters: the order of a `set` of strings changes from one start of Python to "
+    "the next. The companion's `split_by_prompt` hashes the prompt, so that new rows never move "
+    "old prompts to the other side.",
+)

@@ -1,0 +1,121 @@
+"""What a check says, as text for a terminal and as HTML for a notebook."""
+
+from __future__ import annotations
+
+import html
+import re
+import textwrap
+from dataclasses import dataclass, field
+from typing import Literal
+
+from companion.course.catalogue import BY_ID
+from companion.course.exercise import THREADS
+
+Outcome = Literal["not attempted", "wrong", "right", "hint"]
+
+_SIGN = {"not attempted": "○", "wrong": "✗", "right": "✓", "hint": "?"}
+# Okabe and Ito's colours: told apart without red and green, and the sign says the same
+_COLOUR = {"not attempted": "#808080", "wrong": "#D55E00", "right": "#009E73", "hint": "#0072B2"}
+
+
+@dataclass
+class CheckResult:
+    """Outcome of a check. True if the answer is right.
+
+    Attributes
+    ----------
+    exercise : str
+        Its id.
+    outcome : {"not attempted", "wrong", "right", "hint"}
+    message : str
+        The misconception, or the word of praise, or what there is to do.
+    evidence : str
+        What was seen: input, result, what it should be.
+    thread : str or None
+        The upstream bug that the attempt rebuilds.
+    properties : list of (str, bool)
+        What was checked, and whether it holds.
+    hint : str
+        The hint that was asked for.
+    notes : list of str
+        Anything else, such as progress that could not be kept.
+    """
+
+    exercise: str
+    outcome: Outcome
+    message: str
+    evidence: str = ""
+    thread: str | None = None
+    properties: list[tuple[str, bool]] = field(default_factory=list)
+    hint: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return self.outcome == "right"
+
+    @property
+    def _head(self) -> str:
+        words = {"wrong": "not right yet", "hint": "hint"}.get(self.outcome, self.outcome)
+        return f"{_SIGN[self.outcome]} {BY_ID[self.exercise].title}: {words}"
+
+    def __str__(self) -> str:
+        lines = [self._head]
+
+        def add(text: str, first: str = "  ") -> None:
+            for number, part in enumerate(text.splitlines()):
+                lead = first if number == 0 else "  "
+                lines.append(
+                    textwrap.fill(
+                        part,
+                        88,
+                        initial_indent=lead,
+                        subsequent_indent="  ",
+                        break_long_words=False,
+                        break_on_hyphens=False,
+                    )
+                )
+
+        if self.message:
+            add(self.message)
+        if self.evidence:
+            add(self.evidence, "  Seen: ")
+        if self.thread:
+            add(f"{self.thread} was the same mistake: {THREADS[self.thread]}")
+        lines += [f"    {'✓' if good else '✗'} {name}" for name, good in self.properties]
+        if self.hint:
+            add(self.hint, "  Hint: ")
+        for note in self.notes:
+            add(note)
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        def paragraph(text: str, lead: str = "") -> str:
+            body = "<br>".join(_marked(line) for line in text.splitlines())
+            return f"<p style='margin:.3em 0'>{lead}{body}</p>" if text else ""
+
+        parts = [
+            paragraph(self.message),
+            paragraph(self.evidence, "<em>Seen:</em> "),
+        ]
+        if self.thread:
+            link = f"<a href='{html.escape(THREADS[self.thread])}'>{html.escape(self.thread)}</a>"
+            parts.append(f"<p style='margin:.3em 0'>{link} was the same mistake.</p>")
+        if self.properties:
+            items = "".join(
+                f"<li>{'✓' if good else '✗'} {_marked(name)}</li>" for name, good in self.properties
+            )
+            parts.append(f"<ul style='list-style:none;padding-left:1em;margin:.3em 0'>{items}</ul>")
+        parts.append(paragraph(self.hint, "<em>Hint:</em> "))
+        parts += [paragraph(note) for note in self.notes]
+        colour = _COLOUR[self.outcome]
+        return (
+            f"<div style='border-left:4px solid {colour};padding:.2em 0 .2em .8em'>"
+            f"<strong>{_marked(self._head)}</strong>{''.join(parts)}</div>"
+        )
+
+
+def _marked(text: str) -> str:
+    """Escape, and show what stands in backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))

@@ -1,0 +1,81 @@
+"""DeepSpeed ZeRO-2 and ZeRO-3 on two CPU processes give the weights of one plain process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+WORKER = str(HERE / "deepspeed_worker.py")
+CPU = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
+
+pytest.importorskip("deepspeed")
+pytestmark = [
+    pytest.mark.slow,  # the first run compiles an operator
+    pytest.mark.distributed,
+    pytest.mark.xdist_group("deepspeed"),
+]
+
+
+def _launch(arguments: list[str], *, ranks: int, **environment: str) -> str:
+    spec = importlib.util.spec_from_file_location("launcher", HERE / "test_exact_gradient.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.launch(arguments, ranks=ranks, **environment))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("plain") / "weights.pt"
+    _launch([WORKER, "0", str(output)], ranks=1)
+    return torch.load(output)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_gives_the_weights_of_one_process(
+    stage: int, plain: dict[str, Any], tmp_path: Path
+) -> None:
+    """9 pairs on 2 ranks, accumulation 2: the last step holds one pair on one of the ranks."""
+    output = tmp_path / "weights.pt"
+    _launch([WORKER, str(stage), str(output)], ranks=2, **CPU)
+    sharded = torch.load(output)
+    moved, gap = 0.0, 0.0
+    for name, value in plain["weights"].items():
+        moved += float((value - plain["start"][name]).square().sum())
+        gap += float((value - sharded["weights"][name]).square().sum())
+    assert gap**0.5 < 1e-5 * moved**0.5
+    ours, theirs = json.loads(plain["figures"]), json.loads(sharded["figures"])
+    assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-5)
+    assert theirs["eval"]["eval_num_pairs"] == 5
+    assert theirs["eval"]["eval_loss"] == pytest.approx(ours["eval"]["eval_loss"], rel=1e-4)
+    assert theirs["predictions"] == pytest.approx(ours["predictions"], abs=1e-4) or all(
+        row == pytest.approx(other, abs=1e-4)
+        for row, other in zip(theirs["predictions"], ours["predictions"], strict=True)
+    )
+
+
+def test_a_whole_run_under_zero_3_saves_a_plain_checkpoint(tmp_path: Path) -> None:
+    """The shards are gathered, the manifest is written, and the model loads without DeepSpeed."""
+    from companion.models import load_reward_model
+
+    output = tmp_path / "model"
+    _launch([WORKER, "run", str(output)], ranks=2, **CPU)
+    loaded = load_reward_model(output)
+    manifest = loaded.manifest
+    assert manifest is not None
+    assert manifest.metrics["n"] == manifest.data["held_out"]["test"]
+    pair = json.loads((tmp_path / "model.scores.json").read_text())
+    encoded = loaded.formatter.encode_pair(pair["row"])
+    assert encoded is not None
+    with torch.no_grad():
+        scores = [
+            float(loaded.model(input_ids=torch.tensor([side.input_ids])).logits) for side in encoded
+        ]
+    assert scores == pytest.approx(pair["scores"], abs=1e-4)
