@@ -33,7 +33,7 @@ unexport PYTHONPATH
 # that a model id of the hub works in its place.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-NOTEBOOK_SOURCES := $(wildcard book/ch*.md solutions/ch*.md)
+NOTEBOOK_SOURCES := $(wildcard book/ch*.md exercises/ch*.md solutions/ch*.md)
 NOTEBOOKS := $(patsubst %.md,$(BUILD)/notebooks/%.ipynb,$(NOTEBOOK_SOURCES))
 
 .PHONY: help quickstart test test-slow book notebooks lint format figures clean

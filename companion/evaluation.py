@@ -1,7 +1,7 @@
 """A reward model on held-out pairs: scores, figures, and the best that any model could reach.
 
 Where rows carry their truth (``probability``, or ``reward_chosen`` and ``reward_rejected``, as the
-tutor's do) each figure stands beside its limit.
+tutor's do) each figure stands beside its limit. Chapter 4.
 """
 
 from __future__ import annotations

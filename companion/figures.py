@@ -2,7 +2,7 @@
 
 Each ``draw_*`` function draws on the axes that it is given and returns nothing, so that a page can
 put them where it likes. Colours are Okabe and Ito's, and never the only sign: lines differ in
-pattern, points in shape.
+pattern, points in shape. Chapter 4.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 Every figure is the mean of one value per pair, or says what else it is. Rows that have no score are
 counted and left out. A figure that cannot be computed (a correlation with a constant) is None.
+Chapter 4.
 """
 
 from __future__ import annotations

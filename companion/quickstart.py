@@ -2,6 +2,7 @@
 
 It does nothing that the other commands cannot do one by one; it only does it all, on the tutor,
 where the best that any reward model can reach is known. ``companion quickstart`` calls it.
+Chapter 4.
 """
 
 from __future__ import annotations

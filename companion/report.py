@@ -2,6 +2,7 @@
 
 Self-contained: style and figures are in the file, nothing is fetched, nothing runs. It follows the
 reader's light or dark scheme, and is readable on a phone. All text that comes from data is escaped.
+Chapter 4.
 """
 
 from __future__ import annotations

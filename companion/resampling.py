@@ -1,7 +1,7 @@
 """Resampling: intervals for figures that were measured once.
 
 Arrays may be torch tensors (any device, any float dtype), NumPy arrays or lists; the arithmetic is
-NumPy float64.
+NumPy float64. Chapter 1.
 """
 
 from __future__ import annotations

@@ -53,21 +53,9 @@ FILES = {
 
 
 def _train(base, data, output, *more) -> int:
-    return main(
-        [
-            "train",
-            "pairwise",
-            "--model_name_or_path",
-            str(base),
-            "--dataset_name",
-            str(data),
-            "--output_dir",
-            str(output),
-            "--eval_fraction",
-            "0.3",
-            *more,
-        ]
-    )
+    flags = {"--model_name_or_path": base, "--dataset_name": data, "--output_dir": output}
+    given = [str(word) for flag in flags.items() for word in flag]
+    return main(["train", "pairwise", *given, "--eval_fraction", "0.3", *more])
 
 
 def _error(capsys) -> str:

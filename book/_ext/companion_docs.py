@@ -1,15 +1,23 @@
 """Sphinx extension of the book: links from the reference to the chapters, and two lists.
 
 A docstring says ``Chapter 1``; on its page in the API reference that becomes a link to the chapter,
-as far as the chapter stands in the book's table of contents. The chapters link the functions in
-their turn, so that the way is open in both directions. ``.. companion-exports::`` lists the
-public names, ``.. companion-commands::`` the commands, both as the package has them.
+as far as the chapter stands in the book's table of contents. A function whose docstring names none
+belongs to the chapter that its module's docstring names, and gets that link. The other way round,
+each chapter gets a section before its references that links all that is documented as belonging to
+it, so that the way is open in both directions and no list is kept by hand.
+
+``.. companion-exports::`` lists the public names, ``.. companion-commands::`` the commands,
+``.. companion-chapter:: 1`` what belongs to a chapter, all as the package has them.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from docutils import nodes
@@ -17,7 +25,18 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+BOOK = Path(__file__).resolve().parent.parent
 _CHAPTER = re.compile(r"\b(Chapter|Chapters) (\d{1,2})\b")
+#: the section that each chapter gets, and the heading that it stands before
+OWN_SECTION = """## In the companion
+
+What the package has on the matter of this chapter, made from the docstrings that name it.
+
+```{{companion-chapter}} {number}
+```
+
+"""
+BEFORE = "## References\n"
 
 
 def chapter_documents(book: Path) -> dict[int, str]:
@@ -25,6 +44,41 @@ def chapter_documents(book: Path) -> dict[int, str]:
     toc = (book / "_toc.yml").read_text(encoding="utf-8")
     found = re.findall(rf"^ *- file: ({book.name}/ch(\d\d)_\w+)$", toc, re.MULTILINE)
     return {int(number): f"/{document}" for document, number in found}
+
+
+def chapters_named(text: str | None) -> set[int]:
+    """Numbers of the chapters that a docstring names."""
+    return {int(number) for _, number in _CHAPTER.findall(text or "")}
+
+
+def chapters_of(thing: Any, module: ModuleType) -> set[int]:
+    """Chapters of a function or class: those that it names, or else those that its module names."""
+    return chapters_named(thing.__doc__) or chapters_named(module.__doc__)
+
+
+def documented_modules(book: Path) -> list[str]:
+    """Names of the modules on the reference's pages, in their order."""
+    pages = sorted((book / "api").glob("*.md"))
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    return re.findall(r"^\.\. automodule:: (\S+)$", text, re.MULTILINE)
+
+
+@cache
+def documented(book: Path) -> dict[str, dict[str, set[int]]]:
+    """Module -> its public functions and classes -> their chapters."""
+    found = {}
+    for name in documented_modules(book):
+        module = importlib.import_module(name)
+        public = getattr(module, "__all__", [key for key in vars(module) if key[0] != "_"])
+        things = ((key, getattr(module, key)) for key in public)
+        found[name] = {
+            key: chapters_of(thing, module)
+            for key, thing in things
+            if (inspect.isfunction(thing) or inspect.isclass(thing))
+            and thing.__module__ == name
+            and thing.__doc__
+        }
+    return found
 
 
 def link_chapters(lines: list[str], documents: dict[int, str]) -> None:
@@ -35,6 +89,23 @@ def link_chapters(lines: list[str], documents: dict[int, str]) -> None:
         return match[0] if document is None else f":doc:`{match[0]} <{document}>`"
 
     lines[:] = [_CHAPTER.sub(link, line) for line in lines]
+
+
+def name_chapter(thing: Any, lines: list[str]) -> None:
+    """Let a function or class that names no chapter name that of its module, in place."""
+    module = inspect.getmodule(thing)
+    if module is not None and not chapters_named("\n".join(lines)):
+        numbers = sorted(chapters_of(thing, module))
+        if numbers:
+            lines += ["", ", ".join(f"Chapter {number}" for number in numbers) + ".", ""]
+
+
+def add_section(book: Path, document: str, source: list[str]) -> None:
+    """Put the chapter's section before its references, in place; other pages stay as they are."""
+    numbers = {name.removeprefix("/"): number for number, name in chapter_documents(book).items()}
+    if document in numbers:
+        section = OWN_SECTION.format(number=numbers[document])
+        source[0] = source[0].replace(f"\n{BEFORE}", f"\n{section}{BEFORE}", 1)
 
 
 class _Lines(SphinxDirective):
@@ -65,6 +136,24 @@ class Exports(_Lines):
         ]
 
 
+class Chapter(_Lines):
+    """What belongs to a chapter, by the module that defines it."""
+
+    required_arguments = 1
+
+    def lines(self) -> list[str]:
+        number = int(self.arguments[0])
+        found = {
+            module: [name for name, chapters in things.items() if number in chapters]
+            for module, things in documented(BOOK).items()
+        }
+        return [
+            f"- :py:mod:`{module}`: " + ", ".join(f":py:obj:`~{module}.{name}`" for name in names)
+            for module, names in found.items()
+            if names
+        ]
+
+
 class Commands(_Lines):
     """The commands with their line of help."""
 
@@ -90,15 +179,19 @@ def drop_thebe(
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    documents = chapter_documents(Path(__file__).resolve().parent.parent)
+    documents = chapter_documents(BOOK)
 
     def process(
         app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
     ) -> None:
+        if what in ("function", "class", "exception"):
+            name_chapter(obj, lines)
         link_chapters(lines, documents)
 
     app.add_directive("companion-exports", Exports)
     app.add_directive("companion-commands", Commands)
+    app.add_directive("companion-chapter", Chapter)
+    app.connect("source-read", lambda app, document, source: add_section(BOOK, document, source))
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("autodoc-process-docstring", process)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

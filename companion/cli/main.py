@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("companion.cli.train", "train a reward model (pairwise)"),
     "evaluate": ("companion.cli.evaluate", "measure a reward model on held-out pairs"),
     "score": ("companion.cli.score", "score a JSONL file of texts, messages or completions"),
+    "progress": ("companion.cli.progress", "which of the course's exercises you have solved"),
     "make-base": ("companion.cli.make_base", "train the tutor base that ships with the companion"),
 }
 

@@ -26,8 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run it; print the tables and what to try next."""
+    from transformers.utils import logging
+
     from companion.quickstart import QuickstartConfig, run_quickstart
 
+    logging.disable_progress_bar()  # of loading and writing a model this small
     _show(run_quickstart(QuickstartConfig(**vars(args))))
     return 0
 
@@ -56,7 +59,7 @@ def _show(result: QuickstartResult) -> None:
     for figure in summary_rows(result.evaluation.metrics):
         table.add_row(*figure)
     for name, (ours, gold) in result.weights.items():
-        table.add_row(f"what '{name}' adds to the score", f"{ours:.2f}", f"{gold:.2f}")
+        table.add_row(f"weight of '{name}'", f"{ours:.2f}", f"{gold:.2f}")
     console.print(examples)
     console.print(table)
     total = sum(result.seconds.values())

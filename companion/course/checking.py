@@ -8,9 +8,11 @@ same inputs names the misconception. A check never raises on what an attempt doe
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib
 import inspect
+import io
 import linecache
 import textwrap
 import traceback
@@ -97,10 +99,13 @@ def check(exercise_id: str, attempt: Any = _MISSING, *, hint: int | None = None)
     if attempt is _MISSING and hint is not None:
         result = CheckResult(exercise_id, "hint", "")
     else:
-        with warnings.catch_warnings():
+        printed = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
             warnings.simplefilter("ignore")  # an overflow is reported in our words
             judge = _judge_prediction if isinstance(exercise, Prediction) else _judge_function
             result = judge(exercise, attempt)  # type: ignore[arg-type]
+        if printed.getvalue():
+            result.notes.append("What it printed is left out: call it yourself to see that.")
     if hint is not None:
         result.hint = exercise.hints[hint - 1]
     elif result.outcome == "wrong":
@@ -188,9 +193,9 @@ def _judge_function(exercise: Exercise, attempt: Any) -> CheckResult:
     for rule in exercise.properties:
         try:
             rule.test(_guarded(attempt))
-        except Exception as error:
-            failures.append((rule, error))
-    errors = [error for _, error in failures]
+        except Exception as caught:
+            failures.append((rule, caught))
+    errors = [caught for _, caught in failures]
     if any(isinstance(e, _Crash) and isinstance(e.error, NotImplementedError) for e in errors):
         return CheckResult(exercise.id, "not attempted", todo)
     if any(isinstance(e, _NoAnswer) and (e.value is Ellipsis or not _source(attempt))
@@ -212,6 +217,8 @@ def _judge_function(exercise: Exercise, attempt: Any) -> CheckResult:
         result.evidence = _told(error.error, attempt)
         result.message = "The function raises an exception."
         result.thread = None
+        if not any(good for _, good in marks):
+            result.properties = []  # nothing was tested beyond the first line
     elif isinstance(error, Unmet):
         result.evidence = str(error)
         if str(error) == IN_PLACE:

@@ -11,20 +11,58 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: upstream threads that an exercise rebuilds: short name -> address
-THREADS: dict[str, str] = {
-    "DeepSpeedExamples #423": "https://github.com/deepspeedai/DeepSpeedExamples/issues/423",
-    "ms-swift #9927": "https://github.com/modelscope/ms-swift/pull/9927",
-    "trl #7010": "https://github.com/huggingface/trl/issues/7010",
-    "trl #2778": "https://github.com/huggingface/trl/issues/2778",
-    "trl #469": "https://github.com/huggingface/trl/issues/469",
-    "transformers #35352": "https://github.com/huggingface/transformers/issues/35352",
-    "transformers #29419": "https://github.com/huggingface/transformers/issues/29419",
-    "transformers #46782": "https://github.com/huggingface/transformers/pull/46782",
-    "reward-bench #137": "https://github.com/allenai/reward-bench/issues/137",
-    "reward-bench #164": "https://github.com/allenai/reward-bench/issues/164",
-    "reward-bench #94": "https://github.com/allenai/reward-bench/issues/94",
-    "RLHF-Reward-Modeling #16": "https://github.com/RLHFlow/RLHF-Reward-Modeling/issues/16",
+
+@dataclass(frozen=True)
+class Thread:
+    """A discussion of the same mistake in a library.
+
+    Attributes
+    ----------
+    address : str
+    about : str
+        What it is about, in a few words.
+    """
+
+    address: str
+    about: str
+
+
+_HUB = "https://github.com/"
+#: upstream threads of bugs that the exercises rebuild, by their short names
+THREADS: dict[str, Thread] = {
+    "DeepSpeedExamples #423": Thread(
+        _HUB + "deepspeedai/DeepSpeedExamples/issues/423", "a reward model's training loss of inf"
+    ),
+    "ms-swift #9927": Thread(
+        _HUB + "modelscope/ms-swift/pull/9927", "margins broadcast over all pairs of the batch"
+    ),
+    "trl #7010": Thread(
+        _HUB + "huggingface/trl/issues/7010", "metrics averaged without regard to batch sizes"
+    ),
+    "trl #469": Thread(
+        _HUB + "huggingface/trl/issues/469", "left padding without position ids on GPT-2"
+    ),
+    "transformers #35352": Thread(
+        _HUB + "huggingface/transformers/issues/35352",
+        "which token is read when the pad token is the EOS",
+    ),
+    "transformers #46782": Thread(
+        _HUB + "huggingface/transformers/pull/46782",
+        "BioGPT read the wrong token of left-padded rows",
+    ),
+    "reward-bench #137": Thread(
+        _HUB + "allenai/reward-bench/issues/137", "scores that changed with the batch size"
+    ),
+    "reward-bench #164": Thread(
+        _HUB + "allenai/reward-bench/issues/164",
+        "one BOS from the template, one from the tokenizer",
+    ),
+    "reward-bench #94": Thread(
+        _HUB + "allenai/reward-bench/issues/94", "the EOS left out at evaluation"
+    ),
+    "RLHF-Reward-Modeling #16": Thread(
+        _HUB + "RLHFlow/RLHF-Reward-Modeling/issues/16", "the template's BOS replaced by nothing"
+    ),
 }
 
 

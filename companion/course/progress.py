@@ -60,13 +60,7 @@ def progress_path() -> Path | None:
 
 
 def load() -> dict[str, Record]:
-    """Read the file; a file that cannot be read counts as empty.
-
-    Raises
-    ------
-    OSError, ValueError
-        Never: the next :func:`record` puts an unreadable file aside.
-    """
+    """Read the file; one that cannot be read counts as empty (:func:`record` puts it aside)."""
     path = progress_path()
     try:
         return _parse(path) if path is not None else {}

@@ -32,7 +32,7 @@ class CheckResult:
     evidence : str
         What was seen: input, result, what it should be.
     thread : str or None
-        The upstream bug that the attempt rebuilds.
+        The upstream bug that the attempt rebuilds, a key of ``THREADS``.
     properties : list of (str, bool)
         What was checked, and whether it holds.
     hint : str
@@ -80,7 +80,8 @@ class CheckResult:
         if self.evidence:
             add(self.evidence, "  Seen: ")
         if self.thread:
-            add(f"{self.thread} was the same mistake: {THREADS[self.thread]}")
+            thread = THREADS[self.thread]
+            add(f"{self.thread} ({thread.about}): {thread.address}", "  Upstream: ")
         lines += [f"    {'✓' if good else '✗'} {name}" for name, good in self.properties]
         if self.hint:
             add(self.hint, "  Hint: ")
@@ -100,8 +101,14 @@ class CheckResult:
             paragraph(self.evidence, "<em>Seen:</em> "),
         ]
         if self.thread:
-            link = f"<a href='{html.escape(THREADS[self.thread])}'>{html.escape(self.thread)}</a>"
-            parts.append(f"<p style='margin:.3em 0'>{link} was the same mistake.</p>")
+            thread = THREADS[self.thread]
+            # its colour is that of the text: a page's own link colour may not suit a dark theme
+            link = (
+                f"<a style='color:inherit;text-decoration:underline' "
+                f"href='{html.escape(thread.address)}'>{html.escape(self.thread)}</a>"
+            )
+            told = f"<em>Upstream:</em> {link} ({html.escape(thread.about)})"
+            parts.append(f"<p style='margin:.3em 0'>{told}</p>")
         if self.properties:
             items = "".join(
                 f"<li>{'✓' if good else '✗'} {_marked(name)}</li>" for name, good in self.properties
@@ -117,5 +124,11 @@ class CheckResult:
 
 
 def _marked(text: str) -> str:
-    """Escape, and show what stands in backticks as code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    """Escape, and show what stands in backticks as code and between asterisks as emphasis."""
+    pieces = html.escape(text).split("`")
+    for place, piece in enumerate(pieces):
+        if place % 2 and place + 1 < len(pieces):
+            pieces[place] = f"<code>{piece}</code>"
+        else:
+            pieces[place] = re.sub(r"\*(\w[^*]*)\*", r"<em>\1</em>", piece)
+    return "".join(pieces)

@@ -1,4 +1,4 @@
-"""What a set of rows looks like, before any model sees it."""
+"""What a set of rows looks like, before any model sees it. Chapter 4."""
 
 from __future__ import annotations
 

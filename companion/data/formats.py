@@ -12,7 +12,7 @@ prompts      ``prompt``
 ===========  ======================================================================================
 
 A prompt or completion is text or a list of messages, and the same in all rows of a file. Other
-columns (``id``, ``subset``, gold columns) are kept as they are.
+columns (``id``, ``subset``, gold columns) are kept as they are. Chapter 4.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every row is read, checked and brought to its kind before anything else happens, so a run does not
 end in the middle of the night on line 40,000. In memory the rows are Arrow tables, a few thousand
-rows at a time; Python objects do not pile up.
+rows at a time; Python objects do not pile up. Chapter 4.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Texts and messages: the two forms that a prompt or a completion can have.
 
 A *text* is a non-empty string. *Messages* are a non-empty list of ``{"role": …, "content": …}``.
-Both are checked here, once, so that everything after the loader can rely on them.
+Both are checked here, once, so that everything after the loader can rely on them. Chapter 4.
 """
 
 from __future__ import annotations

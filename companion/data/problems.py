@@ -2,6 +2,7 @@
 
 A converter raises :class:`RowError` (reason, field, detail). The loader adds the place and keeps a
 :class:`RowProblem`; the :class:`LoadReport` counts them and turns the first few into one message.
+Chapter 4.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 A reader yields :class:`Record`: the row, or what was wrong with the line. It checks nothing else.
 What makes a whole file unusable (missing, cut short, not what its name says) raises DataError.
+Chapter 4.
 """
 
 from __future__ import annotations

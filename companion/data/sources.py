@@ -1,4 +1,4 @@
-"""From a name to rows: a file, a folder, a dataset of the hub, or rows in memory."""
+"""From a name to rows: a file, a folder, a dataset of the hub, or rows in memory. Chapter 4."""
 
 from __future__ import annotations
 

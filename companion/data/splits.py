@@ -3,7 +3,7 @@
 Pairs of one prompt share its difficulty and often a completion. Split by row, a prompt stands on
 both sides, and the held-out accuracy measures memory (chapter 9, 'correlated pairs'). Here a
 prompt's side is a hash of its text and the seed: it depends on no other row, so new data never move
-an old prompt from test to train.
+an old prompt from test to train. Chapter 1.
 """
 
 from __future__ import annotations

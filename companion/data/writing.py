@@ -1,4 +1,4 @@
-"""Rows to a file, by suffix; the same rows always give the same bytes (JSONL, CSV)."""
+"""Rows to a file, by suffix; the same rows always give the same bytes (JSONL, CSV). Chapter 4."""
 
 from __future__ import annotations
 

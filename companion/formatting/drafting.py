@@ -1,7 +1,7 @@
 """From a row to the text that will be tokenised: kinds of rows, the chat template, the end.
 
 The lower half of :class:`companion.formatting.RewardFormatter`. It decides the characters and the
-border between prompt and completion; the formatter decides the ids.
+border between prompt and completion; the formatter decides the ids. Chapter 2.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What the formatter gives: a text as token ids, and counts of what was done on the way."""
+"""What the formatter gives: a text as token ids, and counts of what was done on the way.
+
+Chapter 2.
+"""
 
 from __future__ import annotations
 

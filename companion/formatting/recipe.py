@@ -1,4 +1,7 @@
-"""The recipe of a formatter: all that decides the ids of a text, as plain JSON, and its hash."""
+"""The recipe of a formatter: all that decides the ids of a text, as plain JSON, and its hash.
+
+Chapter 2.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Look into a checkpoint's files without loading it: names of weights, one tensor, an adapter."""
+"""Look into a checkpoint's files without loading it: names of weights, one tensor, an adapter.
+
+Chapter 2.
+"""
 
 from __future__ import annotations
 

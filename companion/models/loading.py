@@ -2,6 +2,7 @@
 
 ``AutoModelForSequenceClassification`` draws a random head for a checkpoint that has none, and TRL
 suppresses the warning: such a model scores, and its scores mean nothing. Here that is an error.
+Chapter 2.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LoRA with the head kept: trained, saved, and merged into a plain checkpoint.
 
 Without ``modules_to_save=["score"]`` a LoRA run neither trains nor saves the head, and the adapter
-loads later on a random one.
+loads later on a random one. Chapter 4.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A pad token that is neither the EOS nor the unknown token (transformers #35352, trl #2778)."""
+"""A pad token that is neither the EOS nor the unknown token (transformers #35352, trl #2778).
+
+Chapter 2.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The pieces of a checkpoint, each loaded with an error that names what is wrong with it."""
+"""The pieces of a checkpoint, each loaded with an error that names what is wrong with it.
+
+Chapter 2.
+"""
 
 from __future__ import annotations
 

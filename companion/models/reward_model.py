@@ -1,4 +1,7 @@
-"""What loading returns and everything else takes: model, tokenizer, formatter, manifest."""
+"""What loading returns and everything else takes: model, tokenizer, formatter, manifest.
+
+Chapter 2.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Save a reward model: a plain Hugging Face checkpoint, its tokenizer, and the manifest."""
+"""Save a reward model: a plain Hugging Face checkpoint, its tokenizer, and the manifest.
+
+Chapter 2.
+"""
 
 from __future__ import annotations
 

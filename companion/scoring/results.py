@@ -1,4 +1,7 @@
-"""What scoring returns: arrays in input order, and a reason for each row without a score."""
+"""What scoring returns: arrays in input order, and a reason for each row without a score.
+
+Chapter 6.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 The output has one line for each row of the input, in its order, so the number of whole lines says
 where to go on. A line that was torn by a kill is cut off first. A small file beside the output
 (``<output>.state.json``) holds the fingerprints of the input, the model and the options: a run goes
-on only if all of them are the same.
+on only if all of them are the same. Chapter 6.
 """
 
 from __future__ import annotations

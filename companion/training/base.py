@@ -3,7 +3,7 @@
 Run by ``companion make-base``. The text is drawn without end from
 :mod:`companion.data.tutor.text`, so nothing is seen twice and nothing can be overfitted. Feedback
 weighs more than the solution, and the prompt nothing: capacity goes to knowing whether a solution
-is right (see that module for why).
+is right (see that module for why). Chapter 4.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _PRE_TOKENS = r" ?\p{N}+| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
 class BaseConfig:
     """How the tutor base is made. The defaults made the one that ships."""
 
-    vocab_size: int = 680
+    vocab_size: int = 700  #: at most; the tutor's words need fewer
     hidden_size: int = 128
     intermediate_size: int = 224
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
-    steps: int = 6_000
+    steps: int = 3_600
     tokens_per_step: int = 4_096  #: padded tokens
     learning_rate: float = 3e-3
-    warmup_steps: int = 200
+    warmup_steps: int = 100
     weight_decay: float = 0.01
     feedback_weight: float = (
         2.0  #: of a token of feedback or of a judge's letter; a solution's has 1
@@ -161,7 +161,7 @@ def _batches(tokenizer: Any, config: BaseConfig, rng: random.Random) -> Iterator
     while True:
         progress = min(1.0, given / config.steps)
         window = sorted(
-            _encode(tokenizer, config, rng, 2048, progress), key=lambda item: len(item[0])
+            _encode(tokenizer, config, rng, 1024, progress), key=lambda item: len(item[0])
         )
         batches: list[_Batch] = []
         while window:

@@ -2,6 +2,7 @@
 
 Three groups: the model, the data, and the training itself (all of transformers'
 ``TrainingArguments`` and TRL's ``RewardConfig``, with the defaults that a reward model wants).
+Chapter 4.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The evaluation loop of the pairwise trainer: n pairs in, figures of exactly n pairs out."""
+"""The evaluation loop of the pairwise trainer: n pairs in, figures of exactly n pairs out.
+
+Chapter 4.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A progress bar that holds the latest figures, and one line for each look at held-out pairs."""
+"""A progress bar that holds the latest figures, and one line for each look at held-out pairs.
+
+Chapter 4.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a run leaves behind: scores of held-out pairs, figures, the manifest, the saved model."""
+"""What a run leaves behind: scores of held-out pairs, figures, the manifest, the saved model.
+
+Chapter 4.
+"""
 
 from __future__ import annotations
 
@@ -170,7 +173,8 @@ def save_trained(
         accelerator.wait_for_everyone()
         if trainer.args.process_index == 0:
             notes = reward_model.notes
-            reward_model = load_reward_model(folder)
+            with whole_parameters():
+                reward_model = load_reward_model(folder)
             reward_model.notes = notes
             save_reward_model(reward_model, folder, manifest)
     else:
@@ -189,8 +193,9 @@ def save_trained(
 def whole_parameters() -> Iterator[None]:
     """Load a model in full on the CPU although ZeRO-3 is on.
 
-    transformers would partition each parameter as it is made, so that the fresh head could not be
-    drawn from a seed. DeepSpeed partitions the model when it is prepared, a moment later.
+    transformers would partition each parameter as it is made: the fresh head could not be drawn
+    from a seed, and a load on one rank alone would wait for the others for ever. DeepSpeed
+    partitions the model when it is prepared, a moment later.
     """
     from transformers.integrations import deepspeed
 

@@ -1,4 +1,7 @@
-"""From rows of pairs to rows of token ids, with a count of all that was dropped or cut."""
+"""From rows of pairs to rows of token ids, with a count of all that was dropped or cut.
+
+Chapter 4.
+"""
 
 from __future__ import annotations
 

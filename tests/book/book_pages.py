@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,10 +20,22 @@ PAGES = sorted(
         *BOOK.rglob("*.md"),
         *(ROOT / "exercises").glob("*.md"),
         *(ROOT / "solutions").glob("*.md"),
+        *(ROOT / "recipes").glob("*.md"),
     ]
 )
 
 _BLOCK = re.compile(r"^```(?:bash|sh|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def load_module(path: Path) -> ModuleType:
+    """Import a file that lies in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 class Command(NamedTuple):
@@ -42,6 +57,13 @@ def commands_of(text: str, page: str = "page") -> list[Command]:
             if words:
                 found.append(Command(page, tuple(words)))
     return found
+
+
+def inline_commands(text: str) -> list[tuple[str, ...]]:
+    """Commands of several words in the running text: code spans that are no role."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"(?<![}`])`((?:companion|make|python|accelerate|torchrun) [^`]*)`", prose)
+    return [tuple(span.split()) for span in spans]
 
 
 def all_commands() -> list[Command]:

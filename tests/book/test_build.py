@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from book_pages import BOOK, CHAPTERS, ROOT
+from book_pages import BOOK, CHAPTERS, load_module
 
 bs4 = pytest.importorskip("bs4")
-JUPYTER_BOOK = Path(sys.executable).with_name("jupyter-book")
 
-pytestmark = [
-    pytest.mark.xdist_group("book"),
-    pytest.mark.skipif(not JUPYTER_BOOK.exists(), reason="jupyter-book is not installed"),
-]
+pytestmark = pytest.mark.xdist_group("book")
 
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """Root folder of the built pages."""
-    output = tmp_path_factory.mktemp("book")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run(
-        [str(JUPYTER_BOOK), "build", ".", "--toc", "book/_toc.yml", "--path-output", str(output),
-         "--all", "-W", "--keep-going"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
-    )  # fmt: skip
-    log = done.stdout + done.stderr
-    warnings = [line for line in log.splitlines() if "WARNING:" in line or "ERROR:" in line]
-    assert done.returncode == 0, "\n".join(warnings) or log[-4000:]
-    return output / "_build" / "html"
+extension = load_module(BOOK / "_ext" / "companion_docs.py")
 
 
 def _pages(site):
@@ -91,11 +68,37 @@ def test_numbers_in_the_prose_came_from_cells(site):
         assert len(soup.select("figure img[alt]")) >= 3
 
 
-def test_reference_and_chapter_link_each_other(site):
-    reference = (site / "book" / "api" / "maths.html").read_text(encoding="utf-8")
-    chapter = (site / "book" / "ch01_bradley_terry.html").read_text(encoding="utf-8")
-    assert 'href="../ch01_bradley_terry.html"' in reference
-    assert 'href="api/maths.html#companion.losses.bradley_terry_loss"' in chapter
+def test_reference_and_chapters_link_each_other(site):
+    """Each function links its chapter, and the chapter links the function."""
+    pages = {path.name: soup for path, soup in _pages(site)}
+    anchors = {tag["id"]: tag for soup in pages.values() for tag in soup.select("dt.sig[id]")}
+    links = {
+        name: {a["href"].split("#")[-1] for a in soup.select("article a[href*='#companion.']")}
+        for name, soup in pages.items()
+    }
+    documents = extension.chapter_documents(BOOK)
+    count = 0
+    for module, things in extension.documented(BOOK).items():
+        for name, chapters in things.items():
+            target = f"{module}.{name}"
+            shown = {a["href"].split("/")[-1] for a in anchors[target].parent.select("dd a[href]")}
+            for number in chapters & set(documents):
+                chapter = documents[number].split("/")[-1] + ".html"
+                assert chapter in shown, f"{target} does not link chapter {number}"
+                assert target in links[chapter], f"chapter {number} does not link {target}"
+                count += 1
+    assert count > 100
+
+
+def test_roles_that_name_code_became_links(site):
+    """What a page writes as {func}`~companion.…` leads somewhere."""
+    for page, soup in _pages(site):
+        dead = [
+            tag.get_text()
+            for tag in soup.select("article code.xref.py")
+            if tag.find_parent("a") is None and tag.find_parent("dl") is None
+        ]
+        assert dead == [], page.name
 
 
 def test_both_themes_have_their_drawings(site):

@@ -1,20 +1,31 @@
-"""Every command that a page shows is one that the real command line takes."""
+"""Every command that a page shows is parsed by the real command line; those of the companion run.
+
+What would take a cluster, a download or hours runs in small: with a tiny random model, a few rows
+and two steps in place of what the page names. What is started by a launcher is parsed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
-from book_pages import ROOT, all_commands, commands_of, companion_arguments
+from book_pages import PAGES, ROOT, all_commands, commands_of, companion_arguments, inline_commands
 
-from companion.cli.main import _VERBATIM, COMMANDS
+from companion.cli.main import _VERBATIM, COMMANDS, main
+from companion.course.progress import VARIABLE
+from companion.data.tutor import make_rows
 from companion.errors import CompanionError
 
 COMMANDS_ON_PAGES = all_commands()
-TARGETS = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+TARGETS = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.MULTILINE))
+#: what a page leaves to the reader, and what stands for it here
+ELLIPSIS = "recipes/pairwise/tutor.yaml"
 
 
 def check_companion(arguments: list[str], output_dir: Path) -> None:
@@ -33,22 +44,126 @@ def check_companion(arguments: list[str], output_dir: Path) -> None:
     parser.parse_args(rest)
 
 
+def check_launcher(words: list[str]) -> None:
+    """Parse the flags of ``accelerate launch`` or ``torchrun``; files that they name must exist."""
+    if words[:2] == ["accelerate", "launch"]:
+        from accelerate.commands.launch import launch_command_parser
+
+        args = launch_command_parser().parse_args(words[2:])
+        assert args.module
+        assert args.config_file is None or Path(args.config_file).is_file()
+    else:
+        assert words[0] == "torchrun", f"nothing here knows how to check {words[0]!r}"
+        from torch.distributed.run import get_args_parser
+
+        args = get_args_parser().parse_args(words[1:])
+        assert args.module
+    assert args.training_script == "companion"
+
+
 @pytest.mark.parametrize("command", sorted(set(COMMANDS_ON_PAGES)), ids=str)
-def test_command_of_a_page_is_accepted(command, tmp_path):
+def test_command_of_a_page_is_accepted(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     words = [word for word in command.words if not re.fullmatch(r"[A-Z_]+=.*", word)]
+    words = [ELLIPSIS if word == "…" else word for word in words]
     arguments = companion_arguments(tuple(words))
     if arguments is not None:
         check_companion(arguments, tmp_path)
+        if Path(words[0]).name != "companion" and not words[0].startswith("python"):
+            check_launcher(words)
     elif words[0] == "make":
         for target in words[1:]:
-            assert "=" in target or target in TARGETS, target
+            assert target in TARGETS, target
+    elif words[0] == "sbatch":
+        assert all(Path(word).is_file() for word in words[1:])
+        subprocess.run(["bash", "-n", words[1]], check=True)
+    elif words[0] == "jupytext":
+        from jupytext.cli import jupytext
+
+        target = tmp_path / "notebook.ipynb"
+        assert jupytext([*words[1:], "--quiet", "--output", str(target)]) == 0
+        assert json.loads(target.read_text(encoding="utf-8"))["cells"]
     else:
         pytest.fail(f"nothing here knows how to check {words[0]!r}")
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_the_text_exist(page):
+    """What stands in the running text is often a part of a command; its first words must exist."""
+    for words in inline_commands(page.read_text(encoding="utf-8")):
+        if words[0] == "make":
+            named = [word for word in words[1:] if "=" not in word]
+            assert set(named) <= TARGETS, words
+        elif (arguments := companion_arguments(words)) is not None and arguments:
+            assert arguments[0] in COMMANDS or arguments[0] in ("COMMAND", "--help"), words
+            if arguments[0] in _VERBATIM and len(arguments) > 1:
+                assert arguments[1] in importlib.import_module(COMMANDS[arguments[0]][0]).KINDS
+        elif words[:2] == ("python", "-m"):
+            assert importlib.util.find_spec(words[2]) is not None
+
+
+# In small
+
+
+def _set(words: list[str], flag: str, value: str) -> None:
+    if flag in words:
+        words[words.index(flag) + 1] = value
+
+
+def in_small(words: list[str], base: Path, reward: Path) -> list[str]:
+    """The same command on a tiny model and a few rows. Local files that the page makes stay."""
+    words = list(words)
+    _set(words, "--n", "48")
+    for flag, local in (("--dataset_name", "hub.jsonl"), ("--data", "hub.jsonl")):
+        if flag in words and re.fullmatch(r"[\w.-]+/[\w.-]+", words[words.index(flag) + 1]):
+            _set(words, flag, local)
+    if "--model" in words and "/" in words[words.index("--model") + 1]:
+        _set(words, "--model", str(reward))
+    if words[0] == "train":
+        _set(words, "--model_name_or_path", str(base))
+        _set(words, "--per_device_train_batch_size", "4")
+        words += ["--max_steps", "2", "--use_cpu", "true", "--bf16", "false"]
+        words += ["--disable_tqdm", "true", "--report_to", "none"]
+    return words
+
+
+def _own_commands(path: Path) -> list[list[str]]:
+    """Commands of a page that begin with ``companion`` and leave nothing to the reader."""
+    found = commands_of(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)))
+    return [
+        list(command.words[1:])
+        for command in found
+        if command.words[0] == "companion"
+        and "…" not in command.words
+        and "--config" not in command.words  # a recipe; tests/training reads them all
+    ]
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if _own_commands(p)], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_commands_of_a_page_run_one_after_the_other(
+    page, tmp_path, monkeypatch, tiny_base, tiny_reward
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "progress.json"))
+    pairs = make_rows("pairs", 24, seed=1)
+    Path("hub.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    # the reader's own files
+    own = [{"prompt": "Ana has 3 pens.", "completion": f"So {n} pens."} for n in range(3)]
+    for name in ("completions.jsonl", "texts.jsonl"):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in own))
+    for words in _own_commands(page):
+        small = in_small(words, tiny_base, tiny_reward)
+        assert main(small) == 0, small
+        for flag in ("--output", "--output_dir", "--json"):
+            if flag in small:
+                assert Path(small[small.index(flag) + 1]).exists(), small
+
+
 def test_pages_show_commands():
-    shown = {companion_arguments(command.words)[0] for command in COMMANDS_ON_PAGES
-             if companion_arguments(command.words)}  # fmt: skip
+    shown = {arguments[0] for command in COMMANDS_ON_PAGES
+             if (arguments := companion_arguments(command.words))}  # fmt: skip
     assert {"train", "evaluate", "score", "data"} <= shown
     assert {"quickstart", "test"} <= {
         command.words[1] for command in COMMANDS_ON_PAGES if command.words[0] == "make"
@@ -70,13 +185,29 @@ def test_a_wrong_command_is_refused(line, tmp_path):
         check_companion(companion_arguments(command.words), tmp_path)
 
 
-def test_commands_are_found_in_blocks():
+@pytest.mark.parametrize(
+    "line",
+    [
+        "accelerate launch --num_process_count 8 -m companion train pairwise",
+        "accelerate launch --num_processes 8 companion train pairwise",  # no -m
+        "torchrun --no_such_flag 2 -m companion train pairwise",
+        "deepspeed -m companion train pairwise",
+    ],
+)
+def test_a_wrong_launch_is_refused(line):
+    with pytest.raises((AssertionError, SystemExit)):
+        check_launcher(line.split())
+
+
+def test_commands_are_found_in_blocks_and_in_the_text():
     text = (
         "```bash\n# a comment\n$ companion score \\\n  --model x\n```\n```python\ncompanion\n```\n"
+        "Then `make test`, {func}`~companion.losses.x`, `companion/` and `companion progress`.\n"
     )
     assert [command.words for command in commands_of(text)] == [
         ("companion", "score", "--model", "x")
     ]
+    assert inline_commands(text) == [("make", "test"), ("companion", "progress")]
     launched = ("accelerate", "launch", "-m", "companion", "train", "pairwise")
     assert companion_arguments(launched) == ["train", "pairwise"]
     assert companion_arguments(("make", "test")) is None

@@ -2,7 +2,7 @@
 
 :func:`grade` reads any completion, whoever wrote it: the generator, a policy in training, a person.
 So the gold reward of a best-of-N winner or of a GRPO sample is known as exactly as that of a row of
-the training data.
+the training data. Chapter 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rows of every kind, drawn from one seed.
 
 The first ``n`` rows of a seed are the same whatever the total, so a larger file begins with the
-smaller one.
+smaller one. Chapter 1.
 """
 
 from __future__ import annotations

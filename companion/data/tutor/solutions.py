@@ -4,7 +4,7 @@ A completion is a few lines: perhaps a greeting, perhaps a line that restates th
 equation a line, the answer, perhaps a closing line. Whether it is right and how it is written are
 drawn independently, so that a reward model cannot read the one off the other; the dial ``shift``
 of :class:`companion.data.tutor.Dials` ties them together again, as a policy does that has learned
-to please.
+to please. Chapter 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 from typing import Final
 
-from companion.data.tutor.world import MAX_NUMBER, Problem, Step, apply
+from companion.data.tutor.world import LARGEST, MAX_NUMBER, SMALLEST, Problem, Step, apply
 
 GREETINGS: Final = ("Hello!", "Hi there!", "Good question!")
 POLITE: Final = ("Hope this helps!", "Happy to help!", "Have a nice day!")
@@ -57,7 +57,7 @@ def _wrong_step(rng: random.Random, right: Step) -> Step:
     kind = rng.choices(("slip", "misread", "operation"), (5, 3, 2))[0]
     left, op, number = right.left, right.op, right.right
     if kind == "misread":
-        number = rng.choice([n for n in range(2, 10) if n != number])
+        number = rng.choice([n for n in range(SMALLEST, LARGEST + 1) if n != number])
     elif kind == "operation":
         op = {"x": "+", "+": "-", "-": "+"}[op]
     result = apply(left, op, number)

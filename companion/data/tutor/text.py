@@ -6,8 +6,8 @@ stands behind each solution's EOS, as in chat logs, in varying order, so that th
 EOS, where a reward model is read out, already holds the verdict, the count of valid steps, the tone
 and the length. Some documents mark each line as it stands, so that the base learns to check a line
 where it ends. Some judge two solutions by a letter, so that the base can serve as a weak generative
-judge. And it begins with drills in arithmetic, which teach the world's few thousand facts ten times
-faster than stories do.
+judge. And it begins with drills in arithmetic, which teach the world's few hundred facts faster
+than stories do. Chapter 4.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final
 
 from companion.data.tutor.gold import Grade, grade
 from companion.data.tutor.solutions import draw_solution, slip
-from companion.data.tutor.world import Step, apply, draw_problem
+from companion.data.tutor.world import LARGEST, MAX_RESULT, SMALLEST, Step, apply, draw_problem
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 USER, ASSISTANT, SYSTEM, END = "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"
@@ -47,8 +47,10 @@ MARKING: Final = "Mark every line."
 #: Shares of documents that mark each line, and that judge two solutions; the rest are transcripts.
 P_MARKED: Final = 0.2
 P_JUDGEMENT: Final = 0.12
-#: Share of drills in the first document; it falls in a line to the second at 40% of the training.
-P_DRILL: Final = (0.75, 0.1)
+#: How the text changes as the training goes on: until this share of it, (share of drills, share of
+#: the drills that are marked). Alone, drills teach the arithmetic in some hundred steps; mixed with
+#: stories from the start, it is not there after ten times as many, and nothing can be checked.
+CURRICULUM: Final = ((0.1, 1.0, 0.0), (0.3, 0.5, 0.7), (1.0, 0.08, 0.5))
 
 _MARKS: Final = {1: "+", 0: "?", -1: "-"}
 
@@ -100,16 +102,15 @@ def judgement(rng: random.Random) -> Document:
     ]
 
 
-def drill(rng: random.Random) -> Document:
-    """Ten equations: either right ones to complete, or right and wrong ones to mark."""
-    marked = rng.random() < 0.5
+def drill(rng: random.Random, *, marked: bool) -> Document:
+    """Ten equations: right ones to complete, or right and wrong ones to mark."""
     document = [(BOS, "prompt")]
     for number in range(10):
         op = rng.choice("x++--")
         while True:
-            left = rng.randint(2, 9) if op == "x" else rng.randint(1, 99)
-            right = rng.randint(2, 9)
-            if 1 <= (result := apply(left, op, right)) <= 99:
+            left = rng.randint(SMALLEST, LARGEST if op == "x" else MAX_RESULT)
+            right = rng.randint(SMALLEST, LARGEST)
+            if 1 <= (result := apply(left, op, right)) <= MAX_RESULT:
                 break
         start = "\n" * (number > 0)
         if marked:
@@ -118,18 +119,18 @@ def drill(rng: random.Random) -> Document:
             document += [(f"{start}Step {step}", "prompt"), (" -" if wrong else " +", "feedback")]
         else:
             document += [(f"{start}Step {left} {op} {right} =", "prompt")]
-            document += [(f" {result}", "solution")]
+            document += [(f" {result}", "feedback")]
     return document
 
 
 def draw_document(rng: random.Random, progress: float = 1.0) -> Document:
     """One document of the base's text, in pieces that its training weighs differently.
 
-    ``progress`` in [0, 1] is how far the training has come; see :data:`P_DRILL`.
+    ``progress`` in [0, 1] is how far the training has come; see :data:`CURRICULUM`.
     """
-    first, later = P_DRILL
-    if rng.random() < max(later, first + (later - first) * progress / 0.4):
-        return drill(rng)
+    _, p_drill, p_marked = next(stage for stage in CURRICULUM if progress <= stage[0])
+    if rng.random() < p_drill:
+        return drill(rng, marked=rng.random() < p_marked)
     kind = rng.random()
     if kind < P_JUDGEMENT:
         return judgement(rng)

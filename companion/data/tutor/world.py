@@ -4,7 +4,7 @@
 a product, then one or two changes. The numbers are small on purpose: all of the world's arithmetic
 fits into a model of a million parameters, so what a reward model gets wrong is its training's fault
 and not the base's. :attr:`Problem.steps` is the truth that all else in this package is graded
-against.
+against. Chapter 1.
 """
 
 from __future__ import annotations
@@ -26,8 +26,13 @@ ITEMS: Final = (
 GAINS: Final = ("buys", "finds", "gets")
 LOSSES: Final = ("sells", "loses", "drops")
 
-#: No result of a problem exceeds this, so every number of the world is one token of the tutor base.
-MAX_NUMBER: Final = 120
+#: No number of the world, right or wrong, exceeds this; each is one token of the tutor base.
+MAX_NUMBER: Final = 60
+#: Results of right steps lie between 1 and this.
+MAX_RESULT: Final = 40
+#: The numbers that problems give lie between these two.
+SMALLEST: Final = 2
+LARGEST: Final = 6
 
 _PROMPT = re.compile(
     r"^(?P<name>\w+) has (?P<a>\d+) (?P<container>\w+) with (?P<b>\d+) (?P<item>\w+) each"
@@ -98,7 +103,7 @@ class Problem:
 
 
 def draw_problem(rng: random.Random, *, p_three_steps: float = 0.5) -> Problem:
-    """Draw a problem whose results all lie between 1 and 99.
+    """Draw a problem whose results all lie between 1 and :data:`MAX_RESULT`.
 
     Parameters
     ----------
@@ -113,13 +118,14 @@ def draw_problem(rng: random.Random, *, p_three_steps: float = 0.5) -> Problem:
             name=rng.choice(NAMES),
             container=rng.choice(CONTAINERS),
             item=rng.choice(ITEMS),
-            a=rng.randint(2, 9),
-            b=rng.randint(2, 9),
+            a=rng.randint(SMALLEST, LARGEST),
+            b=rng.randint(SMALLEST, LARGEST),
             changes=tuple(
-                (rng.choice(GAINS + LOSSES), rng.randint(2, 9)) for _ in range(n_changes)
+                (rng.choice(GAINS + LOSSES), rng.randint(SMALLEST, LARGEST))
+                for _ in range(n_changes)
             ),
         )
-        if all(1 <= step.result <= 99 for step in problem.steps):
+        if all(1 <= step.result <= MAX_RESULT for step in problem.steps):
             return problem
 
 

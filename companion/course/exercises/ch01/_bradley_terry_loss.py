@@ -70,6 +70,10 @@ def log1p_exp(chosen: Tensor, rejected: Tensor) -> Tensor:
     return torch.log1p(torch.exp(rejected - chosen))
 
 
+def shares(chosen: Tensor, rejected: Tensor) -> Tensor:
+    return -torch.log(torch.exp(chosen) / (torch.exp(chosen) + torch.exp(rejected)))
+
+
 def epsilon(chosen: Tensor, rejected: Tensor, small: float = 1e-8) -> Tensor:
     return -torch.log(torch.sigmoid(chosen - rejected) + small)
 
@@ -179,6 +183,13 @@ EXERCISE = Exercise(
             "`log(1 + exp(−Δ))` is softplus written out, and it overflows too: in float32 `exp` is "
             "infinite from 89 on. Use a function that takes the large part out first.",
             log1p_exp,
+            "DeepSpeedExamples #423",
+        ),
+        Mutant(
+            "This goes back to the strengths, p = e^r: their powers overflow from scores of 89 on, "
+            "and inf / inf is NaN, although only the *difference* matters. Write the loss as a "
+            "function of chosen − rejected.",
+            shares,
             "DeepSpeedExamples #423",
         ),
         Mutant(

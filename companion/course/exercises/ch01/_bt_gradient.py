@@ -84,6 +84,10 @@ def only_chosen(chosen: Tensor, rejected: Tensor) -> Two:
     return -force, torch.zeros_like(force)
 
 
+def one_tensor(chosen: Tensor, rejected: Tensor) -> Tensor:
+    return -torch.sigmoid(rejected - chosen)
+
+
 def _probes() -> list[tuple[Any, ...]]:
     return [
         (normal(0, 5), normal(1, 5)),
@@ -156,6 +160,11 @@ EXERCISE = Exercise(
             "The rejected score is taken for a constant. It comes from the same model, and the "
             "loss pushes it down as hard as it pushes the chosen one up.",
             only_chosen,
+        ),
+        Mutant(
+            "Only the derivative for the chosen score is returned; that for the rejected one is "
+            "its negative, and is asked for too.",
+            one_tensor,
         ),
     ),
     probes=_probes,

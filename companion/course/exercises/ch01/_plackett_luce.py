@@ -132,6 +132,11 @@ def plain_exp(scores: Tensor, mask: Tensor) -> Tensor:
     return torch.log(ratio).sum(1)
 
 
+def one_number(scores: Tensor, mask: Tensor) -> Tensor:
+    low, rest = _remaining(scores, mask)
+    return (rest - low).masked_fill(~mask, 0.0).sum(1).mean()
+
+
 def _probes() -> list[tuple[Any, ...]]:
     mask = _full(4, 5)
     mask[1, 3:] = mask[2, 4:] = False
@@ -240,6 +245,11 @@ EXERCISE = Exercise(
             "stays in the computation: NaN plus anything is NaN. Replace masked scores "
             "(`masked_fill`).",
             additive,
+        ),
+        Mutant(
+            "The mean over the rankings is taken inside of the loss. Return one value for each; "
+            "the trainer knows which mean is right.",
+            one_number,
         ),
         Mutant(
             "The powers are computed as they stand: e^1000 is infinite and e^−1000 is 0. Work with "

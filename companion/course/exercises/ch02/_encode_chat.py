@@ -38,6 +38,11 @@ def _chats() -> list[list[dict[str, str]]]:
     ]
 
 
+def _list(encode: Attempt) -> None:
+    for adds in (True, False):
+        _ids(encode(chat_tokenizer(adds), CHAT))
+
+
 def _one_bos(encode: Attempt) -> None:
     for adds in (True, False):
         tokenizer = chat_tokenizer(adds)
@@ -113,6 +118,15 @@ def second_eos(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
+def whole_output(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
+    return tokenizer.apply_chat_template(messages, tokenize=True)
+
+
+def whole_output_of_text(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)
+
+
 def _probes() -> list[tuple[Any, ...]]:
     return [(chat_tokenizer(True), CHAT), (chat_tokenizer(False), CHAT)]
 
@@ -122,6 +136,11 @@ EXERCISE = Exercise(
     parameters=("tokenizer", "messages"),
     broken=broken,
     properties=(
+        Property(
+            "a list of token ids",
+            "The result should be one flat list of token ids.",
+            _list,
+        ),
         Property(
             "one BOS, at the start, whatever the tokenizer adds",
             TWICE,
@@ -170,6 +189,13 @@ EXERCISE = Exercise(
             "The template writes an EOS after the last turn already; this adds a second one, and "
             "the score is read there.",
             second_eos,
+        ),
+        Mutant(
+            "The ids are right, but this is the tokenizer's whole output, with its mask. Since "
+            'transformers 5 `apply_chat_template` returns that too: take `["input_ids"]`, or pass '
+            "`return_dict=False`.",
+            whole_output,
+            also=(whole_output_of_text,),
         ),
     ),
     probes=_probes,

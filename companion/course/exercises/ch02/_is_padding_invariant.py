@@ -171,7 +171,7 @@ EXERCISE = Exercise(
             "what fails on the left side alone is caught",
             SIDE,
             _catches(toys.length_minus_one, toys.absolute_positions),
-            "transformers #29419",
+            "transformers #46782",
         ),
         Property(
             "half precision is caught",
@@ -188,7 +188,7 @@ EXERCISE = Exercise(
         ),
     ),
     mutants=(
-        Mutant(SIDE, right_only, "transformers #29419"),
+        Mutant(SIDE, right_only, "transformers #46782"),
         Mutant(
             "Only left padding is tried. There the last column is the right one, so the naive "
             "read-out passes.",

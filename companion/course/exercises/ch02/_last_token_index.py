@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,38 +80,38 @@ def _empty(index: Attempt) -> None:
     )
 
 
-def _refuse(mask: Tensor) -> Tensor:
-    if not bool(mask.bool().any(dim=1).all()):
+def _refuse(mask: Tensor, strict: bool = True) -> Tensor:
+    if strict and not bool(mask.bool().any(dim=1).all()):
         raise ValueError("a row has no token")
     return mask.long()
 
 
-def last_column(attention_mask: Tensor) -> Tensor:
-    mask = _refuse(attention_mask)
+def last_column(attention_mask: Tensor, strict: bool = True) -> Tensor:
+    mask = _refuse(attention_mask, strict)
     return torch.full((mask.shape[0],), mask.shape[1] - 1)
 
 
-def length_minus_one(attention_mask: Tensor) -> Tensor:
-    return _refuse(attention_mask).sum(dim=1) - 1
+def length_minus_one(attention_mask: Tensor, strict: bool = True) -> Tensor:
+    return _refuse(attention_mask, strict).sum(dim=1) - 1
 
 
-def first_padding(attention_mask: Tensor) -> Tensor:
-    return (_refuse(attention_mask) == 0).int().argmax(dim=1) - 1
+def first_padding(attention_mask: Tensor, strict: bool = True) -> Tensor:
+    return (_refuse(attention_mask, strict) == 0).int().argmax(dim=1) - 1
 
 
-def argmax_of_mask(attention_mask: Tensor) -> Tensor:
-    return _refuse(attention_mask).argmax(dim=1)
+def argmax_of_mask(attention_mask: Tensor, strict: bool = True) -> Tensor:
+    return _refuse(attention_mask, strict).argmax(dim=1)
 
 
-def by_first_row(attention_mask: Tensor) -> Tensor:
-    mask = _refuse(attention_mask)
+def by_first_row(attention_mask: Tensor, strict: bool = True) -> Tensor:
+    mask = _refuse(attention_mask, strict)
     if bool(mask[:, -1].all()):
         return torch.full((mask.shape[0],), mask.shape[1] - 1)
     return mask.sum(dim=1) - 1
 
 
-def off_by_one(attention_mask: Tensor) -> Tensor:
-    mask = _refuse(attention_mask)
+def off_by_one(attention_mask: Tensor, strict: bool = True) -> Tensor:
+    mask = _refuse(attention_mask, strict)
     return (torch.arange(mask.shape[1]) * mask).amax(dim=1) + 1
 
 
@@ -117,9 +119,14 @@ def no_error(attention_mask: Tensor) -> Tensor:
     return (torch.arange(attention_mask.shape[1]) * attention_mask).amax(dim=1)
 
 
-def as_int32(attention_mask: Tensor) -> Tensor:
-    mask = _refuse(attention_mask)
+def as_int32(attention_mask: Tensor, strict: bool = True) -> Tensor:
+    mask = _refuse(attention_mask, strict)
     return (torch.arange(mask.shape[1]) * mask).amax(dim=1).int()
+
+
+def _lenient(function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor]]:
+    """The same mistake, in a function that does not refuse an empty row either."""
+    return (partial(function, strict=False),)
 
 
 def _probes() -> list[tuple[Any, ...]]:
@@ -151,7 +158,7 @@ EXERCISE = Exercise(
             "left padding: the last column",
             "With left padding the text ends in the last column, whatever its length.",
             _left,
-            "transformers #29419",
+            "transformers #46782",
         ),
         Property(
             "any row by itself: either side, both sides, booleans",
@@ -167,38 +174,45 @@ EXERCISE = Exercise(
             "all texts but the longest, and the score depends on the batch.",
             last_column,
             "reward-bench #137",
+            also=_lenient(last_column),
         ),
         Mutant(
             "length − 1 is the last token only if the padding stands right. With left padding it "
             "points to the front of the row, and nothing complains.",
             length_minus_one,
             "transformers #46782",
+            also=_lenient(length_minus_one),
         ),
         Mutant(
             "This looks for the first padding and steps back. A row without padding gives −1 or "
             "worse, and a row with left padding ends before it began.",
             first_padding,
             "transformers #35352",
+            also=_lenient(first_padding),
         ),
         Mutant(
             "`argmax` of the mask returns the *first* 1, which is the first token of the text. "
             "Number the positions first.",
             argmax_of_mask,
+            also=_lenient(argmax_of_mask),
         ),
         Mutant(
             "The padding side is guessed once for the whole batch. A row that is padded another "
             "way is read at the wrong place: decide row by row.",
             by_first_row,
+            also=_lenient(by_first_row),
         ),
         Mutant(
             "One too far: this is the length or the place *after* the last token. Indices start "
             "at 0.",
             off_by_one,
+            also=_lenient(off_by_one),
         ),
         Mutant(EMPTY, no_error),
         Mutant(
             "int32 is refused as an index by some PyTorch operations (`gather`). Keep int64.",
             as_int32,
+            also=_lenient(as_int32),
         ),
     ),
     probes=_probes,

@@ -76,7 +76,8 @@ EXERCISE = Prediction(
             (0, 1, 3, 4),
             {
                 0: "That was the rule of older versions: the token before the *first* pad id, "
-                "which read the middle of a dialogue. Today's takes the rightmost id that is no pad id.",
+                "which read the middle of a dialogue. Today's takes the rightmost id that is "
+                "not the pad id.",
                 1: "That is the EOS of the first turn. The rule goes from the right.",
                 4: "That is the EOS of the last turn, which has the pad id and is skipped.",
             },
@@ -90,7 +91,7 @@ EXERCISE = Prediction(
                 "model sees nothing to its right: the scores are equal to the last bit. The model "
                 "cannot learn that a completion should end.",
             },
-            "trl #2778",
+            "transformers #35352",
         ),
     ),
     hints=(

@@ -104,6 +104,6 @@ EXERCISE = Prediction(
         "The training loss is a promise about the pairs that were seen. The other three are about "
         "new pairs: two get worse, and the model is surer of itself than before.",
     ),
-    right="Training loss falls, held-out loss rises, accuracy falls, confidence rises: the training "
-    "curve looks best when the model is worst. Hence one epoch, and a held-out set.",
+    right="Training loss falls, held-out loss rises, accuracy falls, confidence rises: the "
+    "training curve looks best when the model is worst. Hence one epoch, and a held-out set.",
 )

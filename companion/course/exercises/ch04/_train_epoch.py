@@ -111,7 +111,7 @@ def broken(weight: Tensor, batches: list[Tensor], rate: float, accumulation: int
         loss.backward()
         if number % accumulation == 0:
             with torch.no_grad():
-                weight -= rate * weight.grad
+                weight -= rate * weight.grad  # type: ignore[operator]
     return weight.detach()
 
 

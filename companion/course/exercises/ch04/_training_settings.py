@@ -44,8 +44,8 @@ HEAD = (
     'neither trained nor saved unless `modules_to_save` names it: `["score"]`.'
 )
 RATE = (
-    "1e-4 is a rate for LoRA. With all weights in training it destroys the base within a few "
-    "steps: stay at or below 3e-5, or keep the adapter."
+    "1e-4 is a rate of LoRA's scale, and LoRA is used: this field was right. A tenth of it or less "
+    "hardly moves an adapter in one epoch."
 )
 
 
@@ -97,7 +97,7 @@ def _head(attempt: Attempt) -> None:
 def _rate(attempt: Attempt) -> None:
     settings = _settings(attempt)
     rate, lora = settings["learning_rate"], settings["lora"]
-    low, high = (2e-5, 1e-3) if lora is not None else (1e-6, 3e-5)
+    low, high = (3e-5, 1e-3) if lora is not None else (1e-6, 1e-4)
     what = "with LoRA" if lora is not None else "with all weights in training"
     expect(low <= rate <= high, f"learning_rate is {rate:g} {what}")
 
@@ -150,14 +150,19 @@ def random_head() -> dict[str, Any]:
     return {**_good(), "lora": {"r": 16, "target_modules": "all-linear", "modules_to_save": None}}
 
 
-def too_fast() -> dict[str, Any]:
-    return {**_good(), "lora": None}
+def too_slow() -> dict[str, Any]:
+    return {**_good(), "learning_rate": 1e-5}
+
+
+def only_changes() -> dict[str, Any]:
+    good = _good()
+    return {key: good[key] for key in KEYS if key != "learning_rate"}
 
 
 def _look(attempt: Attempt, arguments: tuple[Any, ...]) -> Any:
     """Which of the rules hold: the numbers themselves are free."""
     out = {}
-    for rule in (_epochs, _length, _pad, _centre, _evaluated, _head, _rate):
+    for rule in (_is_dict, _epochs, _length, _pad, _centre, _evaluated, _head, _rate):
         try:
             rule(attempt)
             out[rule.__name__] = True
@@ -188,7 +193,12 @@ EXERCISE = Exercise(
         Mutant(CENTRE, not_centred),
         Mutant(BLIND, not_evaluated),
         Mutant(HEAD, random_head),
-        Mutant(RATE, too_fast),
+        Mutant(RATE, too_slow),
+        Mutant(
+            "A field is left out. What is not said takes the library's default, which is a trap of "
+            "its own: keep all seven.",
+            only_changes,
+        ),
     ),
     probes=lambda: [()],
     look=_look,
