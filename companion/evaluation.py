@@ -22,6 +22,8 @@ from companion.resampling import Array
 
 __all__ = [
     "EvaluationResult",
+    "PairScorer",
+    "PairScoresLike",
     "evaluate_pairs",
     "format_table",
     "gold_probability",

@@ -25,6 +25,8 @@ from companion.report import write_report
 from companion.scoring import RewardScorer, Scores
 
 #: The folder of the base that ships with the companion.
+#:
+#: :meta hide-value:
 TUTOR_BASE = Path(__file__).parent / "assets" / "tutor-base"
 _MARK = "quickstart.json"
 
@@ -35,7 +37,7 @@ class QuickstartConfig:
 
     output_dir: str = "quickstart"
     n_train: int = 8_000  #: pairs
-    n_eval: int = 1_000  #: held-out pairs looked at during training; they also set the temperature
+    n_eval: int = 1_000  #: held-out pairs that are watched in training and set the temperature
     n_test: int = 4_000  #: held-out pairs that nothing else sees
     learning_rate: float = 1e-3
     batch_size: int = 32
@@ -200,7 +202,9 @@ def run_quickstart(
         DataArguments(
             dataset_name=str(output / "data" / "train.jsonl"),
             eval_dataset_name=str(output / "data" / "eval.jsonl"),
+            calibration_fraction=1.0,  # the figures come from the test set
         ),
+        say=say,
     )
     lap("training")
 

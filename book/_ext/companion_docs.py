@@ -22,7 +22,9 @@ from typing import Any
 
 from docutils import nodes
 from docutils.statemachine import StringList
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 
 BOOK = Path(__file__).resolve().parent.parent
@@ -137,7 +139,7 @@ class Exports(_Lines):
 
 
 class Chapter(_Lines):
-    """What belongs to a chapter, by the module that defines it."""
+    """What belongs to a chapter, by the module that defines it. For MyST pages."""
 
     required_arguments = 1
 
@@ -148,7 +150,8 @@ class Chapter(_Lines):
             for module, things in documented(BOOK).items()
         }
         return [
-            f"- :py:mod:`{module}`: " + ", ".join(f":py:obj:`~{module}.{name}`" for name in names)
+            f"- {{py:mod}}`{module}`: "
+            + ", ".join(f"{{py:obj}}`~{module}.{name}`" for name in names)
             for module, names in found.items()
             if names
         ]
@@ -161,6 +164,58 @@ class Commands(_Lines):
         from companion.cli.main import COMMANDS
 
         return [f"- ``companion {name}``: {text}" for name, (_, text) in COMMANDS.items()]
+
+
+def canonical_name(target: str) -> str | None:
+    """Where a re-exported name is defined: ``companion.data.tutor.make_rows`` lies in ``.rows``."""
+    parts = target.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            thing: Any = importlib.import_module(".".join(parts[:cut]))
+        except ImportError:
+            continue
+        for part in parts[cut:]:
+            thing = getattr(thing, part, None)
+        module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+        found = f"{module}.{name}"
+        return found if module and name and found != target else None
+    return None
+
+
+def resolve_exported(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.TextElement
+) -> nodes.Element | None:
+    """Lead a link to a re-exported name to the place where it is documented."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not target.startswith("companion."):
+        return None
+    name = canonical_name(target)
+    if name is None:
+        return None
+    domain = env.get_domain("py")
+    return domain.resolve_xref(
+        env, node["refdoc"], app.builder, node["reftype"], name, node, contnode
+    )
+
+
+def number_chapters(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """Give each chapter the number of its file, whatever its place in the table of contents.
+
+    Sphinx counts the chapters that there are. Docstrings, links and exercises name them by their
+    numbers, so a chapter that is still to come must not shift those behind it.
+    """
+    for number, path in chapter_documents(BOOK).items():
+        document = path.removeprefix("/")
+        for table in (
+            env.toc_secnumbers.get(document, {}),
+            *env.toc_fignumbers.get(document, {}).values(),
+        ):
+            table.update({key: (number, *place[1:]) for key, place in table.items() if place})
+        numbered = [env.titles[document], *env.tocs[document].findall(nodes.reference)]
+        for node in numbered:
+            if node.get("secnumber"):
+                node["secnumber"] = (number, *node["secnumber"][1:])
+    return []
 
 
 def drop_thebe(
@@ -194,4 +249,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", lambda app, document, source: add_section(BOOK, document, source))
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("autodoc-process-docstring", process)
+    app.connect("missing-reference", resolve_exported)
+    app.connect("env-get-updated", number_chapters, priority=900)  # after Sphinx has counted
     return {"parallel_read_safe": True, "parallel_write_safe": True}

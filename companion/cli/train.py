@@ -35,9 +35,11 @@ def run_argv(argv: Sequence[str]) -> int:
             f"there is no training of the kind {argv[0]!r}", f"there are: {', '.join(KINDS)}"
         )
     data, model, config = parse(argv[1:])
-    from companion.training.run import train_pairwise
+    from companion.training.run import summary, train_pairwise
 
-    train_pairwise(config, model, data)
+    result = train_pairwise(config, model, data)
+    if config.process_index == 0:
+        print(summary(result))
     _leave_process_group()
     return 0
 

@@ -43,7 +43,8 @@ class BaseConfig:
     num_key_value_heads: int = 2
     steps: int = 3_600
     tokens_per_step: int = 4_096  #: padded tokens
-    learning_rate: float = 3e-3
+    micro_batches: int = 4  #: of a step
+    learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.01
     feedback_weight: float = (
@@ -159,7 +160,7 @@ def _batches(tokenizer: Any, config: BaseConfig, rng: random.Random) -> Iterator
     """Batches of similar lengths, without end: sorted within a window, then shuffled."""
     given = 0
     while True:
-        progress = min(1.0, given / config.steps)
+        progress = min(1.0, given / config.micro_batches / config.steps)
         window = sorted(
             _encode(tokenizer, config, rng, 1024, progress), key=lambda item: len(item[0])
         )
@@ -168,7 +169,12 @@ def _batches(tokenizer: Any, config: BaseConfig, rng: random.Random) -> Iterator
             longest = len(window[-1][0])
             rows = [
                 window.pop()
-                for _ in range(min(len(window), max(1, config.tokens_per_step // longest)))
+                for _ in range(
+                    min(
+                        len(window),
+                        max(1, config.tokens_per_step // config.micro_batches // longest),
+                    )
+                )
             ]
             ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
             weights = torch.zeros(len(rows), longest)
@@ -219,27 +225,33 @@ def train_base(
     for step in (bar := tqdm(range(config.steps), desc="make-base", disable=not progress)):
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(config, step)
-        batch = next(batches)
-        # Right padding needs no mask in a causal model: no real token sees a pad.
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = forward(input_ids=batch.input_ids, use_cache=False).logits
-        weights = batch.weights[:, 1:].reshape(-1)
-        kept = weights.nonzero().squeeze(1)
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].reshape(-1, logits.shape[-1])[kept].float(),
-            batch.input_ids[:, 1:].reshape(-1)[kept],
-            reduction="none",
-        )
-        loss = (losses * weights[kept]).sum() / weights.sum()
-        loss.backward()
+        # Micro-batches are of one length each, hence mostly of one kind of document; several make a
+        # step, else the kinds pull the model to and fro.
+        parts = [next(batches) for _ in range(config.micro_batches)]
+        total = sum(part.weights[:, 1:].sum().item() for part in parts)
+        mean = 0.0
+        for part in parts:
+            # Right padding needs no mask in a causal model: no real token sees a pad.
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = forward(input_ids=part.input_ids, use_cache=False).logits
+            weights = part.weights[:, 1:].reshape(-1)
+            kept = weights.nonzero().squeeze(1)
+            losses = torch.nn.functional.cross_entropy(
+                logits[:, :-1].reshape(-1, logits.shape[-1])[kept].float(),
+                part.input_ids[:, 1:].reshape(-1)[kept],
+                reduction="none",
+            )
+            loss = (losses * weights[kept]).sum() / total
+            loss.backward()
+            mean += loss.item()
+            seen += part.input_ids.numel()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seen += batch.input_ids.numel()
         if (step + 1) % log_every == 0 or step + 1 == config.steps:
             figures = measure_base(model, tokenizer, n=200, seed=1)
             model.save_pretrained(output)
-            log.append({"step": step + 1, "tokens": seen, "loss": loss.item(), **figures})
+            log.append({"step": step + 1, "tokens": seen, "loss": mean, **figures})
             bar.write(
                 json.dumps(
                     {k: round(v, 4) for k, v in log[-1].items()} | {"s": round(time.time() - start)}

@@ -161,7 +161,7 @@ def train_pairwise(
         }
         manifest.data["held_out"] |= {"calibration": len(calibration), "test": len(test)}
     reward_model = save_trained(trainer, reward_model, manifest)
-    result = TrainingResult(
+    return TrainingResult(
         output_dir=Path(str(config.output_dir)),
         metrics=manifest.metrics,
         temperature=temperature,
@@ -174,9 +174,6 @@ def train_pairwise(
         manifest=manifest,
         notes=[*sets.notes, *reward_model.notes],
     )
-    if main:
-        tell(summary(result))
-    return result
 
 
 def summary(result: TrainingResult) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from book_pages import BOOK, CHAPTERS, load_module
+from book_pages import BOOK, CHAPTERS, ROOT, load_module
 
 bs4 = pytest.importorskip("bs4")
 
@@ -88,6 +88,20 @@ def test_reference_and_chapters_link_each_other(site):
                 assert target in links[chapter], f"chapter {number} does not link {target}"
                 count += 1
     assert count > 100
+
+
+def test_chapters_have_the_numbers_of_their_files(site):
+    for number, document in extension.chapter_documents(BOOK).items():
+        soup = next(s for path, s in _pages(site) if path.stem == document.split("/")[-1])
+        assert soup.select_one("h1 .section-number").get_text().strip() == f"{number}."
+        assert soup.select_one("h2 .section-number").get_text().startswith(f"{number}.1")
+        captions = [tag.get_text() for tag in soup.select(".caption-number")]
+        assert all(f" {number}." in caption for caption in captions)
+
+
+def test_no_page_shows_where_it_was_built(site):
+    for page, soup in _pages(site):
+        assert str(ROOT) not in soup.get_text(), page.name
 
 
 def test_roles_that_name_code_became_links(site):

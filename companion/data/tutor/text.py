@@ -47,10 +47,11 @@ MARKING: Final = "Mark every line."
 #: Shares of documents that mark each line, and that judge two solutions; the rest are transcripts.
 P_MARKED: Final = 0.2
 P_JUDGEMENT: Final = 0.12
-#: How the text changes as the training goes on: until this share of it, (share of drills, share of
-#: the drills that are marked). Alone, drills teach the arithmetic in some hundred steps; mixed with
-#: stories from the start, it is not there after ten times as many, and nothing can be checked.
-CURRICULUM: Final = ((0.1, 1.0, 0.0), (0.3, 0.5, 0.7), (1.0, 0.08, 0.5))
+#: The training begins with this share of drills alone; then their share falls in a line from the
+#: second number to the third, at the fourth of the training. Alone, drills teach the arithmetic in
+#: some hundred steps; mixed with stories from the start, it is not there after ten times as many,
+#: and a model that cannot add cannot check a sum.
+CURRICULUM: Final = (0.08, 0.7, 0.1, 0.5)
 
 _MARKS: Final = {1: "+", 0: "?", -1: "-"}
 
@@ -128,9 +129,11 @@ def draw_document(rng: random.Random, progress: float = 1.0) -> Document:
 
     ``progress`` in [0, 1] is how far the training has come; see :data:`CURRICULUM`.
     """
-    _, p_drill, p_marked = next(stage for stage in CURRICULUM if progress <= stage[0])
+    alone, first, last, until = CURRICULUM
+    fallen = min(1.0, max(0.0, (progress - alone) / (until - alone)))
+    p_drill = 1.0 if progress <= alone else first + (last - first) * fallen
     if rng.random() < p_drill:
-        return drill(rng, marked=rng.random() < p_marked)
+        return drill(rng, marked=progress > alone and rng.random() < 0.5)
     kind = rng.random()
     if kind < P_JUDGEMENT:
         return judgement(rng)
