@@ -37,9 +37,11 @@ def test_no_command_and_an_unknown_one(capsys):
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_every_command_explains_itself(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
-    assert stop.value.code == 0
+    try:
+        code = cli.main([command, "--help"])
+    except SystemExit as stop:  # argparse leaves this way
+        code = stop.code
+    assert code == 0
     assert "usage: companion" in capsys.readouterr().out
 
 

@@ -15,7 +15,7 @@ from companion.data.splits import prompt_key
 from companion.errors import CompanionError, DataError
 from companion.models import load_reward_model
 from companion.training.config import DataArguments, ModelArguments, PairwiseRewardConfig
-from companion.training.run import summary, train_pairwise
+from companion.training.run import TrainingResult, summary, train_pairwise
 
 
 def make_rows(n: int, *, long: int = 0) -> list[dict[str, Any]]:
