@@ -41,7 +41,7 @@ class BaseConfig:
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
-    steps: int = 3_600
+    steps: int = 4_000
     tokens_per_step: int = 4_096  #: padded tokens
     micro_batches: int = 4  #: of a step
     learning_rate: float = 2e-3
@@ -50,7 +50,7 @@ class BaseConfig:
     feedback_weight: float = (
         2.0  #: of a token of feedback or of a judge's letter; a solution's has 1
     )
-    verdict_weight: float = 6.0  #: of a judge's letter, and of the token that is predicted at EOS
+    verdict_weight: float = 10.0  #: of a judge's letter, and of the token that is predicted at EOS
     seed: int = 0
     compile: bool = (
         True  #: 2.7 times faster on one core once compiled (a minute); needs a C compiler

@@ -53,8 +53,8 @@ def slip(rng: random.Random, result: int) -> int:
 
 
 def _wrong_step(rng: random.Random, right: Step) -> Step:
-    """A slip of the arithmetic (1/2), a misread number (3/10) or a wrong operation (1/5)."""
-    kind = rng.choices(("slip", "misread", "operation"), (5, 3, 2))[0]
+    """A slip of the arithmetic (8 in 10), a misread number or a wrong operation (1 each)."""
+    kind = rng.choices(("slip", "misread", "operation"), (8, 1, 1))[0]
     left, op, number = right.left, right.op, right.right
     if kind == "misread":
         number = rng.choice([n for n in range(SMALLEST, LARGEST + 1) if n != number])

@@ -45,13 +45,13 @@ JUDGE_PROMPT: Final = "{prompt}\nSolution A:\n{a}\nSolution B:\n{b}\nWhich is be
 MARKING: Final = "Mark every line."
 
 #: Shares of documents that mark each line, and that judge two solutions; the rest are transcripts.
-P_MARKED: Final = 0.2
+P_MARKED: Final = 0.3
 P_JUDGEMENT: Final = 0.12
 #: The training begins with this share of drills alone; then their share falls in a line from the
 #: second number to the third, at the fourth of the training. Alone, drills teach the arithmetic in
 #: some hundred steps; mixed with stories from the start, it is not there after ten times as many,
 #: and a model that cannot add cannot check a sum.
-CURRICULUM: Final = (0.08, 0.7, 0.1, 0.5)
+CURRICULUM: Final = (0.07, 0.6, 0.05, 0.35)
 
 _MARKS: Final = {1: "+", 0: "?", -1: "-"}
 
@@ -60,7 +60,7 @@ Document = list[tuple[str, str]]
 
 
 def feedback(rng: random.Random, result: Grade) -> str:
-    """Five short sentences on a solution; the verdict comes first half of the time."""
+    """Five short sentences on a solution; the verdict mostly comes first."""
     verdict = "Right." if result.correct else "Wrong."
     marks = " ".join(["Lines", *(_MARKS[label] for label in result.labels)])
     count = f"{sum(label > 0 for label in result.labels)} good."
@@ -69,7 +69,7 @@ def feedback(rng: random.Random, result: Grade) -> str:
     length = ("Short.", "Fine.", "Long.", "Endless.")[min(int(result.extra_words // 8), 3)]
     rest = [marks, count, tone, length]
     rng.shuffle(rest)
-    place = 0 if rng.random() < 0.5 else rng.randrange(5)
+    place = 0 if rng.random() < 0.7 else rng.randrange(5)
     return "\n".join([*rest[:place], verdict, *rest[place:]])
 
 
