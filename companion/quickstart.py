@@ -39,8 +39,8 @@ class QuickstartConfig:
     n_train: int = 8_000  #: pairs
     n_eval: int = 1_000  #: held-out pairs that are watched in training and set the temperature
     n_test: int = 4_000  #: held-out pairs that nothing else sees
-    learning_rate: float = 1e-3
-    batch_size: int = 32
+    learning_rate: float = 4e-4
+    batch_size: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
