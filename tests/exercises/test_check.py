@@ -111,7 +111,9 @@ def _ellipsis(chosen, rejected):
 
 
 @pytest.mark.parametrize(
-    "attempt", [_dots, _pass, _none, _raises, _half_done, _ellipsis, None, ...], ids=repr
+    "attempt",
+    [_dots, _pass, _none, _raises, _half_done, _ellipsis, None, ...],
+    ids=lambda attempt: getattr(attempt, "__name__", str(attempt)),  # the same in every process
 )
 def test_all_ways_not_to_attempt(attempt, progress_file):
     assert check(LOSS, attempt).outcome == "not attempted"
