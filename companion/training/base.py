@@ -41,7 +41,7 @@ class BaseConfig:
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
-    steps: int = 4_000
+    steps: int = 5_000
     tokens_per_step: int = 4_096  #: padded tokens
     micro_batches: int = 4  #: of a step
     learning_rate: float = 2e-3

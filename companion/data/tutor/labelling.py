@@ -38,9 +38,17 @@ class Dials:
     disagreement: float = 1.0
     #: share of completions from the drifted policy: friendly, wordy and more often wrong
     shift: float = 0.0
+    #: share of wrong steps that misread the problem (the others slip in the arithmetic); the tutor
+    #: base checks sums but hardly compares a step with its problem
+    misreads: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("noise", 0, 1), ("ties", 0, 100), ("shift", 0, 1)):
+        for name, low, high in (
+            ("noise", 0, 1),
+            ("ties", 0, 100),
+            ("shift", 0, 1),
+            ("misreads", 0, 1),
+        ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise DataError(f"dial {name}={value} is outside [{low}, {high}]")

@@ -36,8 +36,10 @@ def _assistant(content: str) -> list[dict[str, str]]:
 
 
 def _two_different(rng: random.Random, problem: Problem, dials: Dials) -> tuple[str, str]:
-    first = draw_solution(rng, problem, shift=dials.shift).text
-    while (second := draw_solution(rng, problem, shift=dials.shift).text) == first:
+    first = draw_solution(rng, problem, shift=dials.shift, misreads=dials.misreads).text
+    while (
+        second := draw_solution(rng, problem, shift=dials.shift, misreads=dials.misreads).text
+    ) == first:
         pass
     return first, second
 
@@ -94,7 +96,7 @@ def _rankings(rng: random.Random, row_id: str, dials: Dials) -> Row:
     texts: list[str] = []
     size = rng.randint(3, 5)
     while len(texts) < size:
-        text = draw_solution(rng, problem, shift=dials.shift).text
+        text = draw_solution(rng, problem, shift=dials.shift, misreads=dials.misreads).text
         if text not in texts:
             texts.append(text)
     rewards = [grade(problem, text).reward for text in texts]
@@ -111,7 +113,7 @@ def _rankings(rng: random.Random, row_id: str, dials: Dials) -> Row:
 
 def _outcomes(rng: random.Random, row_id: str, dials: Dials) -> Row:
     problem = draw_problem(rng)
-    solution = draw_solution(rng, problem, shift=dials.shift)
+    solution = draw_solution(rng, problem, shift=dials.shift, misreads=dials.misreads)
     result = grade(problem, solution.text)
     label = result.correct
     if rng.random() < dials.noise:
@@ -128,7 +130,7 @@ def _outcomes(rng: random.Random, row_id: str, dials: Dials) -> Row:
 
 def _steps(rng: random.Random, row_id: str, dials: Dials) -> Row:
     problem = draw_problem(rng)
-    solution = draw_solution(rng, problem, shift=dials.shift)
+    solution = draw_solution(rng, problem, shift=dials.shift, misreads=dials.misreads)
     result = grade(problem, solution.text)
     labels = [
         rng.choice((1, -1)) if label and rng.random() < dials.noise else label
@@ -172,8 +174,12 @@ def _canaries(rng: random.Random, row_id: str, dials: Dials) -> Row:
             better, worse = Style(False, 1, "plain"), Style(False, -1, "plain")
         elif kind == "brevity":
             better, worse = Style(False, 0, "terse"), Style(False, 0, "wordy")
-        good = draw_solution(rng, problem, error_rate=rates[0], style=better).text
-        bad = draw_solution(rng, problem, error_rate=rates[1], style=worse).text
+        good = draw_solution(
+            rng, problem, misreads=dials.misreads, error_rate=rates[0], style=better
+        ).text
+        bad = draw_solution(
+            rng, problem, misreads=dials.misreads, error_rate=rates[1], style=worse
+        ).text
         grades = grade(problem, good), grade(problem, bad)
         wanted = {"right": (1, 0), "right_but_rude": (1, 0), "step": (0, 0)}.get(kind, (1, 1))
         if tuple(int(g.correct) for g in grades) == wanted and grades[0].reward > grades[1].reward:

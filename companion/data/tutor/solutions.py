@@ -52,22 +52,26 @@ def slip(rng: random.Random, result: int) -> int:
             return wrong
 
 
-def _wrong_step(rng: random.Random, right: Step) -> Step:
-    """A slip of the arithmetic (8 in 10), a misread number or a wrong operation (1 each)."""
-    kind = rng.choices(("slip", "misread", "operation"), (8, 1, 1))[0]
-    left, op, number = right.left, right.op, right.right
-    if kind == "misread":
-        number = rng.choice([n for n in range(SMALLEST, LARGEST + 1) if n != number])
-    elif kind == "operation":
-        op = {"x": "+", "+": "-", "-": "+"}[op]
-    result = apply(left, op, number)
-    if kind == "slip" or not 0 <= result <= MAX_NUMBER:
-        return Step(right.left, right.op, right.right, slip(rng, right.result))
-    return Step(left, op, number, result)
+def _wrong_step(rng: random.Random, right: Step, misreads: float) -> Step:
+    """A slip of the arithmetic, or with probability ``misreads`` a step that misreads the problem.
+
+    A misread step is a right equation about a wrong number or with a wrong operation: nothing in
+    the line itself is wrong, only the comparison with the problem shows it.
+    """
+    if rng.random() < misreads:
+        op, number = right.op, right.right
+        if rng.random() < 0.5:
+            number = rng.choice([n for n in range(SMALLEST, LARGEST + 1) if n != number])
+        else:
+            op = {"x": "+", "+": "-", "-": "+"}[op]
+        result = apply(right.left, op, number)
+        if 0 <= result <= MAX_NUMBER:
+            return Step(right.left, op, number, result)
+    return Step(right.left, right.op, right.right, slip(rng, right.result))
 
 
 def draw_steps(
-    rng: random.Random, problem: Problem, error_rate: float
+    rng: random.Random, problem: Problem, error_rate: float, misreads: float = 0.0
 ) -> tuple[tuple[Step, ...], int]:
     """Solve ``problem`` with mistakes; return the steps and the number on the answer line.
 
@@ -80,7 +84,7 @@ def draw_steps(
         result = apply(left, truth.op, truth.right)
         step = Step(left, truth.op, truth.right, max(result, 0))
         if rng.random() < error_rate:
-            step = _wrong_step(rng, step)
+            step = _wrong_step(rng, step, misreads)
         steps.append(step)
     answer = steps[-1].result
     if rng.random() < P_MISCOPY:
@@ -134,6 +138,7 @@ def draw_solution(
     problem: Problem,
     *,
     shift: float = 0.0,
+    misreads: float = 0.0,
     error_rate: float | None = None,
     style: Style | None = None,
 ) -> Solution:
@@ -147,6 +152,8 @@ def draw_solution(
     shift : float
         In [0, 1]. With this probability a completion comes from the drifted policy, which is
         friendly, wordy and more often wrong.
+    misreads : float
+        Share of wrong steps that misread the problem; the others slip in the arithmetic.
     error_rate : float, optional
         Probability that a step errs. By default drawn from :data:`ERROR_RATES`.
     style : Style, optional
@@ -157,5 +164,5 @@ def draw_solution(
         error_rate = rng.choice(ERROR_RATES[1:] if drifted else ERROR_RATES)
     if style is None:
         style = draw_style(rng, shift=1.0 if drifted else 0.0)
-    steps, answer = draw_steps(rng, problem, error_rate)
+    steps, answer = draw_steps(rng, problem, error_rate, misreads)
     return Solution(problem, tuple(render(rng, problem, steps, answer, style)), style)
