@@ -71,11 +71,10 @@ class TestTheRealRun:
         metrics = json.loads((quickstart / "quickstart.json").read_text())["metrics"]
         best = metrics["limit"]["rows"]
         assert metrics["n"] == 4000
-        assert metrics["accuracy"] >= 0.94 * best["accuracy"]
-        assert metrics["loss"] <= best["loss"] + 0.11
-        assert metrics["ece"] <= 0.08
-        # The scores are a little too close together; the manifest's temperature mends that.
-        assert metrics["at_temperature"]["ece"] <= 0.05
+        assert metrics["accuracy"] >= 0.97 * best["accuracy"]
+        assert metrics["loss"] <= best["loss"] + 0.04
+        assert metrics["ece"] <= 0.03
+        assert metrics["at_temperature"]["ece"] <= 0.03
 
     def test_the_limit_is_that_of_the_tutor(self, quickstart):
         record = json.loads((quickstart / "quickstart.json").read_text())
@@ -88,9 +87,11 @@ class TestTheRealRun:
     def test_being_right_counts_for_more_than_style(self, quickstart):
         record = json.loads((quickstart / "quickstart.json").read_text())
         learned = {name: pair[0] for name, pair in record["weights"].items()}
+        # a right text against a wrong one, beside the most that style can give and take
         style = learned["greeting"] + 2 * learned["tone"] + 3 * learned["words"]
         assert learned["correct"] + learned["steps"] >= style
-        assert record["canaries"]["right_but_rude"] > 0.75
+        assert learned["correct"] >= learned["greeting"] + learned["tone"]
+        assert record["canaries"]["right_but_rude"] > 0.9
 
     def test_the_report_stands_alone_and_shows_all_figures(self, quickstart):
         page = (quickstart / "report.html").read_text()

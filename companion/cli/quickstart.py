@@ -62,9 +62,9 @@ def _show(result: QuickstartResult) -> None:
         table.add_row(f"weight of '{name}'", f"{ours:.2f}", f"{gold:.2f}")
     console.print(examples)
     console.print(
-        "The last one's sums are right, but it adds where the problem multiplies. The tutor's\n"
-        "base checks sums and hardly compares them with the problem, so a reward model made of\n"
-        "it rates such a completion too high.\n"
+        "The last one's sums are right, but it adds where the problem multiplies. The tutor's base "
+        "checks sums and hardly compares them with the problem, so a reward model made of it "
+        "rates such a completion too high.\n"
     )
     console.print(table)
     total = sum(result.seconds.values())

@@ -79,8 +79,8 @@ def test_what_the_base_knows(tokenizer):
     figures = measure_base(model, tokenizer, n=250, seed=11)
     assert figures["greedy"] > 0.95
     assert 0.35 < figures["sampled"] < 0.75, "best-of-N and GRPO need room to improve"
-    assert figures["verdict"] > 0.88, "a reward model can hardly do better in one epoch"
-    assert figures["judge"] > 0.6
+    assert figures["verdict"] > 0.94, "a reward model can hardly do better in one epoch"
+    assert figures["judge"] > 0.85
     record = json.loads((TUTOR_BASE / "base.json").read_text())
     for name, value in record["figures"].items():
         # two samples of 250 and 2,000: four standard errors
