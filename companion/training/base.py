@@ -196,9 +196,25 @@ def _learning_rate(config: BaseConfig, step: int) -> float:
 
 
 def train_base(
-    config: BaseConfig, output_dir: str | Path, *, log_every: int = 500, progress: bool = True
+    config: BaseConfig,
+    output_dir: str | Path,
+    *,
+    log_every: int = 500,
+    n_measured: int = 2_000,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Train the base and save it with its tokenizer and ``base.json`` (config and figures).
+
+    Parameters
+    ----------
+    config : BaseConfig
+    output_dir : path
+    log_every : int
+        Steps between two lines of the log, each with a measurement on 200 problems.
+    n_measured : int
+        Fresh problems that the figures are measured on at the end.
+    progress : bool
+        Whether to show a progress bar.
 
     Returns
     -------
@@ -258,7 +274,7 @@ def train_base(
                 )
             )
     model.save_pretrained(output)
-    figures = measure_base(model, tokenizer, n=2000, seed=2)
+    figures = measure_base(model, tokenizer, n=n_measured, seed=2)
     record = {"config": asdict(config), "figures": figures, "log": log}
     (output / "base.json").write_text(json.dumps(record, indent=1) + "\n")
     return figures | {"log": log}

@@ -89,7 +89,7 @@ def test_what_the_base_knows(tokenizer):
 
 def test_two_runs_with_one_seed_are_equal_and_loadable(tmp_path):
     for name in ("a", "b"):
-        train_base(SMALL, tmp_path / name, progress=False)
+        train_base(SMALL, tmp_path / name, n_measured=40, progress=False)
     first, second = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("a", "b")
     )
