@@ -71,9 +71,10 @@ book: $(VENV)/.stamp-book ## run every notebook and build the pages into build/_
 
 # What a reader changes are copies, so that nothing here is overwritten and `make test` stays green.
 lab: $(VENV)/.stamp-lab ## chapters and exercises in JupyterLab, copies for you to change (lab/)
-	@for file in book/ch*.md exercises/*.md solutions/*.md; do \
-		mkdir -p "lab/$${file%/*}"; [ -e "lab/$$file" ] || cp "$$file" "lab/$$file"; done
-	cd lab && $(OFFLINE) $(abspath $(VENV))/bin/jupyter lab $(LAB)
+	@for file in $(NOTEBOOK_SOURCES); do \
+		mkdir -p "lab/$${file%/*}"; [ -e "lab/$$file" ] || \
+		sed -E '/^ *# <\/?(solution|only)>$$/d' "$$file" > "lab/$$file"; done
+	cd lab && $(OFFLINE) OMP_NUM_THREADS=1 $(abspath $(VENV))/bin/jupyter lab $(LAB)
 
 notebooks: $(NOTEBOOKS) ## the same as .ipynb files, in build/notebooks
 	@ls $(NOTEBOOKS)
@@ -141,6 +142,9 @@ $(VENV)/.stamp-lab: $(VENV)/.stamp-book
 	@$(INSTALL) -e ".[book,lab]"
 	@$(VENV)/bin/jupytext-config --settings-file $(VENV)/etc/jupyter/labconfig/default_setting_overrides.json \
 		set-default-viewer markdown myst
+	@mkdir -p $(VENV)/share/jupyter/lab/settings
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' \
+		> $(VENV)/share/jupyter/lab/settings/overrides.json
 	@touch $@
 
 $(VENV)/.stamp-all: $(VENV)/.stamp-book
