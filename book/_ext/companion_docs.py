@@ -39,6 +39,8 @@ What the package has on the matter of this chapter, made from the docstrings tha
 
 """
 BEFORE = "## References\n"
+#: lines of the solved notebooks that tell `companion.course.build` what to leave out
+MARKER = re.compile(r"^ *# </?(?:solution|only)>\n", re.MULTILINE)
 
 
 def chapter_documents(book: Path) -> dict[int, str]:
@@ -108,6 +110,12 @@ def add_section(book: Path, document: str, source: list[str]) -> None:
     if document in numbers:
         section = OWN_SECTION.format(number=numbers[document])
         source[0] = source[0].replace(f"\n{BEFORE}", f"\n{section}{BEFORE}", 1)
+
+
+def hide_markers(document: str, source: list[str]) -> None:
+    """Take the marks of what an exercise leaves open out of a solved notebook, in place."""
+    if document.startswith("solutions/"):
+        source[0] = MARKER.sub("", source[0])
 
 
 class _Lines(SphinxDirective):
@@ -247,6 +255,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("companion-commands", Commands)
     app.add_directive("companion-chapter", Chapter)
     app.connect("source-read", lambda app, document, source: add_section(BOOK, document, source))
+    app.connect("source-read", lambda app, document, source: hide_markers(document, source))
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("autodoc-process-docstring", process)
     app.connect("missing-reference", resolve_exported)

@@ -44,6 +44,8 @@ class Entry:
 
 
 #: chapter -> its title, and the stem of its notebooks in ``exercises/`` and ``solutions/``
+#:
+#: :meta hide-value:
 CHAPTERS: dict[int, tuple[str, str]] = {
     1: ("Bradley–Terry", "ch01_bradley_terry"),
     2: ("The scalar head and the read-out", "ch02_readout"),
@@ -51,6 +53,8 @@ CHAPTERS: dict[int, tuple[str, str]] = {
 }
 
 #: every exercise, in the order of the course
+#:
+#: :meta hide-value:
 CATALOGUE: tuple[Entry, ...] = (
     Entry("ch01.predict_shift", "What the loss sees", "predict, then run", 5, 1),
     Entry("ch01.bradley_terry_loss", "A loss that never overflows", "write it", 10, 1),
