@@ -14,9 +14,9 @@ from companion.course.exercise import Exercise, Mutant, Property
 from companion.course.exercises._tools import Attempt, close, expect, normal, tensor
 
 OVERFLOW = (
-    "The formula of the textbook, `-log(sigmoid(x))`, overflows: for a pair that is badly wrong, "
-    "`sigmoid` rounds to 0, its logarithm is −inf, and the gradient is NaN. Rewrite −log σ so that "
-    "no power can overflow."
+    "The formula of the textbook, `-log(sigmoid(x))` or `log(1 + exp(-x))`, overflows: for a pair "
+    "that is badly wrong, `exp` is infinite or `sigmoid` rounds to 0, and the gradient is NaN. "
+    "Rewrite −log σ so that no power can overflow."
 )
 
 
@@ -245,8 +245,8 @@ EXERCISE = Exercise(
             through_numpy,
         ),
         Mutant(
-            "The computation is forced into float32. Keep the dtype of the scores: whoever passes "
-            "float64 wants it.",
+            "The computation is forced into float32, by `.float()` or by a new tensor without the "
+            "scores' dtype. Keep their dtype: whoever passes float64 wants it.",
             float32,
         ),
     ),

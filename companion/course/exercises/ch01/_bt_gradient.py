@@ -175,6 +175,6 @@ EXERCISE = Exercise(
         "∂Δ/∂rejected = −1.",
         "−σ(rejected − chosen) and its negative. (1 − σ(Δ) = σ(−Δ), which loses no digits.)",
     ),
-    right="σ(−Δ) and not 1 − σ(Δ): in float32 the difference is exactly 0 from a margin of 17 on, "
-    "while the true force is small but there.",
+    right="The better way to write 1 − p is `σ(−Δ)`: in float32 `1 − σ(Δ)` is exactly 0 from a "
+    "margin of 17 on, while the true force is small but there.",
 )
