@@ -20,13 +20,10 @@ from companion.formatting import Encoded, Overlong, RewardFormatter, Row
 from companion.models.forward import reward_scores
 from companion.models.loading import load_reward_model
 from companion.models.manifest import ReferenceStats
-from companion.models.packed import packed_scores, packing_obstacle
 from companion.models.reward_model import RewardModel
-from companion.models.trees import shared_prefix_trees, tree_batches
 from companion.scoring.results import PairScores, Scores
 
 OnError = Literal["raise", "skip"]
-Packing = Literal["auto", "off"]
 Progress = Callable[[int], None]
 
 #: Budgets that were fastest: small on a CPU, large on a GPU.
@@ -43,14 +40,11 @@ class RewardScorer:
         From :func:`companion.models.loading.load_reward_model`, or one in training (it is put into
         eval mode while it scores, and back).
     max_tokens_per_batch : int, optional
-        Budget for the computed tokens of a batch; default 2,048 on a CPU, 16,384 on a GPU.
+        Budget for the padded tokens of a batch; default 2,048 on a CPU, 16,384 on a GPU.
     max_rows_per_batch : int, optional
         Most rows of a batch.
     padding_side : {"right", "left"}
         Makes no difference to the scores; right is faster.
-    packing : {"auto", "off"}
-        Compute no padding, and the beginning that texts share only once, where that is exact
-        (:func:`companion.models.packed.packing_obstacle`); or pad the texts of a batch.
     """
 
     def __init__(
@@ -60,12 +54,8 @@ class RewardScorer:
         max_tokens_per_batch: int | None = None,
         max_rows_per_batch: int | None = None,
         padding_side: Literal["right", "left"] = "right",
-        packing: Packing = "auto",
     ) -> None:
-        if packing not in ("auto", "off"):
-            raise DataError(f"packing is {packing!r}", "use 'auto' or 'off'")
         self.reward_model = reward_model
-        self.packing: Packing = packing
         on_cpu = self.device.type == "cpu"
         self.max_tokens_per_batch = max_tokens_per_batch or (_CPU_TOKENS if on_cpu else _GPU_TOKENS)
         self.max_rows_per_batch = max_rows_per_batch
@@ -79,7 +69,6 @@ class RewardScorer:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         max_tokens_per_batch: int | None = None,
-        packing: Packing = "auto",
         max_length: int | None = None,
         overlong: Overlong | None = None,
         revision: str | None = None,
@@ -113,7 +102,7 @@ class RewardScorer:
                 overlong=overlong if overlong is not None else before.overlong,
                 chat_template=before.template_override,
             )
-        return cls(reward_model, max_tokens_per_batch=max_tokens_per_batch, packing=packing)
+        return cls(reward_model, max_tokens_per_batch=max_tokens_per_batch)
 
     @property
     def device(self) -> torch.device:
@@ -302,47 +291,26 @@ class RewardScorer:
         was_training = model.training
         model.eval()
         try:
-            packed = self.packing_obstacle is None
             with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-                for batch in self._batches(ids, packed):
-                    out[batch] = self._run([ids[i] for i in batch], packed)
+                for batch in token_budget_batches(
+                    [len(item) for item in ids], self.max_tokens_per_batch, self.max_rows_per_batch
+                ):
+                    out[batch] = self._run([ids[i] for i in batch])
                     if progress is not None:
                         progress(len(batch))
         finally:
             model.train(was_training)
         return out
 
-    @property
-    def packing_obstacle(self) -> str | None:
-        """Why texts are padded, or None if they are packed."""
-        if self.packing == "off":
-            return "packing='off'"
-        if self.padding_side == "left":
-            return "padding_side='left' asks for padding"
-        return packing_obstacle(self.reward_model.model)
-
-    def _batches(self, ids: Sequence[Sequence[int]], packed: bool) -> list[list[int]]:
-        """Indices of the texts of each batch."""
-        lengths = [len(item) for item in ids]
-        budget, most = self.max_tokens_per_batch, self.max_rows_per_batch
-        if not packed:
-            return token_budget_batches(lengths, budget, most)
-        batches = tree_batches(shared_prefix_trees(ids), lengths, budget, most)
-        return [[row for tree in batch for row in tree.rows] for batch in batches]
-
-    def _run(self, ids: Sequence[Sequence[int]], packed: bool) -> np.ndarray:
+    def _run(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """One batch; halved when the GPU's memory does not hold it."""
-        model = self.reward_model.model
+        batch = pad_batch(ids, self.reward_model.pad_token_id, self.padding_side)
         try:
-            if packed:
-                scores = packed_scores(model, ids)
-            else:
-                batch = pad_batch(ids, self.reward_model.pad_token_id, self.padding_side)
-                scores = reward_scores(
-                    model,
-                    batch["input_ids"].to(self.device),
-                    batch["attention_mask"].to(self.device),
-                )
+            scores = reward_scores(
+                self.reward_model.model,
+                batch["input_ids"].to(self.device),
+                batch["attention_mask"].to(self.device),
+            )
             return scores.double().cpu().numpy()
         except torch.OutOfMemoryError as error:
             if len(ids) == 1:
@@ -352,7 +320,7 @@ class RewardScorer:
                 ) from error
         torch.cuda.empty_cache()
         half = len(ids) // 2
-        return np.concatenate([self._run(ids[:half], packed), self._run(ids[half:], packed)])
+        return np.concatenate([self._run(ids[:half]), self._run(ids[half:])])
 
 
 def _as_rows(rows: Any) -> Any:

@@ -88,15 +88,6 @@ class PairwiseRewardConfig(RewardConfig):
         },
     )
 
-    packing: str = field(
-        default="auto",
-        metadata={
-            "help": "Pack the texts of a batch without padding and compute a pair's prompt once "
-            "(auto: where it is exact), or pad them.",
-            "choices": ["auto", "off"],
-        },
-    )
-
     def __post_init__(self) -> None:
         if self.bf16 is None:
             usable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -38,7 +38,6 @@ from companion.losses import bradley_terry_loss, centering_penalty
 from companion.models.guards import check_head, check_tokenizer_and_config
 from companion.models.head import find_head, install_head
 from companion.models.loading import load_base
-from companion.models.packed import packing_obstacle
 from companion.models.reward_model import RewardModel
 from companion.training.batches import ExactBatches
 from companion.training.config import PairwiseRewardConfig
@@ -159,10 +158,7 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        obstacle = self._packing_obstacle()
-        install_forward(self.model, packed=obstacle is None)
-        if obstacle is not None:
-            logger.info(f"pairs are padded, and their prompts computed twice: {obstacle}")
+        install_forward(self.model)
         if type(self.pop_callback(ProgressCallback)) is ProgressCallback:
             self.add_callback(TrainingProgress())
         self._refuse_model_parallel()
@@ -182,19 +178,6 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
                 "the head is frozen, so the reward stays random",
                 'wrap the model with modules_to_save=["score"], or by companion.models.apply_lora',
             )
-
-    def _packing_obstacle(self) -> str | None:
-        """Why the pairs are not packed, or None if they are."""
-        if self.args.packing == "off":
-            return "packing='off'"
-        if self.args.gradient_checkpointing:
-            return "gradient checkpointing computes its layers again, out of reach of packing"
-        model: Any = self.model
-        was_training = model.training
-        model.train()
-        obstacle = packing_obstacle(model)
-        model.train(was_training)
-        return obstacle
 
     def _refuse_model_parallel(self) -> None:
         sizes = {"tensor": self.get_tp_size(), "context": self.get_cp_size()}

@@ -8,7 +8,6 @@ import torch
 
 from companion.losses import bradley_terry_loss, outcome_loss, plackett_luce_loss, process_loss
 from companion.models import load_reward_model, reward_scores
-from companion.models.packed import packed_scores
 from companion.readout import last_token_readout
 from companion.scoring import RewardScorer
 
@@ -51,15 +50,3 @@ def test_the_head_stays_in_float32_under_bf16_autocast(tiny_reward, tiny_texts):
     with torch.autocast("cuda", dtype=torch.bfloat16):
         scores = reward_scores(loaded.model, ids, torch.ones_like(ids))
     assert scores.dtype == torch.float32
-
-
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_packed_scores_are_those_of_single_texts(dtype, limit, tiny_reward):
-    """In bfloat16 this runs PyTorch's kernel of variable lengths, in float32 the loop."""
-    model = load_reward_model(tiny_reward, device="cuda", dtype=dtype).model
-    prompt = list(range(9, 30))
-    rows = [[*prompt, *range(9, 12 + i)] for i in range(5)] + [[11, 12, 13]]
-    with torch.inference_mode():
-        packed = packed_scores(model, rows)
-        alone = torch.cat([reward_scores(model, torch.tensor([row]).cuda()) for row in rows])
-    assert (packed - alone).abs().max() < limit * alone.std()
