@@ -155,12 +155,12 @@ class PackedBatch:
         """Tokens that are computed, ``T``."""
         return self.input_ids.shape[1]
 
-    def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on a device."""
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same batch on a device; data loaders call it as they would a tensor's."""
         return PackedBatch(
-            self.input_ids.to(device),
-            self.position_ids.to(device),
-            self.readout.to(device),
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.position_ids.to(device, non_blocking=non_blocking),
+            self.readout.to(device, non_blocking=non_blocking),
             self.rows,
             self.segments,
             self.needed,

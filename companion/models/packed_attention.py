@@ -178,6 +178,11 @@ AttentionInterface.register(PACKED, packed_attention)
 # ---------------------------------------------------------------------- switching
 
 
+def without_adapter(model: Any) -> Any:
+    """The model below a LoRA wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 @contextlib.contextmanager
 def packed_mode(model: Any, *, keep: bool = False) -> Iterator[None]:
     """Let a model (without its LoRA wrapper) use the packed attention inside the block.
@@ -242,7 +247,7 @@ def packing_obstacle(model: Any, *, training: bool | None = None) -> str | None:
     str or None
         A reason, to be said in a log line by whoever then pads.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_adapter(model)
     text = inner.config.get_text_config()
     if any(getattr(text, name, None) is not None for name in _SOFT_CAPS):
         return "its attention soft-caps the logits"

@@ -6,6 +6,7 @@ chosen and a rejected completion. A model that cannot be packed exactly takes pa
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from companion.batching.plan import plan_batches
 from companion.errors import DataError, ModelError
 from companion.models.forward import packed_scores, reward_scores
 from companion.models.guards import check_texts
-from companion.models.packed_attention import packing_obstacle
+from companion.models.packed_attention import packed_mode, packing_obstacle, without_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +123,15 @@ class BatchRunner:
         self.model.eval()
         try:
             device = next(self.model.parameters()).device
-            with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-                self._fill(scores, ids, device, progress)
+            with (
+                torch.inference_mode(),
+                torch.autocast(device.type, enabled=False),
+                contextlib.ExitStack() as stack,
+            ):
+                packed = self.packing == "auto" and self._can_pack()
+                if packed:  # once for all batches: it walks through the model's modules
+                    stack.enter_context(packed_mode(without_adapter(self.model)))
+                self._fill(scores, ids, device, progress, packed)
         finally:
             self.model.train(was_training)
         return scores
@@ -134,8 +142,8 @@ class BatchRunner:
         ids: Sequence[Sequence[int]],
         device: torch.device,
         progress: Callable[[int], None] | None,
+        packed: bool,
     ) -> None:
-        packed = self.packing == "auto" and self._can_pack()
         budget = self.max_tokens or default_token_budget(self.model)
         waiting = list(range(len(ids)))
         while waiting:
