@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("drop", "error", "truncate_prompt"),
         help="what to do with longer rows",
     )
-    parser.add_argument("--max_tokens_per_batch", type=int, help="padded tokens of a batch")
+    parser.add_argument("--max_tokens_per_batch", type=int, help="tokens of a batch")
     parser.add_argument("--chunk_rows", type=int, default=1024, help="rows written at a time")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument(

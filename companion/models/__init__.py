@@ -19,6 +19,8 @@ _EXPORTS: dict[str, str] = {
     "apply_lora": "companion.models.lora",
     "merged": "companion.models.lora",
     "reward_scores": "companion.models.forward",
+    "packed_scores": "companion.models.forward",
+    "packing_obstacle": "companion.models.packed_attention",
     "stock_scores": "companion.models.forward",
     "RewardManifest": "companion.models.manifest",
     "ReferenceStats": "companion.models.manifest",

@@ -1,4 +1,7 @@
-"""From token ids to scores: backbone, last real token by the mask, head in fp32 (Chapter 2)."""
+"""From token ids to scores: backbone, last real token by the mask, head in fp32 (Chapter 2).
+
+Padded batches and packed ones: both give each text the score that it has alone.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from companion._tensors import as_float
+from companion.batching.packing import PackedBatch
 from companion.errors import ShapeError
 from companion.models.guards import check_batch, check_positions
 from companion.models.head import ScoreHead, find_head
+from companion.models.packed_attention import packed_mode, plain_mode
 from companion.readout import last_token_readout, position_ids_from_mask
 
 
@@ -60,9 +66,45 @@ def reward_scores(
         arguments["attention_mask"] = attention_mask
         if "position_ids" in inspect.signature(backbone.forward).parameters:
             arguments["position_ids"] = position_ids_from_mask(attention_mask)
-    output = backbone(input_ids, **{**arguments, **backbone_arguments})
+    with plain_mode(inner):
+        output = backbone(input_ids, **{**arguments, **backbone_arguments})
     pooled = last_token_readout(output.last_hidden_state, attention_mask)
     return apply_head(find_head(inner), pooled)
+
+
+def packed_scores(model: Any, batch: PackedBatch) -> Tensor:
+    """Score each text of a packed batch; gradients flow.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+        One for which :func:`companion.models.packed_attention.packing_obstacle` finds none.
+    batch : PackedBatch
+        ``input_ids`` ``[1, T]``, on the model's device.
+
+    Returns
+    -------
+    Tensor
+        ``[N]`` in the order of ``batch.rows``, in float32 (float64 for a float64 model), whatever
+        the autocast.
+
+    Raises
+    ------
+    ModelError
+        If the attention meets something that it cannot pack.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone = getattr(inner, inner.base_model_prefix)
+    computed_again = torch.is_grad_enabled() and bool(inner.is_activation_checkpointing)
+    with packed_mode(inner, keep=computed_again):
+        output = backbone(
+            batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            packed_segments=batch.segments,
+        )
+    hidden = as_float("hidden states", output.last_hidden_state[0, batch.readout])
+    return apply_head(find_head(inner), hidden)
 
 
 def apply_head(head: nn.Module, hidden: Tensor) -> Tensor:

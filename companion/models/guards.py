@@ -8,11 +8,13 @@ where that rule, or a head that was never trained, gives a number that looks lik
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from companion.batching.padded import pad_batch
 from companion.errors import ModelError, ReadoutError, ShapeError
 from companion.models.head import ScoreHead, find_head
 from companion.readout import last_token_index, pad_id_readout_index
@@ -193,6 +195,29 @@ def check_batch(
                 "tokenise through RewardFormatter, or with add_special_tokens=False after a chat "
                 "template",
             )
+
+
+def check_texts(ids: Sequence[Sequence[int]], config: Any) -> None:
+    """:func:`check_batch` for rows of token ids that will be packed.
+
+    Without padding only their ends can be wrong: a text that ends with the pad id, or two BOS.
+
+    Parameters
+    ----------
+    ids : sequence of sequences of int
+        At least one, none of them empty.
+    config : transformers.PretrainedConfig
+        Of the model.
+
+    Raises
+    ------
+    ReadoutError
+        It names the row.
+    """
+    pad = config.get_text_config().pad_token_id
+    ends = [[*item[:2], item[-1]] if len(item) > 2 else list(item) for item in ids]
+    batch = pad_batch(ends, -1 if pad is None else pad)
+    check_batch(batch["input_ids"], batch["attention_mask"], config)
 
 
 def has_absolute_positions(model: Any) -> bool:

@@ -1,8 +1,8 @@
 """The scorer: rows in, scores out, in the same order, each depending on its own text alone.
 
-One rule above all (Chapter 6): the padded batch gives each text the score that it has alone. In
-float32 they agree within 1e-5, whatever the batch, the order and the padding side; reward-bench
-#137 shows what happens elsewhere.
+One rule above all (Chapter 6): a batch, packed or padded, gives each text the score that it has
+alone. In float32 they agree within 1e-5, whatever the batch, the order and the padding side;
+reward-bench #137 shows what happens elsewhere.
 """
 
 from __future__ import annotations
@@ -14,21 +14,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from companion.batching import pad_batch, token_budget_batches
 from companion.errors import CompanionError, DataError, ModelError, ReadoutError
 from companion.formatting import Encoded, Overlong, RewardFormatter, Row
-from companion.models.forward import reward_scores
 from companion.models.loading import load_reward_model
 from companion.models.manifest import ReferenceStats
 from companion.models.reward_model import RewardModel
 from companion.scoring.results import PairScores, Scores
+from companion.scoring.running import BatchRunner, Packing
 
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int], None]
-
-#: Budgets that were fastest: small on a CPU, large on a GPU.
-_CPU_TOKENS = 2048
-_GPU_TOKENS = 16384
 
 
 class RewardScorer:
@@ -40,11 +35,15 @@ class RewardScorer:
         From :func:`companion.models.loading.load_reward_model`, or one in training (it is put into
         eval mode while it scores, and back).
     max_tokens_per_batch : int, optional
-        Budget for the padded tokens of a batch; default 2,048 on a CPU, 16,384 on a GPU.
+        Budget for the computed tokens of a batch; default 2,048 on a CPU, on CUDA what the free
+        memory holds. A batch that does not fit is tried again with half of them.
     max_rows_per_batch : int, optional
         Most rows of a batch.
     padding_side : {"right", "left"}
-        Makes no difference to the scores; right is faster.
+        Of batches that are padded. Makes no difference to the scores; right is faster.
+    packing : {"auto", "off"}
+        "auto": no padding, and a prompt that several texts share is computed once, where that is
+        exact for the model; the others are padded, and the log says why.
     """
 
     def __init__(
@@ -54,12 +53,17 @@ class RewardScorer:
         max_tokens_per_batch: int | None = None,
         max_rows_per_batch: int | None = None,
         padding_side: Literal["right", "left"] = "right",
+        packing: Packing = "auto",
     ) -> None:
         self.reward_model = reward_model
-        on_cpu = self.device.type == "cpu"
-        self.max_tokens_per_batch = max_tokens_per_batch or (_CPU_TOKENS if on_cpu else _GPU_TOKENS)
-        self.max_rows_per_batch = max_rows_per_batch
-        self.padding_side: Literal["right", "left"] = padding_side
+        self._runner = BatchRunner(
+            reward_model.model,
+            reward_model.pad_token_id,
+            max_tokens=max_tokens_per_batch,
+            max_rows=max_rows_per_batch,
+            packing=packing,
+            padding_side=padding_side,
+        )
 
     @classmethod
     def from_pretrained(
@@ -69,6 +73,7 @@ class RewardScorer:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         max_tokens_per_batch: int | None = None,
+        packing: Packing = "auto",
         max_length: int | None = None,
         overlong: Overlong | None = None,
         revision: str | None = None,
@@ -82,6 +87,8 @@ class RewardScorer:
             Default: the GPU if there is one.
         dtype : torch.dtype or str, optional
             Default float32. In half precision a score moves with its batch.
+        max_tokens_per_batch, packing
+            As for the class.
         max_length, overlong
             In place of what the manifest says.
         """
@@ -102,7 +109,7 @@ class RewardScorer:
                 overlong=overlong if overlong is not None else before.overlong,
                 chat_template=before.template_override,
             )
-        return cls(reward_model, max_tokens_per_batch=max_tokens_per_batch)
+        return cls(reward_model, max_tokens_per_batch=max_tokens_per_batch, packing=packing)
 
     @property
     def device(self) -> torch.device:
@@ -124,6 +131,14 @@ class RewardScorer:
     def notes(self) -> list[str]:
         """What was repaired or assumed while loading."""
         return self.reward_model.notes
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Tokens of all texts of the last call, and tokens that were computed for them.
+
+        Fewer are computed where prefixes are shared, more where there is padding.
+        """
+        return self._runner.tokens_needed, self._runner.tokens_computed
 
     @property
     def max_positions(self) -> int | None:
@@ -231,7 +246,7 @@ class RewardScorer:
                     f"text {index} has {len(item)} tokens, the model has positions for {limit}",
                     f"format with max_length={limit}",
                 )
-        scores = self._forward(ids, progress)
+        scores = self._runner.run(ids, progress)
         bad = np.flatnonzero(~np.isfinite(scores))
         if bad.size:
             raise ReadoutError(*_not_finite(f"text {bad[0]}", scores[bad[0]], int(bad.size)))
@@ -269,7 +284,7 @@ class RewardScorer:
             else:
                 kept.append(index)
         flat = [item.input_ids for index in kept for item in groups[index] or ()]  # type: ignore[union-attr]
-        scores = self._forward(flat, progress).reshape(len(kept), width)
+        scores = self._runner.run(flat, progress).reshape(len(kept), width)
         finite = np.isfinite(scores).all(axis=1)
         if not finite.all() and on_error == "raise":
             first = int(np.flatnonzero(~finite)[0])
@@ -284,43 +299,6 @@ class RewardScorer:
             else:
                 reasons[index] = f"the score is not finite ({scores[place].tolist()})"
         return values, lengths, reasons
-
-    def _forward(self, ids: Sequence[Sequence[int]], progress: Progress | None) -> np.ndarray:
-        out = np.full(len(ids), np.nan)
-        model = self.reward_model.model
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-                for batch in token_budget_batches(
-                    [len(item) for item in ids], self.max_tokens_per_batch, self.max_rows_per_batch
-                ):
-                    out[batch] = self._run([ids[i] for i in batch])
-                    if progress is not None:
-                        progress(len(batch))
-        finally:
-            model.train(was_training)
-        return out
-
-    def _run(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """One batch; halved when the GPU's memory does not hold it."""
-        batch = pad_batch(ids, self.reward_model.pad_token_id, self.padding_side)
-        try:
-            scores = reward_scores(
-                self.reward_model.model,
-                batch["input_ids"].to(self.device),
-                batch["attention_mask"].to(self.device),
-            )
-            return scores.double().cpu().numpy()
-        except torch.OutOfMemoryError as error:
-            if len(ids) == 1:
-                raise ModelError(
-                    f"a text of {len(ids[0])} tokens does not fit into the GPU's memory",
-                    "set max_length, or use a smaller dtype",
-                ) from error
-        torch.cuda.empty_cache()
-        half = len(ids) // 2
-        return np.concatenate([self._run(ids[:half]), self._run(ids[half:])])
 
 
 def _as_rows(rows: Any) -> Any:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from companion.batching.packing import PackedBatch
 from companion.errors import DataError
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ class ExactBatches(_Base):
 
     def _prepare_input(self, data: Any) -> Any:
         # transformers would cast margins and weights to DeepSpeed's half precision
-        if isinstance(data, Tensor):
+        if isinstance(data, (Tensor, PackedBatch)):
             return data.to(self.args.device)
         return super()._prepare_input(data)
 

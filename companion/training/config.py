@@ -88,7 +88,18 @@ class PairwiseRewardConfig(RewardConfig):
         },
     )
 
+    packing: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: a step computes each prompt once and no padding, with the same "
+            "gradient, where that is exact for the model. off: padded batches.",
+            "choices": ["auto", "off"],
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.packing not in ("auto", "off"):
+            raise CompanionError(f"packing is {self.packing!r}", "use 'auto' or 'off'")
         if self.bf16 is None:
             usable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             self.bf16 = usable and not self.fp16 and not self.use_cpu

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from companion.batching import pad_batch
-from companion.models.guards import check_batch
+from companion.batching import pack, pad_batch, plan_trees
+from companion.models.guards import check_batch, check_texts
 from companion.reduction import SumCount, all_reduce_metrics
 from companion.selection import margin as pair_margin
 from companion.selection import pairwise_accuracy
@@ -18,11 +18,15 @@ from companion.selection import pairwise_accuracy
 
 @dataclass
 class PairCollator:
-    """Pairs to a right-padded batch: the chosen first, then the rejected.
+    """Pairs to a batch, padded at the right or packed: the chosen first, then the rejected.
 
     Gives ``input_ids`` and ``attention_mask`` ``[2B, T]``, ``weight`` ``[B]`` (0 for padding
     pairs), ``row`` ``[B]`` (the row of the source, -1 if unknown) and, if the rows have one,
     ``margin`` ``[B]``. It never cuts a sequence.
+
+    Packed, ``input_ids`` is ``[1, T]`` without padding, a prompt stands there once for all texts
+    of the batch that begin with it, and in place of the mask there are ``packed`` (a
+    :class:`companion.batching.PackedBatch`, its rows in the order above) and ``lengths`` ``[2B]``.
 
     Parameters
     ----------
@@ -33,13 +37,16 @@ class PairCollator:
     config : transformers.PretrainedConfig, optional
         With it, every batch passes :func:`companion.models.guards.check_batch`, so stock
         transformers would read the same tokens.
+    packing : bool
+        Pack; only for models that :func:`companion.models.packing_obstacle` lets pass.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     config: Any = None
+    packing: bool = False
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make the batch.
 
         Raises
@@ -49,11 +56,19 @@ class PairCollator:
         """
         sides = [list(e["chosen_ids"]) for e in examples]
         sides += [list(e["rejected_ids"]) for e in examples]
-        batch: dict[str, Tensor] = dict(
-            pad_batch(sides, self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
-        )
-        if self.config is not None:
-            check_batch(batch["input_ids"], batch["attention_mask"], self.config)
+        batch: dict[str, Any]
+        if self.packing:
+            if self.config is not None:
+                check_texts(sides, self.config)
+            packed = pack(sides, plan_trees(sides))
+            lengths = torch.tensor([len(ids) for ids in sides])
+            batch = {"input_ids": packed.input_ids, "packed": packed, "lengths": lengths}
+        else:
+            batch = dict(
+                pad_batch(sides, self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
+            )
+            if self.config is not None:
+                check_batch(batch["input_ids"], batch["attention_mask"], self.config)
         batch["weight"] = torch.tensor([float(e.get("weight", 1.0)) for e in examples])
         batch["row"] = torch.tensor([int(e.get("row", -1)) for e in examples])
         if any("margin" in e for e in examples):

@@ -8,18 +8,39 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from companion.models.forward import reward_scores
+from companion.batching.packing import PackedBatch
+from companion.models.forward import packed_scores, reward_scores
+from companion.models.packed_attention import restore_attention
 
 
 def forward_scores(
-    self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    self: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    packed: PackedBatch | None = None,
+    **kwargs: Any,
 ) -> SequenceClassifierOutputWithPast:
     """A model's ``forward`` while it trains: read out by the mask, head in fp32.
 
     It has to be the model's own ``forward``, since DDP, FSDP, DeepSpeed and peft do their work
     around that. Extra arguments that peft passes on (``labels=None`` and the like) are ignored.
+
+    Parameters
+    ----------
+    input_ids, attention_mask : Tensor
+        ``[B, T]``, of a padded batch.
+    packed : PackedBatch, optional
+        In place of a padded batch; `input_ids` is then its ``[1, T]``.
+
+    Returns
+    -------
+    SequenceClassifierOutputWithPast
+        Its ``logits`` are ``[B, 1]``, of a packed batch ``[N, 1]`` in the order of its rows.
     """
-    scores = reward_scores(self, input_ids, attention_mask, check=False)
+    if packed is not None:
+        scores = packed_scores(self, packed)
+    else:
+        scores = reward_scores(self, input_ids, attention_mask, check=False)
     return SequenceClassifierOutputWithPast(logits=scores[:, None])
 
 
@@ -30,8 +51,9 @@ def install_forward(model: Any) -> None:
 
 
 def remove_forward(model: Any) -> None:
-    """Give the model its stock ``forward`` back, free of what accelerate put round it."""
+    """Give the model its stock ``forward`` and attention back, free of accelerate's wrappers."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    restore_attention(inner)
     for part in (model, inner):
         for name in ("forward", "_original_forward"):
             part.__dict__.pop(name, None)

@@ -11,7 +11,9 @@ What it changes, each with its reason:
   row for each pair (TRL returned 9 rewards for 5 pairs);
 * rows are tokenised by :class:`companion.formatting.RewardFormatter` only, and what it drops or
   cuts is counted and logged; TRL drops pairs above ``max_length`` without a word;
-* the score is read by the attention mask, by a head in fp32 (Chapter 2).
+* the score is read by the attention mask, by a head in fp32 (Chapter 2);
+* a batch is packed where that is exact for the model: no padding, and each prompt computed once for
+  all its completions, with the same gradient. TRL computes it twice and pads to the longest text.
 
 All the rest (optimisers, schedules, DDP, FSDP, DeepSpeed, checkpoints, trackers, callbacks) is that
 of TRL and transformers.
@@ -38,6 +40,7 @@ from companion.losses import bradley_terry_loss, centering_penalty
 from companion.models.guards import check_head, check_tokenizer_and_config
 from companion.models.head import find_head, install_head
 from companion.models.loading import load_base
+from companion.models.packed_attention import packing_obstacle
 from companion.models.reward_model import RewardModel
 from companion.training.batches import ExactBatches
 from companion.training.config import PairwiseRewardConfig
@@ -159,6 +162,8 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
             **kwargs,
         )
         install_forward(self.model)
+        if isinstance(self.data_collator, PairCollator):
+            self.data_collator.packing = self._can_pack()
         if type(self.pop_callback(ProgressCallback)) is ProgressCallback:
             self.add_callback(TrainingProgress())
         self._refuse_model_parallel()
@@ -178,6 +183,17 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
                 "the head is frozen, so the reward stays random",
                 'wrap the model with modules_to_save=["score"], or by companion.models.apply_lora',
             )
+
+    def _can_pack(self) -> bool:
+        """Whether batches are packed; if not although they were to be, the log says why."""
+        if self.args.packing == "off":
+            return False
+        why = packing_obstacle(self.model, training=True)
+        if self.args.torch_compile:
+            why = "torch_compile would compile anew for every batch"
+        if why is not None and self.args.process_index == 0:
+            logger.warning(f"batches are padded, not packed: {why}")
+        return why is None
 
     def _refuse_model_parallel(self) -> None:
         sizes = {"tensor": self.get_tp_size(), "context": self.get_cp_size()}
@@ -220,8 +236,14 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
         ModelError
             If a score is not finite; the message names the rows.
         """
-        mask = inputs["attention_mask"]
-        scores = model(input_ids=inputs["input_ids"], attention_mask=mask).logits.squeeze(-1)
+        if "packed" in inputs:
+            output = model(input_ids=inputs["input_ids"], packed=inputs["packed"])
+            lengths = inputs["lengths"]
+        else:
+            mask = inputs["attention_mask"]
+            output = model(input_ids=inputs["input_ids"], attention_mask=mask)
+            lengths = mask.sum(dim=1)
+        scores = output.logits.squeeze(-1)
         chosen, rejected = scores.float().chunk(2)
         nll = bradley_terry_loss(chosen, rejected)
         smoothing = self.args.label_smoothing_factor
@@ -234,8 +256,7 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
             penalty = centering_penalty(chosen, rejected)
             loss = loss + self.args.center_rewards_coefficient * penalty
         weight = inputs["weight"].to(loss.dtype)
-        tokens = mask.sum(dim=1).to(loss.dtype)
-        first, second = tokens.chunk(2)
+        first, second = lengths.to(loss.dtype).chunk(2)
         table = torch.stack([weight, loss, nll, chosen, rejected, first + second], dim=1)
         bad = ~torch.isfinite(table.detach()).all(dim=1) & (weight > 0)
         if bool(bad.any()):

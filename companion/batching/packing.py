@@ -1,0 +1,220 @@
+"""The layout: trees laid end to end in one row of tokens, and who sees whom. Chapter 2.
+
+The prefix of a tree comes first, its branches follow. A branch goes on counting positions where the
+prefix ended, and sees the prefix and itself, never a sibling. Nothing is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from companion.batching.plan import Tree
+from companion.errors import DataError
+
+
+class Segment(NamedTuple):
+    """A run of tokens that see each other causally, after a prefix that they all see.
+
+    ``start`` and ``length`` say where it lies; its prefix is the ``prefix`` tokens from
+    ``prefix_start`` on (0 for a prefix itself and for a row that shares nothing).
+    """
+
+    start: int
+    length: int
+    prefix_start: int
+    prefix: int
+
+
+class VarlenIndex(NamedTuple):
+    """What a kernel for texts of unequal lengths is given; see :meth:`Segments.varlen_index`.
+
+    ``query_offsets`` and ``key_offsets`` are ``[S + 1]`` int32, ``gather`` ``[K]`` int64: the keys
+    of segment ``s`` are those at ``gather[key_offsets[s]:key_offsets[s + 1]]``. ``max_query`` and
+    ``max_key`` are the longest runs.
+    """
+
+    query_offsets: Tensor
+    key_offsets: Tensor
+    gather: Tensor
+    max_query: int
+    max_key: int
+
+
+@dataclass
+class Segments:
+    """All segments of a packed row, in its order and without gaps; what attention needs to know.
+
+    Masks and index tensors are made at the first layer that asks for them and kept for the others.
+    """
+
+    items: tuple[Segment, ...]
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each segment."""
+        return [item.length for item in self.items]
+
+    @property
+    def total(self) -> int:
+        """Tokens of the packed row."""
+        return sum(self.lengths)
+
+    def mask(self, segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
+        """Which keys (prefix, then own) each token of a segment sees.
+
+        Parameters
+        ----------
+        segment : Segment
+        window : int, optional
+            A token sees itself and the ``window - 1`` tokens before it.
+
+        Returns
+        -------
+        Tensor or None
+            ``[length, prefix + length]`` bool; None where plain causal attention says the same.
+        """
+        keys = segment.prefix + segment.length
+        if window is not None and window >= keys:
+            window = None
+        if segment.prefix == 0 and window is None:
+            return None
+        name = ("mask", segment.prefix, segment.length, window, device)
+        if name not in self._made:
+            key = torch.arange(keys, device=device)
+            query = key[segment.prefix :, None]
+            seen = key <= query
+            if window is not None:
+                seen &= query - key < window
+            self._made[name] = seen
+        return self._made[name]  # type: ignore[no-any-return]
+
+    def varlen_index(self, device: torch.device | str = "cpu") -> VarlenIndex:
+        """Offsets of queries and of keys, and where in the packed row each key lies.
+
+        Queries stay where they are. Keys and values are gathered: for each segment its prefix, then
+        its own tokens, so that causal attention aligned at the last query and key is the right one.
+        """
+        name = ("varlen", torch.device(device))
+        if name not in self._made:
+            runs = [item.prefix + item.length for item in self.items]
+            gather = [
+                torch.arange(first, first + count)
+                for item in self.items
+                for first, count in (
+                    (item.prefix_start, item.prefix),
+                    (item.start, item.length),
+                )
+            ]
+            query, key = (
+                torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+                for counts in (self.lengths, runs)
+            )
+            self._made[name] = VarlenIndex(
+                query.to(device),
+                key.to(device),
+                torch.cat(gather).to(device),
+                max(self.lengths),
+                max(runs),
+            )
+        return self._made[name]  # type: ignore[no-any-return]
+
+
+@dataclass
+class PackedBatch:
+    """Trees as one row of tokens.
+
+    Attributes
+    ----------
+    input_ids, position_ids : Tensor
+        ``[1, T]`` int64.
+    readout : Tensor
+        ``[N]`` int64: where in the row the last token of each text lies.
+    rows : tuple of int
+        Which text each read-out belongs to, ascending.
+    segments : Segments
+    needed : int
+        Tokens of the texts one by one; ``T`` is less by what is shared.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    readout: Tensor
+    rows: tuple[int, ...]
+    segments: Segments
+    needed: int
+
+    @property
+    def computed(self) -> int:
+        """Tokens that are computed, ``T``."""
+        return self.input_ids.shape[1]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same batch on a device; data loaders call it as they would a tensor's."""
+        return PackedBatch(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.position_ids.to(device, non_blocking=non_blocking),
+            self.readout.to(device, non_blocking=non_blocking),
+            self.rows,
+            self.segments,
+            self.needed,
+        )
+
+
+def pack(ids: Sequence[Sequence[int]], trees: Sequence[Tree]) -> PackedBatch:
+    """Lay trees end to end.
+
+    Parameters
+    ----------
+    ids : sequence of sequences of int
+        Token ids of the rows that the trees name (and perhaps of others).
+    trees : sequence of Tree
+        From :func:`companion.batching.plan.plan_trees`; at least one.
+
+    Raises
+    ------
+    DataError
+        For no tree, or rows of a tree that do not begin alike.
+    """
+    if not trees:
+        raise DataError("there is nothing to pack")
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    last: dict[int, int] = {}
+    needed = 0
+
+    def lay(part: Sequence[int], first_position: int, prefix_start: int, prefix: int) -> None:
+        segments.append(Segment(len(tokens), len(part), prefix_start, prefix))
+        tokens.extend(part)
+        positions.extend(range(first_position, first_position + len(part)))
+
+    for tree in trees:
+        trunk = list(ids[tree.rows[0]][: tree.shared])
+        begin = len(tokens)
+        if tree.shared:
+            lay(trunk, 0, 0, 0)
+        for row in tree.rows:
+            if list(ids[row][: tree.shared]) != trunk or len(ids[row]) <= tree.shared:
+                raise DataError(
+                    f"row {row} does not begin with the {tree.shared} tokens of its tree",
+                    "plan the trees from the same rows",
+                )
+            lay(ids[row][tree.shared :], tree.shared, begin if tree.shared else 0, tree.shared)
+            last[row] = len(tokens) - 1
+            needed += len(ids[row])
+    rows = tuple(sorted(last))
+    return PackedBatch(
+        torch.tensor([tokens], dtype=torch.int64),
+        torch.tensor([positions], dtype=torch.int64),
+        torch.tensor([last[row] for row in rows], dtype=torch.int64),
+        rows,
+        Segments(tuple(segments)),
+        needed,
+    )

@@ -1,0 +1,287 @@
+"""Attention over packed trees, through transformers' interface for attention functions.
+
+The models of transformers look their attention function up by name and hand extra arguments of the
+forward on to it. Here a function is registered that takes :class:`companion.batching.Segments` in
+that way: the queries of a segment see the prefix of its tree and, causally, the segment itself.
+Packing by position ids alone (what transformers offers with sdpa) shares no prefix, and mixes the
+texts without a word once a mask or a cache is passed. Chapter 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from companion.batching.packing import Segments
+from companion.errors import ModelError
+
+#: The name under which the function is registered.
+PACKED = "companion_packed"
+#: Where a model keeps the name of the attention that it had.
+_PLAIN = "_companion_plain_attention"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    packed_segments: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in which each segment sees its prefix and itself.
+
+    On CUDA in half precision one kernel for texts of unequal lengths; otherwise a segment at a
+    time, which is faster on a CPU than any mask over the whole row.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The layer that calls.
+    query, key, value : Tensor
+        ``[1, H, T, D]`` and ``[1, H_kv, T, D]``, positions applied.
+    attention_mask : None
+        There is none: the segments say it all.
+    scaling : float, optional
+        Default 1/sqrt(D).
+    dropout : float
+        Must be 0: what branches share would be dropped for all of them alike.
+    sliding_window : int, optional
+        A token sees itself and the ``sliding_window - 1`` tokens before it.
+    packed_segments : Segments
+
+    Returns
+    -------
+    tuple
+        ``[1, T, H, D]``, and None in place of the weights.
+
+    Raises
+    ------
+    ModelError
+        Without segments, or with anything that this function does not compute: a mask, dropout,
+        soft-capping, sinks, more than one row.
+    """
+    if packed_segments is None:
+        raise ModelError(
+            "the packed attention was called without its segments",
+            "score packed batches by companion.models.forward.packed_scores, padded ones by "
+            "reward_scores",
+        )
+    if packed_segments.total != query.shape[2] or query.shape[0] != 1:
+        raise ModelError(
+            f"the segments hold {packed_segments.total} tokens, the queries are "
+            f"{list(query.shape)} (want [1, H, T, D])"
+        )
+    for what, given in (
+        ("an attention mask", attention_mask),
+        ("dropout", dropout or None),
+        ("soft-capping", kwargs.get("softcap")),
+        ("attention sinks", kwargs.get("s_aux")),
+        ("a position bias", kwargs.get("position_bias")),
+    ):
+        if given is not None:
+            raise ModelError(f"{type(module).__name__}: packed attention knows no {what}")
+    half = _half_dtype(query)
+    if query.is_cuda and half is not None:
+        return _by_varlen(query, key, value, packed_segments, scaling, sliding_window, half), None
+    return _by_segment(query, key, value, packed_segments, scaling, sliding_window), None
+
+
+def _half_dtype(query: Tensor) -> torch.dtype | None:
+    """The half precision to compute in, if any."""
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    else:
+        dtype = query.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def _by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    lengths = segments.lengths
+    # `split` has one backward for all its parts; a slice each would fill a whole gradient each
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    place = {item.start: i for i, item in enumerate(segments.items)}
+    outputs = []
+    for i, item in enumerate(segments.items):
+        own_key, own_value = keys[i], values[i]
+        if item.prefix:
+            trunk = place[item.prefix_start]
+            own_key = torch.cat([keys[trunk], own_key], dim=2)
+            own_value = torch.cat([values[trunk], own_value], dim=2)
+        mask = segments.mask(item, window, query.device)
+        outputs.append(
+            nn.functional.scaled_dot_product_attention(
+                queries[i],
+                own_key,
+                own_value,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _by_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None,
+    window: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    index = segments.varlen_index(query.device)
+    # [1, H, T, D] to [T, H, D]; norms may have left queries and keys in float32
+    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    output = varlen_attn(
+        query.contiguous(),
+        key[index.gather],
+        value[index.gather],
+        index.query_offsets,
+        index.key_offsets,
+        index.max_query,
+        index.max_key,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, Tensor)
+    return output[None]
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+# ---------------------------------------------------------------------- switching
+
+
+def without_adapter(model: Any) -> Any:
+    """The model below a LoRA wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def packed_mode(model: Any, *, keep: bool = False) -> Iterator[None]:
+    """Let a model (without its LoRA wrapper) use the packed attention inside the block.
+
+    Parameters
+    ----------
+    keep : bool
+        Leave it in use. Activation checkpointing computes the forward again during the backward,
+        after the block has ended; with the plain attention it would mix the texts.
+    """
+    before = model.config._attn_implementation
+    if before != PACKED:
+        setattr(model, _PLAIN, before)
+        model.set_attn_implementation(PACKED)
+    try:
+        yield
+    finally:
+        if before != PACKED and not keep:
+            model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def plain_mode(model: Any) -> Iterator[None]:
+    """Let a model that was left with the packed attention use its own inside the block."""
+    packed = model.config._attn_implementation == PACKED
+    if packed:
+        restore_attention(model)
+    try:
+        yield
+    finally:
+        if packed:
+            model.set_attn_implementation(PACKED)
+
+
+def restore_attention(model: Any) -> None:
+    """Give a model that was left with the packed attention its own back."""
+    if model.config._attn_implementation == PACKED:
+        model.set_attn_implementation(getattr(model, _PLAIN, "sdpa"))
+
+
+# ---------------------------------------------------------------------- where it is exact
+
+#: Architectures whose packed scores and gradients the tests compare with texts one by one.
+PROVED = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2"})
+#: Attention that this one may stand in for; any other was chosen for a reason.
+_REPLACES = frozenset({"sdpa", "flash_attention_2", "flash_attention_3", PACKED})
+#: Fields of configurations that soften or shift the attention's logits.
+_SOFT_CAPS = ("attn_logit_softcapping", "attn_logit_soft_cap", "attention_logit_cap")
+
+
+def packing_obstacle(model: Any, *, training: bool | None = None) -> str | None:
+    """Why a model's texts cannot be packed exactly; None if they can.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+    training : bool, optional
+        Whether dropout will be active; default: as the model is now.
+
+    Returns
+    -------
+    str or None
+        A reason, to be said in a log line by whoever then pads.
+    """
+    inner = without_adapter(model)
+    text = inner.config.get_text_config()
+    if any(getattr(text, name, None) is not None for name in _SOFT_CAPS):
+        return "its attention soft-caps the logits"
+    if any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in inner.named_parameters()):
+        return "its attention has sinks"
+    mixing = sorted(
+        set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    )
+    if mixing:
+        return f"it has layers of the kind {', '.join(mixing)}, which mix along the whole row"
+    if any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.RNNBase)) for m in inner.modules()):
+        return "it has convolutions or recurrent layers, which mix along the whole row"
+    rope = getattr(text, "rope_parameters", None)
+    kind = rope.get("rope_type") if isinstance(rope, dict) else None
+    if kind in ("dynamic", "longrope"):
+        return f"its positions (rope_type {kind}) depend on the longest text of a batch"
+    if getattr(text, "is_causal", True) is False or getattr(
+        text, "use_bidirectional_attention", False
+    ):
+        return "it attends both ways"
+    if text.model_type not in PROVED:
+        return f"packing has not been proved for {text.model_type}"
+    if inner.config._attn_implementation not in _REPLACES:
+        return f"the attention {inner.config._attn_implementation!r} was asked for"
+    adapters = getattr(model, "peft_config", {})
+    if any(getattr(c, "is_prompt_learning", False) for c in adapters.values()):
+        return "its adapter puts tokens of its own before each text"
+    training = model.training if training is None else training
+    if training and _has_dropout(inner, text):
+        return "dropout is active, and would drop for all branches what they share"
+    return None
+
+
+def _has_dropout(model: nn.Module, config: Any) -> bool:
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        return True
+    return bool(getattr(config, "attention_dropout", 0.0))

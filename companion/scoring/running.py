@@ -1,0 +1,204 @@
+"""From token ids to scores: batches by a budget of tokens, packed where that is exact. Chapter 2.
+
+Packed, nothing is padded and a common prefix is computed once: the prompt of N candidates, or of a
+chosen and a rejected completion. A model that cannot be packed exactly takes padded batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from companion.batching.budget import cuda_token_budget
+from companion.batching.packing import pack
+from companion.batching.padded import pad_batch, token_budget_batches
+from companion.batching.plan import plan_batches
+from companion.errors import DataError, ModelError
+from companion.models.forward import packed_scores, reward_scores
+from companion.models.guards import check_texts
+from companion.models.packed_attention import packed_mode, packing_obstacle, without_adapter
+
+logger = logging.getLogger(__name__)
+
+Packing = Literal["auto", "off"]
+
+#: The budget that was fastest on a CPU; larger ones leave its caches.
+CPU_TOKENS = 2048
+#: For an accelerator whose free memory nobody tells.
+OTHER_TOKENS = 16_384
+
+
+def default_token_budget(model: Any) -> int:
+    """Tokens of a batch: 2,048 on a CPU, on CUDA what the free memory holds."""
+    parameter = next(model.parameters())
+    if parameter.device.type == "cpu":
+        return CPU_TOKENS
+    if parameter.device.type != "cuda":
+        return OTHER_TOKENS
+    free, _ = torch.cuda.mem_get_info(parameter.device)
+    unused = torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(
+        parameter.device
+    )
+    return cuda_token_budget(free + unused, model.config, parameter.element_size())
+
+
+class BatchRunner:
+    """Runs rows of token ids through a model, in eval mode and without gradients.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+        Put into eval mode while it scores, and back.
+    pad_token_id : int
+        For batches that are padded.
+    max_tokens : int, optional
+        Budget of a batch; default :func:`default_token_budget`, found anew for each call on CUDA.
+    max_rows : int, optional
+        Most rows of a batch.
+    packing : {"auto", "off"}
+        "auto" packs where :func:`companion.models.packed_attention.packing_obstacle` finds no
+        obstacle, and pads elsewhere with a line in the log that says why.
+    padding_side : {"right", "left"}
+        Of padded batches.
+
+    Attributes
+    ----------
+    tokens_needed, tokens_computed : int
+        Of the last call: tokens of all texts, and tokens that went through the model (less where
+        prefixes are shared, more where there is padding).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        pad_token_id: int,
+        *,
+        max_tokens: int | None = None,
+        max_rows: int | None = None,
+        packing: Packing = "auto",
+        padding_side: Literal["right", "left"] = "right",
+    ) -> None:
+        if packing not in ("auto", "off"):
+            raise DataError(f"packing is {packing!r}", "use 'auto' or 'off'")
+        self.model = model
+        self.pad_token_id = pad_token_id
+        self.max_tokens = max_tokens
+        self.max_rows = max_rows
+        self.packing = packing
+        self.padding_side: Literal["right", "left"] = padding_side
+        self.tokens_needed = self.tokens_computed = 0
+        self._said: str | None = None
+
+    def run(
+        self, ids: Sequence[Sequence[int]], progress: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """Score rows of token ids; ``[N]`` float64 in input order.
+
+        A batch that the GPU's memory does not hold is planned again with half the tokens.
+
+        Parameters
+        ----------
+        ids : sequence of sequences of int
+        progress : callable, optional
+            Called with the number of texts of each batch done.
+
+        Raises
+        ------
+        ModelError
+            If the memory does not hold a single text.
+        ReadoutError
+            If a text ends with the pad id or begins with two BOS.
+        """
+        scores = np.full(len(ids), np.nan)
+        self.tokens_needed, self.tokens_computed = sum(map(len, ids)), 0
+        if not ids:
+            return scores
+        check_texts(ids, self.model.config)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            device = next(self.model.parameters()).device
+            with (
+                torch.inference_mode(),
+                torch.autocast(device.type, enabled=False),
+                contextlib.ExitStack() as stack,
+            ):
+                packed = self.packing == "auto" and self._can_pack()
+                if packed:  # once for all batches: it walks through the model's modules
+                    stack.enter_context(packed_mode(without_adapter(self.model)))
+                self._fill(scores, ids, device, progress, packed)
+        finally:
+            self.model.train(was_training)
+        return scores
+
+    def _fill(
+        self,
+        scores: np.ndarray,
+        ids: Sequence[Sequence[int]],
+        device: torch.device,
+        progress: Callable[[int], None] | None,
+        packed: bool,
+    ) -> None:
+        budget = self.max_tokens or default_token_budget(self.model)
+        waiting = list(range(len(ids)))
+        while waiting:
+            done: set[int] = set()
+            plan = (self._packed if packed else self._padded)([ids[i] for i in waiting], budget)
+            for rows, tokens, call in plan:
+                try:
+                    values = call(device).double().cpu().numpy()
+                except torch.OutOfMemoryError as error:
+                    if len(rows) == 1:
+                        raise ModelError(
+                            f"a text of {len(ids[waiting[rows[0]]])} tokens does not fit into the "
+                            "GPU's memory",
+                            "set max_length, or use a smaller dtype",
+                        ) from error
+                    budget = max(1, tokens // 2)
+                    logger.warning(f"out of memory with {tokens} tokens: going on with {budget}")
+                    break
+                places = [waiting[row] for row in rows]
+                scores[places] = values
+                done.update(places)
+                self.tokens_computed += tokens
+                if progress is not None:
+                    progress(len(places))
+            waiting = [i for i in waiting if i not in done]
+            if waiting:  # outside the handler, whose traceback holds the tensors
+                torch.cuda.empty_cache()
+
+    def _can_pack(self) -> bool:
+        why = packing_obstacle(self.model, training=False)
+        if why is not None and why != self._said:
+            logger.warning(f"texts are padded, not packed: {why}")
+            self._said = why
+        return why is None
+
+    def _packed(
+        self, ids: Sequence[Sequence[int]], budget: int
+    ) -> Iterator[tuple[Sequence[int], int, Any]]:
+        for trees in plan_batches(ids, budget, self.max_rows):
+            batch = pack(ids, trees)
+            yield (
+                batch.rows,
+                batch.computed,
+                lambda device, b=batch: packed_scores(self.model, b.to(device)),
+            )
+
+    def _padded(
+        self, ids: Sequence[Sequence[int]], budget: int
+    ) -> Iterator[tuple[Sequence[int], int, Any]]:
+        for rows in token_budget_batches([len(item) for item in ids], budget, self.max_rows):
+            batch = pad_batch([ids[i] for i in rows], self.pad_token_id, self.padding_side)
+            yield (
+                rows,
+                batch["input_ids"].numel(),
+                lambda device, b=batch: reward_scores(
+                    self.model, b["input_ids"].to(device), b["attention_mask"].to(device)
+                ),
+            )

@@ -1,0 +1,188 @@
+"""Packed steps: the gradient of padded ones, each prompt once, and a word where they cannot be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import TrainerCallback
+
+from companion.errors import CompanionError, ReadoutError
+from companion.models import load_base
+from companion.models.packed_attention import PACKED
+from companion.training.batches import PADDING, PairRows
+from companion.training.config import PairwiseRewardConfig
+from companion.training.exact import PairCollator
+from companion.training.forward import remove_forward
+from companion.training.pairwise import PairwiseRewardTrainer
+
+disable_progress_bars()
+KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
+
+
+def shared_rows(n: int = 7, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Pairs with a prompt of their own; the last has the first one's."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(9, 60, (length,), generator=generator).tolist()
+
+    prompts = [[1, *draw(10, 20)] for _ in range(n - 1)]
+    return [
+        {f"{side}_ids": [*prompt, *draw(2, 12), 2] for side in ("chosen", "rejected")}
+        for prompt in [*prompts, prompts[0]]
+    ]
+
+
+class Recorder(TrainerCallback):
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = kwargs["model"].named_parameters()
+        self.steps.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_bases: Callable[[str], Path]) -> Callable[..., Any]:
+    def go(kind: str = "qwen3", rows: Any = None, **settings: Any) -> Any:
+        recorder = Recorder()
+        rows = Dataset.from_list(rows or shared_rows())
+        plain = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+        training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        trainer = PairwiseRewardTrainer(
+            load_base(tiny_bases(kind)),
+            PairwiseRewardConfig(
+                str(tmp_path / "out"),
+                learning_rate=1e-3,
+                max_grad_norm=0.0,
+                logging_steps=1,
+                **{**plain, **training, **settings},
+            ),
+            train_dataset=rows,
+            eval_dataset=rows,
+            callbacks=[recorder],
+        )
+        trainer.train()
+        return trainer, recorder.steps
+
+    return go
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_steps_are_those_of_padded_batches(
+    kind: str, strategy: str, run: Callable[..., Any]
+) -> None:
+    settings = {"train_sampling_strategy": strategy}
+    packed, found = run(kind, **settings)
+    padded, want = run(kind, packing="off", **settings)
+    assert packed.data_collator.packing
+    assert not padded.data_collator.packing
+    assert len(found) == len(want) == 2
+    for a, b in zip(found, want, strict=True):
+        for name in b:
+            scale = b[name].abs().max().clamp(min=1.0)
+            torch.testing.assert_close(a[name] / scale, b[name] / scale, atol=5e-5, rtol=0)
+    for a, b in zip(packed.state.log_history, padded.state.log_history, strict=True):
+        for name in ("loss", "accuracy", "num_tokens", "eval_loss", "eval_accuracy", "eval_nll"):
+            if name in b:
+                assert a[name] == pytest.approx(b[name], abs=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_saving_does_not_change_the_gradient(
+    checkpointing: bool, run: Callable[..., Any]
+) -> None:
+    packed, found = run(activation_checkpointing=checkpointing)
+    _, want = run(packing="off")
+    for a, b in zip(found, want, strict=True):
+        for name in b:
+            torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=1e-3)
+    remove_forward(packed.model)
+    assert packed.model.config._attn_implementation == "sdpa"
+
+
+def test_the_head_stays_in_float32_under_autocast(run: Callable[..., Any]) -> None:
+    trainer, steps = run(bf16=True)
+    batch = trainer.data_collator([PairRows(trainer.train_dataset)[i] for i in range(4)])
+    seen = []
+    trainer.model.score.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        table = trainer.per_pair(trainer.model, batch)
+    assert seen == [torch.float32]
+    assert table.dtype == torch.float32
+    assert not torch.equal(table[:, 3], table[:, 3].bfloat16().float())
+    _, want = run(bf16=False)
+    cosine = torch.nn.functional.cosine_similarity(
+        torch.cat([g.flatten() for g in steps[0].values()]),
+        torch.cat([g.flatten() for g in want[0].values()]),
+        dim=0,
+    )
+    assert cosine > 0.99
+
+
+def test_a_batch_holds_each_prompt_once() -> None:
+    rows = PairRows(shared_rows())
+    pairs = [rows[0], rows[6], rows[PADDING], rows[3]]
+    batch = PairCollator(0, packing=True)(pairs)
+    sides = [p[f"{side}_ids"] for side in ("chosen", "rejected") for p in pairs]
+    assert batch["lengths"].tolist() == [len(ids) for ids in sides]
+    packed = batch["packed"]
+    assert packed.rows == tuple(range(8))
+    assert batch["input_ids"] is packed.input_ids
+    assert packed.input_ids[0, packed.readout].tolist() == [ids[-1] for ids in sides]
+    # a prompt has at least 11 tokens: one for four texts, one for two
+    assert packed.computed <= packed.needed - 3 * 11 - 11
+    assert batch["weight"].tolist() == [1.0, 1.0, 0.0, 1.0]
+
+
+def test_guards_look_at_packed_batches_too(make_config: Any, tiny_tokenizer: Any) -> None:
+    collator = PairCollator(
+        tiny_tokenizer.pad_token_id, config=make_config("qwen3", tiny_tokenizer), packing=True
+    )
+    with pytest.raises(ReadoutError, match="last real token is the pad id"):
+        collator([{"chosen_ids": [9, tiny_tokenizer.pad_token_id], "rejected_ids": [9, 2]}])
+
+
+def test_what_cannot_be_packed_is_padded_with_a_word(
+    tmp_path: Path, tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = load_base(tiny_base)
+    base.model.config.attention_dropout = 0.1
+    with caplog.at_level(logging.WARNING, "companion.training.pairwise"):
+        trainer = PairwiseRewardTrainer(
+            base,
+            PairwiseRewardConfig(str(tmp_path), report_to="none", use_cpu=True),
+            train_dataset=Dataset.from_list(shared_rows()),
+        )
+    assert not trainer.data_collator.packing
+    assert any("padded, not packed: dropout is active" in r.getMessage() for r in caplog.records)
+    with pytest.raises(CompanionError, match="packing is 'on'"):
+        PairwiseRewardConfig(str(tmp_path), packing="on")
+
+
+def test_lora_trains_packed(tmp_path: Path, tiny_base: Path) -> None:
+    pytest.importorskip("peft")
+    from companion.models import apply_lora
+
+    base = apply_lora(load_base(tiny_base), r=2)
+    trainer = PairwiseRewardTrainer(
+        base,
+        PairwiseRewardConfig(
+            str(tmp_path), report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True
+        ),
+        train_dataset=Dataset.from_list(shared_rows()),
+    )
+    assert trainer.data_collator.packing
+    before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+    trainer.train()
+    after = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert trainer.model.config._attn_implementation != PACKED
