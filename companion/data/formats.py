@@ -4,8 +4,8 @@
 kind         fields
 ===========  ======================================================================================
 pairs        ``prompt`` (may be absent for text), ``chosen``, ``rejected``, ``margin`` (optional)
-rankings     ``prompt``, ``completions``, ``ranks`` (1 is best; equal ranks are ties), ``ratings``
-             (optional)
+rankings     ``prompt``, ``completions``, ``ranks`` (1 is best; equal ranks are ties, null is no
+             rank), ``ratings`` (optional)
 outcomes     ``prompt``, ``completion``, ``label`` (bool: right or wrong)
 steps        ``prompt``, ``completions`` (the steps, text), ``labels`` (+1, 0, −1 or null each)
 prompts      ``prompt``
@@ -226,7 +226,7 @@ def _ranking(row: Mapping[str, Any], how: Conversion) -> Row:
         # Equal ratings share a rank; 1 is best.
         out["ranks"] = [1.0 + sum(other > value for other in values) for value in values]
     if ranks is not None:
-        out["ranks"] = _numbers(ranks, "ranks", len(texts))
+        out["ranks"] = _ranks(ranks, len(texts))
     return out | _rest(row, *taken)
 
 
@@ -236,6 +236,16 @@ def _numbers(values: Any, name: str, size: int) -> list[float]:
     if len(values) != size:
         raise RowError("lengths differ", name, f"{size} completions and {len(values)} {name}")
     return [finite(v, f"{name}[{i}]", "rating not finite") for i, v in enumerate(values)]
+
+
+def _ranks(values: Any, size: int) -> list[float | None]:
+    """Ranks, null where a completion has none; at least two must have one."""
+    if not isinstance(values, list):
+        return list(_numbers(values, "ranks", size))  # raises
+    ranked = _numbers([0 if value is None else value for value in values], "ranks", size)
+    if size - values.count(None) < 2:
+        raise RowError("null", "ranks", "fewer than two completions have a rank")
+    return [None if value is None else rank for value, rank in zip(values, ranked, strict=True)]
 
 
 def _outcome(row: Mapping[str, Any], how: Conversion) -> list[Row]:
