@@ -31,6 +31,20 @@ KINDS: dict[str, tuple[str, str, str, str, str]] = {
         "companion.training.kwise:KwiseRewardConfig",
         "a score from rankings of K completions of a prompt (Plackett–Luce)",
     ),
+    "outcome": (
+        "OUTCOMES",
+        "companion.training.outcome_run:train_outcome",
+        "companion.training.config:RowArguments",
+        "companion.training.outcome:OutcomeRewardConfig",
+        "the probability that a solution is right, at every token (ORM)",
+    ),
+    "process": (
+        "STEPS",
+        "companion.training.process_run:train_process",
+        "companion.training.config:RowArguments",
+        "companion.training.process:ProcessRewardConfig",
+        "whether each step of a solution is good, at its end (PRM)",
+    ),
 }
 _USAGE = """usage: companion train KIND --model_name_or_path BASE --dataset_name ROWS \\
            --output_dir DIR [--config FILE.yaml] [any other setting]

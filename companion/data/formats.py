@@ -7,7 +7,8 @@ pairs        ``prompt`` (may be absent for text), ``chosen``, ``rejected``, ``ma
 rankings     ``prompt``, ``completions``, ``ranks`` (1 is best; equal ranks are ties, null is no
              rank), ``ratings`` (optional)
 outcomes     ``prompt``, ``completion``, ``label`` (bool: right or wrong)
-steps        ``prompt``, ``completions`` (the steps, text), ``labels`` (+1, 0, −1 or null each)
+steps        ``prompt``, ``completions`` (the steps, text), ``labels`` (+1, 0, −1 or null each; or
+             probabilities in [0, 1] that the step is good), ``rest`` (optional: steps that follow)
 prompts      ``prompt``
 ===========  ======================================================================================
 
@@ -278,9 +279,14 @@ def _step_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:
         if not step.strip():
             raise RowError("empty completion", f"completions[{i}]")
     given = {type(label) for label in labels if label is not None}
+    if given == {int, float}:  # soft labels: JSON writes a probability of 1.0 as 1 at times
+        given = {float}
     if len(given) > 1:
         raise RowError("mixed types", "labels", " and ".join(sorted(t.__name__ for t in given)))
-    clean = [_step_label(label, i) for i, label in enumerate(labels)]
+    clean: list[float | int | None] = [
+        _soft_label(label, i) if given == {float} else _step_label(label, i)
+        for i, label in enumerate(labels)
+    ]
     # Some files write wrong steps as 0; here 0 is 'neutral'. Whether −1 ever occurs is known at the
     # end of the file only, so both are counted.
     if int in given:
@@ -311,6 +317,16 @@ def _step_label(label: Any, index: int) -> int | None:
     if isinstance(label, int) and label in (-1, 0, 1):
         return label
     raise RowError("unknown label", f"labels[{index}]", f"{label!r}")
+
+
+def _soft_label(label: Any, index: int) -> float | None:
+    """A probability that the step is good."""
+    if label is None:
+        return None
+    value = finite(label, f"labels[{index}]", "unknown label")
+    if not 0 <= value <= 1:
+        raise RowError("unknown label", f"labels[{index}]", f"{label!r}")
+    return value
 
 
 def _prompt_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:

@@ -77,7 +77,6 @@ def format_all(
     source: str,
     noun: str,
     num_proc: int | None,
-    allow_empty: bool,
     **arguments: Any,
 ) -> tuple[Dataset, KindReport]:
     """Tokenise rows of any kind in one pass, and count what became of them.
@@ -127,7 +126,7 @@ def format_all(
             report.counts[fate.lstrip("+")] = report.counts.get(fate.lstrip("+"), 0) + 1
     cut = rows["cut"][:]
     report.truncated, report.tokens_cut = sum(c > 0 for c in cut), sum(cut)
-    if not kept and not allow_empty:
+    if not kept:
         cure = "look at the counts: are these rows of the right kind?"
         if report.dropped_overlong:
             cure = (
@@ -164,15 +163,6 @@ def _format_batch(
         out["row"][-1] = index
         out["fate"][-1] = item.get("fate", "")
     return out
-
-
-def as_chat(row: Mapping[str, Any], completion: str) -> dict[str, Any]:
-    """A text row as one question and one answer, for a model that reads conversations."""
-    return {
-        **row,
-        "prompt": [{"role": "user", "content": row["prompt"]}],
-        "completion": [{"role": "assistant", "content": completion}],
-    }
 
 
 def ids_feature() -> Any:

@@ -84,7 +84,6 @@ def format_rankings(
     *,
     source: str = "rankings",
     num_proc: int | None = None,
-    allow_empty: bool = False,
 ) -> tuple[Dataset, FormatReport]:
     """Tokenise rankings by the one formatter.
 
@@ -122,7 +121,6 @@ def format_rankings(
         source=source,
         noun="rankings",
         num_proc=num_proc,
-        allow_empty=allow_empty,
     )
 
 

@@ -301,12 +301,7 @@ def _checkpoint(config: PairwiseRewardConfig) -> str | None:
 
 
 def load_scalar(config: PairwiseRewardConfig, model: ModelArguments) -> RewardModel:
-    template = None
-    if config.chat_template_path is not None:
-        path = Path(config.chat_template_path)
-        if not path.is_file():
-            raise CompanionError(f"{path}: no such file", "give a Jinja file")
-        template = path.read_text(encoding="utf-8")
+    """The base with a fresh head of one score, and an adapter if one is asked for."""
     with whole_parameters():
         reward_model = load_base(
             str(model.model_name_or_path),
@@ -315,25 +310,40 @@ def load_scalar(config: PairwiseRewardConfig, model: ModelArguments) -> RewardMo
             dtype=model.dtype,
             max_length=config.max_length,
             overlong=config.overlong,  # type: ignore[arg-type]
-            chat_template=template,
+            chat_template=read_template(config),
             attn_implementation=model.attn_implementation,
             revision=model.model_revision,
             trust_remote_code=config.trust_remote_code,
         )
-        _fit_positions(reward_model, config)
-        if model.use_peft:
-            apply_lora(
-                reward_model,
-                r=model.lora_r,
-                alpha=model.lora_alpha,
-                dropout=model.lora_dropout,
-                target_modules=model.lora_target_modules or "all-linear",
-                use_rslora=model.use_rslora,
-            )
+        fit_positions(reward_model, config)
+        return with_lora(reward_model, model)
+
+
+def read_template(config: PairwiseRewardConfig) -> str | None:
+    """The chat template of ``--chat_template_path``, if one is given."""
+    if config.chat_template_path is None:
+        return None
+    path = Path(config.chat_template_path)
+    if not path.is_file():
+        raise CompanionError(f"{path}: no such file", "give a Jinja file")
+    return path.read_text(encoding="utf-8")
+
+
+def with_lora(reward_model: RewardModel, model: ModelArguments) -> RewardModel:
+    """The same model, wrapped for LoRA if ``--use_peft`` asks for it."""
+    if model.use_peft:
+        apply_lora(
+            reward_model,
+            r=model.lora_r,
+            alpha=model.lora_alpha,
+            dropout=model.lora_dropout,
+            target_modules=model.lora_target_modules or "all-linear",
+            use_rslora=model.use_rslora,
+        )
     return reward_model
 
 
-def _fit_positions(reward_model: RewardModel, config: PairwiseRewardConfig) -> None:
+def fit_positions(reward_model: RewardModel, config: PairwiseRewardConfig) -> None:
     """A model cannot read beyond the positions that it was made for."""
     most = getattr(reward_model.model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(most, int) or most < 1:
