@@ -222,6 +222,7 @@ def process_metrics(
     threshold: float,
     right: Sequence[Array],
     labels: Sequence[Array],
+    truth: Sequence[Array] | None = None,
 ) -> dict[str, Any]:
     """All figures of a process model on held-out solutions, ready for JSON.
 
@@ -235,19 +236,27 @@ def process_metrics(
         1 where the most likely class is that of the label, for each labelled step.
     labels : sequence of arrays
         The class of each labelled step, for the majority.
+    truth : sequence of arrays, optional
+        1 where a step is really wrong, where labels were drawn with noise: gives the limit.
 
     Returns
     -------
     dict
         ``n``, ``n_steps``; ``step_accuracy`` and ``majority`` (the share of the most frequent
-        class); ``first_error`` at 0.5 and at the ``threshold``; ``guessing_f1``; ``wrong_auc``, of
-        P(wrong) over all labelled steps (None if none or all are wrong).
+        class); ``first_error`` at 0.5 and at the ``threshold``; ``guessing_f1``; ``limit_f1``, of
+        the truth against these labels, or None; ``wrong_auc``, of P(wrong) over all labelled steps
+        (None if none or all are wrong).
     """
     if not solutions:
         raise DataError("there is no solution with a labelled step", "hold out more rows")
     probabilities = np.concatenate([p for p, _ in solutions])
     wrong = np.concatenate([w for _, w in solutions]).astype(np.float64)
     _, counts = np.unique(np.concatenate(labels), return_counts=True)
+    limit = None
+    if truth is not None:
+        pairs = zip(truth, solutions, strict=True)
+        known = [(np.asarray(t, dtype=np.float64), w) for t, (_, w) in pairs]
+        limit = first_error_figures(known, 0.5)["first_error_f1"]
     return {
         "n": len(solutions),
         "n_steps": int(wrong.size),
@@ -257,5 +266,6 @@ def process_metrics(
         "first_error": first_error_figures(solutions, threshold),
         "first_error_at_half": first_error_figures(solutions, 0.5),
         "guessing_f1": guessing_f1(solutions),
+        "limit_f1": limit,
         "wrong_auc": roc_auc(probabilities, wrong) if 0 < wrong.sum() < wrong.size else None,
     }

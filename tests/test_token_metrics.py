@@ -85,5 +85,10 @@ def test_process_figures() -> None:
     assert found["first_error"]["first_error_f1"] == 1.0
     assert found["first_error_at_half"]["first_error_f1"] == 0.5
     assert found["n_steps"] == 9
+    assert found["limit_f1"] is None
+    truth = [wrong for _, wrong in SOLUTIONS]
+    truth[2] = np.array([1, 0])  # its label came out as 'right' by noise
+    found = process_metrics(SOLUTIONS, threshold=0.8, right=right, labels=classes, truth=truth)
+    assert found["limit_f1"] == pytest.approx(2 / 3)
     with pytest.raises(DataError, match="no solution"):
         process_metrics([], threshold=0.5, right=[], labels=[])

@@ -337,6 +337,19 @@ class ExactTrainer(ExactBatches, ExactEvaluation, Trainer):
             logs["train_weight"] = float(weight)
         super().log(logs, start_time)
 
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As in transformers; other rows than those of the trainer are tokenised first."""
+        if isinstance(eval_dataset, Dataset):
+            eval_dataset = self.prepare_rows(eval_dataset, metric_key_prefix)
+        elif isinstance(eval_dataset, Mapping):
+            eval_dataset = {n: self.prepare_rows(rows, n) for n, rows in eval_dataset.items()}
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
     def predict(
         self,
         test_dataset: Dataset,

@@ -96,7 +96,9 @@ def train_process(
     metrics: dict[str, Any] = {}
     if config.process_index == 0:
         solutions, right, classes = _labelled(run, predictions, run.test_rows, readout)
-        metrics = process_metrics(solutions, threshold=threshold, right=right, labels=classes)
+        metrics = process_metrics(
+            solutions, threshold=threshold, right=right, labels=classes, truth=_truth(run)
+        )
     return finish_token(run, trainer, output.metrics, readout, metrics)
 
 
@@ -127,20 +129,37 @@ def _labelled(
     return solutions, right, classes
 
 
+def _truth(run: Run) -> list[Array] | None:
+    """Which labelled steps of the test rows are really wrong; the tutor's rows know."""
+    given = run.sets.held_out
+    if "true_labels" not in given.column_names:
+        return None
+    rows = run.formatted["held_out"].select(run.test_rows)
+    found = []
+    for row, targets in zip(rows["row"], rows["targets"], strict=True):
+        wrong = np.asarray([label == -1 for label in given[row]["true_labels"]], dtype=np.float64)
+        found.append(wrong[np.asarray(targets) != IGNORE_INDEX])
+    return found
+
+
 def summary(result: TokenTrainingResult) -> str:
     """The table that ends a run."""
     figures = result.metrics
     first, at_half = figures["first_error"], figures["first_error_at_half"]
     rows = [
-        ("first-error F1", shown(first["first_error_f1"]), shown(figures["guessing_f1"])),
-        ("  solutions with an error", shown(first["accuracy_on_errors"]), "–"),
-        ("  solutions without", shown(first["accuracy_on_right"]), "–"),
-        ("step accuracy", shown(figures["step_accuracy"]), shown(figures["majority"])),
-        ("AUC of wrong steps", shown(figures["wrong_auc"]), "0.500"),
+        (
+            "first-error F1",
+            *(shown(x) for x in (first["first_error_f1"], figures["guessing_f1"])),
+            shown(figures["limit_f1"]),
+        ),
+        ("  solutions with an error", shown(first["accuracy_on_errors"]), "–", "–"),
+        ("  solutions without", shown(first["accuracy_on_right"]), "–", "–"),
+        ("step accuracy", shown(figures["step_accuracy"]), shown(figures["majority"]), "–"),
+        ("AUC of wrong steps", shown(figures["wrong_auc"]), "0.500", "–"),
     ]
     return "\n".join(
         [
-            format_table(("held-out figure", "ours", "floor"), rows),
+            format_table(("held-out figure", "ours", "floor", "best possible"), rows),
             "",
             f"{figures['n']:,} solutions ({first['n_errors']:,} with an error), "
             f"{figures['n_steps']:,} labelled steps; a step is wrong if P(wrong) > "

@@ -115,6 +115,11 @@ def test_figures_of_exactly_n_prompts(tiny_base: Path, tmp_path: Path) -> None:
     assert figures["eval_accuracy"] == pytest.approx(right / pairs)
     assert figures["eval_top1"] == pytest.approx(top / 7)
     assert figures["eval_num_prompts"] == 7
+    # other rows, with more completions than any row before, tokenised on the way
+    wide = rankings(2)
+    wide[0]["completions"] = [[{"role": "assistant", "content": "good " * k}] for k in range(1, 7)]
+    wide[0]["ranks"] = [float(k) for k in range(6)]
+    assert trainer.evaluate(Dataset.from_list(wide))["eval_num_prompts"] == 2
 
 
 def test_resumed_run_gives_the_same_weights(tiny_base: Path, tmp_path: Path) -> None:
