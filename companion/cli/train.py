@@ -1,51 +1,91 @@
-"""``companion train pairwise``: every field of the settings is a flag or a line of a YAML file.
+"""``companion train KIND``: every field of the settings is a flag or a line of a YAML file.
 
-Started by ``accelerate launch -m companion train pairwise …`` or ``torchrun … -m companion train
-pairwise …`` the same command trains on many devices.
+Started by ``accelerate launch -m companion train KIND …`` or ``torchrun … -m companion train KIND
+…`` the same command trains on many devices.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from companion.errors import CompanionError
 
-KINDS = ("pairwise",)
-_USAGE = """usage: companion train pairwise --model_name_or_path BASE --dataset_name PAIRS \\
+#: kind -> (rows, the runner, its data arguments and settings, what it trains); beside the runner
+#: stands ``summary``, which words its result
+KINDS: dict[str, tuple[str, str, str, str, str]] = {
+    "pairwise": (
+        "PAIRS",
+        "companion.training.run:train_pairwise",
+        "companion.training.config:DataArguments",
+        "companion.training.config:PairwiseRewardConfig",
+        "a score from pairs, chosen against rejected (Bradley–Terry)",
+    ),
+    "kwise": (
+        "RANKINGS",
+        "companion.training.kwise_run:train_kwise",
+        "companion.training.config:RowArguments",
+        "companion.training.kwise:KwiseRewardConfig",
+        "a score from rankings of K completions of a prompt (Plackett–Luce)",
+    ),
+    "outcome": (
+        "OUTCOMES",
+        "companion.training.outcome_run:train_outcome",
+        "companion.training.config:RowArguments",
+        "companion.training.outcome:OutcomeRewardConfig",
+        "the probability that a solution is right, at every token (ORM)",
+    ),
+    "process": (
+        "STEPS",
+        "companion.training.process_run:train_process",
+        "companion.training.config:RowArguments",
+        "companion.training.process:ProcessRewardConfig",
+        "whether each step of a solution is good, at its end (PRM)",
+    ),
+}
+_USAGE = """usage: companion train KIND --model_name_or_path BASE --dataset_name ROWS \\
            --output_dir DIR [--config FILE.yaml] [any other setting]
 
+kinds:
+{kinds}
+
   BASE   a folder or a hub id, e.g. Qwen/Qwen3-0.6B
-  PAIRS  a .jsonl, .jsonl.gz, .parquet or .csv file, a folder, or a hub id
+  ROWS   a .jsonl, .jsonl.gz, .parquet or .csv file, a folder, or a hub id
   DIR    becomes a plain Hugging Face checkpoint with reward_manifest.json
 
-Settings of --config are overridden by flags. 'companion train pairwise --help' lists them all.
+Settings of --config are overridden by flags. 'companion train KIND --help' lists them all.
 """
 
 
 def run_argv(argv: Sequence[str]) -> int:
     """Run ``companion train …`` with what follows ``train``; return the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(_USAGE)
+        print(_USAGE.format(kinds="\n".join(f"  {k:<10}{v[4]}" for k, v in KINDS.items())))
         return 0 if argv else 2
     if argv[0] not in KINDS:
         raise CompanionError(
             f"there is no training of the kind {argv[0]!r}", f"there are: {', '.join(KINDS)}"
         )
-    data, model, config = parse(argv[1:])
-    from companion.training.run import summary, train_pairwise
-
-    result = train_pairwise(config, model, data)
+    data, model, config = parse(argv[1:], argv[0])
+    runner = KINDS[argv[0]][1]
+    result = _named(runner)(config, model, data)
     if config.process_index == 0:
-        print(summary(result))
+        print(_named(runner.split(":")[0] + ":summary")(result))
     _leave_process_group()
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[Any, Any, Any]:
-    """Flags and YAML file to (DataArguments, ModelArguments, PairwiseRewardConfig).
+def _named(place: str) -> Any:
+    """What ``module:name`` names."""
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def parse(argv: Sequence[str], kind: str = "pairwise") -> tuple[Any, Any, Any]:
+    """Flags and YAML file to the data arguments, ModelArguments and settings of the kind.
 
     Raises
     ------
@@ -55,37 +95,39 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any, Any]:
     """
     from trl import TrlParser
 
-    from companion.training.config import DataArguments, ModelArguments, PairwiseRewardConfig
+    from companion.training.config import ModelArguments
+
+    rows, _, data_class, config_class, _ = KINDS[kind]
+    help_line = f"'companion train {kind} --help' lists every setting"
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
-            raise CompanionError(message, "'companion train pairwise --help' lists every setting")
+            raise CompanionError(message, help_line)
 
-    settings: Any = (DataArguments, ModelArguments, PairwiseRewardConfig)
+    settings: Any = (_named(data_class), ModelArguments, _named(config_class))
     parser = Parser(
         settings,
-        prog="companion train pairwise",
-        usage="%(prog)s --model_name_or_path BASE --dataset_name PAIRS --output_dir DIR [settings]",
+        prog=f"companion train {kind}",
+        usage=f"%(prog)s --model_name_or_path BASE --dataset_name {rows} --output_dir DIR "
+        "[settings]",
         allow_abbrev=False,
     )
     known = {action.dest for action in parser._actions}
     arguments = _split_equals(argv)
-    _check_config(arguments, known)
+    _check_config(arguments, known, help_line)
     flags = {name for action in parser._actions for name in action.option_strings}
     for argument in arguments:
         if argument.startswith("--") and argument not in flags and argument != "--config":
             raise CompanionError(
-                f"there is no setting {argument}", _near(argument.lstrip("-"), known, "--")
+                f"there is no setting {argument}",
+                _near(argument.lstrip("-"), known, help_line, "--"),
             )
     try:
         data, model, config = parser.parse_args_and_config(args=arguments)
     except (ValueError, TypeError) as error:
         if isinstance(error, CompanionError):
             raise
-        raise CompanionError(
-            f"the settings do not fit: {error}",
-            "'companion train pairwise --help' lists every setting",
-        ) from error
+        raise CompanionError(f"the settings do not fit: {error}", help_line) from error
     return data, model, config
 
 
@@ -100,7 +142,7 @@ def _split_equals(argv: Sequence[str]) -> list[str]:
     return out
 
 
-def _check_config(arguments: Sequence[str], known: set[str]) -> None:
+def _check_config(arguments: Sequence[str], known: set[str], help_line: str) -> None:
     """Look at the YAML file before TRL does, whose messages name neither file nor cure."""
     import yaml
 
@@ -124,15 +166,15 @@ def _check_config(arguments: Sequence[str], known: set[str]) -> None:
     if unknown:
         raise CompanionError(
             f"{path}: there is no setting {', '.join(map(repr, unknown))}",
-            "; ".join(_near(name, known) for name in unknown),
+            "; ".join(_near(name, known, help_line) for name in unknown),
         )
 
 
-def _near(name: str, known: set[str], prefix: str = "") -> str:
+def _near(name: str, known: set[str], help_line: str, prefix: str = "") -> str:
     close = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=3)
     if close:
         return "did you mean " + " or ".join(prefix + c for c in close) + "?"
-    return "'companion train pairwise --help' lists every setting"
+    return help_line
 
 
 def _leave_process_group() -> None:

@@ -4,10 +4,11 @@
 kind         fields
 ===========  ======================================================================================
 pairs        ``prompt`` (may be absent for text), ``chosen``, ``rejected``, ``margin`` (optional)
-rankings     ``prompt``, ``completions``, ``ranks`` (1 is best; equal ranks are ties), ``ratings``
-             (optional)
+rankings     ``prompt``, ``completions``, ``ranks`` (1 is best; equal ranks are ties, null is no
+             rank), ``ratings`` (optional)
 outcomes     ``prompt``, ``completion``, ``label`` (bool: right or wrong)
-steps        ``prompt``, ``completions`` (the steps, text), ``labels`` (+1, 0, −1 or null each)
+steps        ``prompt``, ``completions`` (the steps, text), ``labels`` (+1, 0, −1 or null each; or
+             probabilities in [0, 1] that the step is good), ``rest`` (optional: steps that follow)
 prompts      ``prompt``
 ===========  ======================================================================================
 
@@ -226,7 +227,7 @@ def _ranking(row: Mapping[str, Any], how: Conversion) -> Row:
         # Equal ratings share a rank; 1 is best.
         out["ranks"] = [1.0 + sum(other > value for other in values) for value in values]
     if ranks is not None:
-        out["ranks"] = _numbers(ranks, "ranks", len(texts))
+        out["ranks"] = _ranks(ranks, len(texts))
     return out | _rest(row, *taken)
 
 
@@ -236,6 +237,16 @@ def _numbers(values: Any, name: str, size: int) -> list[float]:
     if len(values) != size:
         raise RowError("lengths differ", name, f"{size} completions and {len(values)} {name}")
     return [finite(v, f"{name}[{i}]", "rating not finite") for i, v in enumerate(values)]
+
+
+def _ranks(values: Any, size: int) -> list[float | None]:
+    """Ranks, null where a completion has none; at least two must have one."""
+    if not isinstance(values, list):
+        return list(_numbers(values, "ranks", size))  # raises
+    ranked = _numbers([0 if value is None else value for value in values], "ranks", size)
+    if size - values.count(None) < 2:
+        raise RowError("null", "ranks", "fewer than two completions have a rank")
+    return [None if value is None else rank for value, rank in zip(values, ranked, strict=True)]
 
 
 def _outcome(row: Mapping[str, Any], how: Conversion) -> list[Row]:
@@ -268,9 +279,14 @@ def _step_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:
         if not step.strip():
             raise RowError("empty completion", f"completions[{i}]")
     given = {type(label) for label in labels if label is not None}
+    if given == {int, float}:  # soft labels: JSON writes a probability of 1.0 as 1 at times
+        given = {float}
     if len(given) > 1:
         raise RowError("mixed types", "labels", " and ".join(sorted(t.__name__ for t in given)))
-    clean = [_step_label(label, i) for i, label in enumerate(labels)]
+    clean: list[float | int | None] = [
+        _soft_label(label, i) if given == {float} else _step_label(label, i)
+        for i, label in enumerate(labels)
+    ]
     # Some files write wrong steps as 0; here 0 is 'neutral'. Whether −1 ever occurs is known at the
     # end of the file only, so both are counted.
     if int in given:
@@ -301,6 +317,16 @@ def _step_label(label: Any, index: int) -> int | None:
     if isinstance(label, int) and label in (-1, 0, 1):
         return label
     raise RowError("unknown label", f"labels[{index}]", f"{label!r}")
+
+
+def _soft_label(label: Any, index: int) -> float | None:
+    """A probability that the step is good."""
+    if label is None:
+        return None
+    value = finite(label, f"labels[{index}]", "unknown label")
+    if not 0 <= value <= 1:
+        raise RowError("unknown label", f"labels[{index}]", f"{label!r}")
+    return value
 
 
 def _prompt_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:

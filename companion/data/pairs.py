@@ -176,6 +176,9 @@ def ranking_pairs(ranking: Mapping[str, Any], margins: str, left_out: Counter[st
     # One number a completion (gold rewards): each pair gets those of its two.
     each = {key: extras.pop(key) for key in list(extras) if _one_number_each(extras[key], size)}
     for i, j in combinations(range(size), 2):
+        if ranks[i] is None or ranks[j] is None:
+            left_out["pairs with a completion that has no rank"] += 1
+            continue
         if ranks[i] == ranks[j]:
             left_out["pairs with tied ranks"] += 1
             continue

@@ -62,7 +62,7 @@ def reward_scores(
     backbone = getattr(inner, inner.base_model_prefix)
     arguments: dict[str, Any] = {"use_cache": False}
     mask = attention_mask.to(torch.bool)
-    if not (_is_causal(inner.config) and bool(mask[:, 0].all())):
+    if not (is_causal(inner.config) and bool(mask[:, 0].all())):
         arguments["attention_mask"] = attention_mask
         if "position_ids" in inspect.signature(backbone.forward).parameters:
             arguments["position_ids"] = position_ids_from_mask(attention_mask)
@@ -147,7 +147,8 @@ def stock_scores(
     return logits.squeeze(-1)
 
 
-def _is_causal(config: Any) -> bool:
+def is_causal(config: Any) -> bool:
+    """Whether a token sees only those before it, so that right padding needs no mask."""
     text = config.get_text_config()
     return getattr(text, "is_causal", True) is not False and not getattr(
         text, "use_bidirectional_attention", False

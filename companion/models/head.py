@@ -39,8 +39,15 @@ class ScoreHead(nn.Linear):
         return head
 
 
+def head_name(model: Any) -> str:
+    """``score``, or ``classifier`` where a token classifier calls its head so (GPT-2)."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    by_token = type(inner).__name__.endswith("ForTokenClassification")
+    return "classifier" if by_token and not hasattr(inner, "score") else "score"
+
+
 def find_head(model: Any) -> nn.Module:
-    """The module ``score`` of a decoder with a sequence-classification head (LoRA-wrapped or not).
+    """The head of a decoder with a sequence- or token-classification head (LoRA-wrapped or not).
 
     Raises
     ------
@@ -48,7 +55,7 @@ def find_head(model: Any) -> nn.Module:
         If there is none: an encoder, a causal LM, or a model of another kind.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = getattr(inner, "score", None)
+    head = getattr(inner, head_name(model), None)
     if not isinstance(head, nn.Module):
         raise ModelError(
             f"{type(inner).__name__} has no module 'score', so it is no decoder with a "
@@ -66,8 +73,9 @@ def install_head(model: Any) -> ScoreHead:
         return head
     if not isinstance(head, nn.Linear):
         raise ModelError(f"the head is a {type(head).__name__}, not one linear layer")
-    model.score = ScoreHead.from_linear(head)
-    return model.score
+    fresh = ScoreHead.from_linear(head)
+    setattr(model, head_name(model), fresh)
+    return fresh
 
 
 def initialise_head(head: nn.Linear, seed: int, std: float | None = None) -> float:

@@ -7,6 +7,7 @@ Chapter 2.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from companion.models.checkpoint import (
     read_tensor,
 )
 from companion.models.guards import check_head, check_tokenizer_and_config, precision_notes
-from companion.models.head import initialise_head, install_head
+from companion.models.head import head_name, initialise_head, install_head
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
 from companion.models.padding import choose_pad_token
 from companion.models.pieces import (
@@ -87,6 +88,53 @@ def load_base(
     ReadoutError
         For a tokenizer without EOS, with the cure.
     """
+    return load_with_fresh_head(
+        path_or_id,
+        SCALAR,
+        head_seed=head_seed,
+        head_std=head_std,
+        keep_head=keep_head,
+        dtype=dtype,
+        device=device,
+        max_length=max_length,
+        overlong=overlong,
+        chat_template=chat_template,
+        attn_implementation=attn_implementation,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """A head that a base is given: how many labels, and which of transformers' classes has it."""
+
+    labels: int
+    auto_class: str
+    problem_type: str | None
+
+
+#: one score a text
+SCALAR = HeadLayout(1, "AutoModelForSequenceClassification", "regression")
+
+
+def load_with_fresh_head(
+    path_or_id: PathLike,
+    layout: HeadLayout,
+    *,
+    head_seed: int,
+    head_std: float | None,
+    keep_head: bool,
+    dtype: torch.dtype | str,
+    device: str | torch.device | None,
+    max_length: int | None,
+    overlong: Overlong,
+    chat_template: str | None,
+    attn_implementation: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> RewardModel:
+    """What :func:`load_base` does, for any head; see there for the parameters and errors."""
     name = resolve(path_or_id)
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_adapter(name, revision):
@@ -100,9 +148,11 @@ def load_base(
     had = config.num_labels
     keys = checkpoint_keys(name, revision)
     has_head = keys is not None and _HEAD in keys
-    config.num_labels = 1
-    config.problem_type = "regression"
+    config.num_labels = layout.labels
+    config.problem_type = layout.problem_type
     dropout = disable_dropout(config)
+    if layout is not SCALAR:
+        config.classifier_dropout = 0.0  # without the entry, stock token heads drop 0.1
     if dropout:
         notes.append(f"dropout switched off ({', '.join(dropout)}): a score has no randomness")
 
@@ -111,15 +161,21 @@ def load_base(
     notes.extend(pad.notes)
     rows = int(text.vocab_size)
     text.pad_token_id = pad.token_id if pad.token_id < rows else None
-    if has_head and had != 1:
+    if has_head and had != layout.labels:
         raise ModelError(
             f"{name}: is a classifier of {had} labels",
-            "give a causal LM, or a reward model with num_labels=1",
+            f"give a causal LM, or a reward model with num_labels={layout.labels}",
         )
     model, missing = load_weights(
-        name, config, as_dtype(dtype), attn_implementation=attn_implementation, **shared
+        name,
+        config,
+        as_dtype(dtype),
+        attn_implementation=attn_implementation,
+        auto_class=layout.auto_class,
+        **shared,
     )
-    unexpected_gaps = sorted(missing - {_HEAD, "score.bias"})
+    own = f"{head_name(model)}.weight"
+    unexpected_gaps = sorted(missing - {own, own.replace("weight", "bias")})
     if unexpected_gaps:
         raise ModelError(
             f"{name}: the checkpoint lacks {len(unexpected_gaps)} weights of the backbone "
@@ -132,8 +188,8 @@ def load_base(
     set_pad(model, pad.token_id)
     head = install_head(model)
     head.to(torch.float32)
-    if keep_head and _HEAD not in missing:
-        stored = read_tensor(name, _HEAD, revision)
+    if keep_head and own not in missing:
+        stored = read_tensor(name, own, revision)
         if stored is not None:
             with torch.no_grad():
                 head.weight.copy_(stored)
@@ -142,7 +198,7 @@ def load_base(
         if keep_head:
             raise ModelError(f"{name}: keep_head=True, but the checkpoint has no head")
         std = initialise_head(head, head_seed, head_std)
-        had_one = "in place of the checkpoint's own, " if _HEAD not in missing else ""
+        had_one = "in place of the checkpoint's own, " if own not in missing else ""
         notes.append(f"fresh head, {had_one}seed {head_seed}, std {std:.4g}")
     if device is not None:
         model.to(device)
@@ -193,6 +249,7 @@ def load_reward_model(
         )
     else:
         config = load_config(name, **shared)
+        _refuse_token_level(name, config)
         keys = checkpoint_keys(name, revision)
         if keys is not None and _HEAD not in keys:
             _refuse_headless(name, config)
@@ -240,6 +297,16 @@ def load_reward_model(
 
 
 # ---------------------------------------------------------------------- inside
+
+
+def _refuse_token_level(name: str, config: Any) -> None:
+    """Its ``score.weight`` fits, so it would load, and read a token's value as a text's."""
+    kinds = [kind for kind in config.architectures or [] if kind.endswith("ForTokenClassification")]
+    if kinds:
+        raise ModelError(
+            f"{name}: holds a model with a value for each token ({kinds[0]}), not one for a text",
+            "load it with companion.scoring.TokenScorer",
+        )
 
 
 def _refuse_headless(name: str, config: Any) -> None:

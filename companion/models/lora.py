@@ -15,7 +15,7 @@ import torch
 
 from companion.errors import ModelError
 from companion.models.checkpoint import find_file, read_json
-from companion.models.head import find_head, install_head
+from companion.models.head import find_head, head_name, install_head
 from companion.models.pieces import (
     add_rows,
     disable_dropout,
@@ -65,14 +65,15 @@ def apply_lora(
     except ImportError as error:
         raise ModelError("LoRA needs the package peft", _CURE) from error
 
+    by_token = type(reward_model.model).__name__.endswith("ForTokenClassification")
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=TaskType.TOKEN_CLS if by_token else TaskType.SEQ_CLS,
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets,
-        modules_to_save=["score"],
+        modules_to_save=[head_name(reward_model.model)],
         use_rslora=use_rslora,
     )
     try:
@@ -138,7 +139,7 @@ def load_adapter(
             "set base_model_name_or_path in adapter_config.json to the base",
         )
     base_name = resolve(base)
-    shared = {"trust_remote_code": trust_remote_code}
+    shared: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     config = load_config(base_name, **shared)
     config.num_labels = 1
     config.problem_type = "regression"

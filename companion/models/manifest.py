@@ -23,6 +23,9 @@ from companion.formatting import RewardFormatter, recipe_fingerprint
 MANIFEST_FILE = "reward_manifest.json"
 FORMAT_VERSION = 1
 READOUT_RULE = "last_token_by_attention_mask"
+#: kind of a token-level model -> its rule; what else belongs to it stands beside the rule
+#: (:class:`companion.models.token_readout.TokenReadout`)
+TOKEN_RULES = {"outcome": "every_completion_token", "process": "step_ends"}
 _QUANTILES = 101
 
 
@@ -130,7 +133,8 @@ class RewardManifest:
     formatter_fingerprint : str
         Its SHA-256.
     readout : dict
-        The rule (``last_token_by_attention_mask``) and the head's dtype.
+        The rule (``last_token_by_attention_mask``) and the head's dtype; for a token-level model
+        its kind, aggregation and the like (:class:`companion.models.token_readout.TokenReadout`).
     reference : ReferenceStats or None
         Without it, scores have no centred, z and percentile form.
     temperature : float or None
@@ -184,10 +188,11 @@ class RewardManifest:
                 f"{FORMAT_VERSION}",
                 "use the companion that saved the model",
             )
-        if self.readout.get("rule") != READOUT_RULE:
+        if self.readout.get("rule") not in (READOUT_RULE, *TOKEN_RULES.values()):
             raise ModelError(
                 f"{where}: the read-out rule is {self.readout.get('rule')!r}; "
-                f"the companion knows {READOUT_RULE!r}"
+                f"the companion knows {READOUT_RULE!r}, and for token-level models "
+                f"{' and '.join(map(repr, TOKEN_RULES.values()))}"
             )
         if recipe_fingerprint(self.formatter) != self.formatter_fingerprint:
             raise ModelError(

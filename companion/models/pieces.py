@@ -88,24 +88,29 @@ def load_tokenizer(name: str, **shared: Any) -> Any:
 
 
 def load_weights(
-    name: str, config: Any, dtype: torch.dtype, *, attn_implementation: str | None, **shared: Any
+    name: str,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    attn_implementation: str | None,
+    auto_class: str = "AutoModelForSequenceClassification",
+    **shared: Any,
 ) -> tuple[Any, set[str]]:
     """The model and the names of the weights that the checkpoint lacked."""
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification
 
     if attn_implementation is not None:
         shared["attn_implementation"] = attn_implementation
     try:
         with _quiet():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            model, info = getattr(transformers, auto_class).from_pretrained(
                 name, config=config, dtype=dtype, output_loading_info=True, **shared
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"{name}: the weights cannot be loaded: {_first_line(error)}",
-            "check that the folder is complete and of an architecture with "
-            "a sequence-classification head",
+            "check that the folder is complete and of an architecture with such a head",
         ) from error
     return model, set(info["missing_keys"])
 

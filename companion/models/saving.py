@@ -6,9 +6,11 @@ Chapter 2.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from companion import __version__
 from companion.errors import ModelError
@@ -62,11 +64,37 @@ def save_reward_model(
     ModelError, ReadoutError
         If a guard refuses the model: nothing is written.
     """
+
+    def check(plain: Any) -> None:
+        plain.config.problem_type = "regression"
+        check_head(plain)
+
     manifest = manifest or reward_model.manifest or RewardManifest()
+    return write_checkpoint(
+        reward_model, directory, manifest, check=check, save_adapter=save_adapter
+    )
+
+
+def write_checkpoint(
+    reward_model: RewardModel,
+    directory: str | os.PathLike[str],
+    manifest: RewardManifest,
+    *,
+    check: Callable[[Any], None],
+    save_adapter: bool = False,
+) -> RewardManifest:
+    """Write model, tokenizer, recipe and manifest of any kind of reward model.
+
+    Parameters
+    ----------
+    reward_model, directory, manifest, save_adapter
+        As for :func:`save_reward_model`.
+    check : callable
+        Gets the plain (merged) model first; raises if it must not be saved.
+    """
     model, tokenizer = reward_model.model, reward_model.tokenizer
     plain = merged(model)
-    plain.config.problem_type = "regression"
-    check_head(plain)
+    check(plain)
     check_tokenizer_and_config(tokenizer, plain.config)
     manifest.describe(reward_model.formatter)
     manifest.versions = package_versions()

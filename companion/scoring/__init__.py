@@ -3,5 +3,14 @@
 from companion.scoring.results import PairScores, Scores
 from companion.scoring.scorer import RewardScorer
 from companion.scoring.streaming import FileReport, score_file
+from companion.scoring.token_scorer import TokenScorer, TokenScores
 
-__all__ = ["FileReport", "PairScores", "RewardScorer", "Scores", "score_file"]
+__all__ = [
+    "FileReport",
+    "PairScores",
+    "RewardScorer",
+    "Scores",
+    "TokenScorer",
+    "TokenScores",
+    "score_file",
+]

@@ -160,10 +160,20 @@ class ExactBatches(_Base):
     """The part of the trainer that makes batches and counts their pairs."""
 
     _order: PaddedSampler | None = None
+    #: what the collator looks at
+    _columns: tuple[str, ...] = ("chosen_ids", "rejected_ids", "margin", "row", "weight")
+
+    def _with_padding(self, rows: Any) -> PairRows:
+        """The rows, with a row of weight 0 at the index :data:`PADDING`."""
+        return PairRows(rows)
+
+    def _row_lengths(self, dataset: Any) -> list[int]:
+        """Tokens of each row's longest text, to group rows by."""
+        return [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset]
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns: Any = ["chosen_ids", "rejected_ids", "margin", "row", "weight"]
+            self._signature_columns: Any = list(self._columns)
 
     def _get_dataloader(
         self,
@@ -179,11 +189,9 @@ class ExactBatches(_Base):
         lengths = None
         if is_training and self.args.train_sampling_strategy == "group_by_length":
             lengths = (
-                list(dataset[name])
-                if name in dataset.column_names
-                else [max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in dataset]
+                list(dataset[name]) if name in dataset.column_names else self._row_lengths(dataset)
             )
-        rows = PairRows(self._remove_unused_columns(dataset, description=description))
+        rows = self._with_padding(self._remove_unused_columns(dataset, description=description))
 
         def sampler(_: Any) -> Sampler[int]:
             return self._sampler(len(rows), batch_size, is_training, lengths)

@@ -8,7 +8,7 @@ Chapter 4.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -181,14 +181,14 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Which pairs to train on, and which to hold out."""
+class RowArguments:
+    """Which rows to train on, and which to hold out."""
 
     _argument_group_name = "data"
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Pairs: a file (.jsonl, .parquet, .csv, …), a folder, or a hub id."},
+        metadata={"help": "Rows: a file (.jsonl, .parquet, .csv, …), a folder, or a hub id."},
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of a hub dataset."}
@@ -204,7 +204,7 @@ class DataArguments:
         metadata={"help": "Split to hold out. Default: a part of the prompts of the train split."},
     )
     eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out pairs from another source."}
+        default=None, metadata={"help": "Held-out rows from another source."}
     )
     eval_fraction: float = field(
         default=0.1,
@@ -213,24 +213,31 @@ class DataArguments:
     calibration_fraction: float = field(
         default=0.5,
         metadata={
-            "help": "Share of the held-out pairs that is looked at during training and sets "
-            "temperature and reference; the others give the final figures. 1: all do both."
+            "help": "Share of the held-out rows that is looked at during training and sets "
+            "temperature, threshold and reference; the others give the final figures. 1: all do "
+            "both."
         },
     )
     split_seed: int = field(default=0, metadata={"help": "Another seed, another split."})
     limit: int | None = field(default=None, metadata={"help": "Take this many rows at most."})
-    margins: str = field(
-        default="given",
-        metadata={
-            "help": "A 'margin' column as given, made from ratings, or none.",
-            "choices": ["given", "ratings", "none"],
-        },
-    )
     on_error: str = field(
         default="raise",
         metadata={
             "help": "Bad rows: stop with all of them named, or skip and count them.",
             "choices": ["raise", "skip"],
+        },
+    )
+
+
+@dataclass
+class DataArguments(RowArguments):
+    """Which pairs to train on, and which to hold out."""
+
+    margins: str = field(
+        default="given",
+        metadata={
+            "help": "A 'margin' column as given, made from ratings, or none.",
+            "choices": ["given", "ratings", "none"],
         },
     )
 
@@ -261,6 +268,8 @@ def describe_settings(config: PairwiseRewardConfig, model: ModelArguments) -> di
         "activation_checkpointing",
     )
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
+    own = {f.name for f in fields(config)} - {f.name for f in fields(PairwiseRewardConfig)}
+    settings |= {name: getattr(config, name) for name in sorted(own)}
     settings["optim"] = str(getattr(config.optim, "value", config.optim))
     settings["lr_scheduler_type"] = str(
         getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)

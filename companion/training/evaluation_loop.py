@@ -1,4 +1,4 @@
-"""The evaluation loop of the pairwise trainer: n pairs in, figures of exactly n pairs out.
+"""The evaluation loop of the trainers: n rows in, figures of exactly n rows out.
 
 Chapter 4.
 """
@@ -28,8 +28,20 @@ class ExactEvaluation(_Base):
 
     In transformers the loss of a batch is repeated batch-size times and averaged, and TRL's metrics
     are means of batch means over ranks (trl #7010). Here each rank's pairs are gathered as they
-    are, the padding pairs are taken out, and the figures are computed from the whole table.
+    are, the padding pairs are taken out, and the figures are computed from the whole table. A
+    trainer of other rows gives :meth:`item_table` and :meth:`evaluated` of its own.
     """
+
+    def item_table(self, model: Any, inputs: Any) -> Any:
+        """Figures of each item of a batch, ``[B, columns]``; padding has 0 in its first column."""
+        return self.per_pair(model, inputs)  # type: ignore[attr-defined]
+
+    def evaluated(self, table: Any) -> tuple[dict[str, Any], Any]:
+        """Figures and predictions from the table of all items, padding taken out."""
+        figures: dict[str, Any] = summarise(table)
+        del figures["tokens"]
+        chosen = COLUMNS.index("chosen")
+        return figures, table[:, chosen : chosen + 2].to(torch.float32).numpy()
 
     def evaluation_loop(
         self,
@@ -39,7 +51,7 @@ class ExactEvaluation(_Base):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Score all pairs; ``predictions`` is ``[n, 2]`` float32 in the order of the rows."""
+        """Score all rows; ``predictions`` are those of :meth:`evaluated`, in the order of rows."""
         model = self._model_for_evaluation()
         model.eval()
         if callable(getattr(self.optimizer, "eval", None)):
@@ -49,17 +61,13 @@ class ExactEvaluation(_Base):
         for batch in dataloader:
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
-                table = self.per_pair(model, inputs)  # type: ignore[attr-defined]
+                table = self.item_table(model, inputs)
             # every rank holds as many rows, padding pairs included, so a plain gather fits
             pairs.add(self.accelerator.gather(table).cpu())
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
-        table = pairs.pop()
-        figures: dict[str, Any] = summarise(table)
-        del figures["tokens"]
-        chosen = COLUMNS.index("chosen")
-        predictions = table[:, chosen : chosen + 2].to(torch.float32).numpy()
+        figures, predictions = self.evaluated(pairs.pop())
         labels = np.zeros(len(predictions), dtype=np.int64)
         if self.compute_metrics is not None:
             more = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))

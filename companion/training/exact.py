@@ -85,11 +85,16 @@ class PairMetrics:
     """Figures of many pairs, kept per pair until they are asked for.
 
     Batches are added as tables ``[B, 6]`` (see :data:`COLUMNS`) on their device, without a copy to
-    the host; rows of weight 0 are left out. All means are sums over counts (trl #7010: the mean of
-    batch means of 5 pairs in batches of 4 was 0.75 where 0.60 is true).
+    the host; rows whose first column is 0 are left out. All means are sums over counts (trl #7010:
+    the mean of batch means of 5 pairs in batches of 4 was 0.75 where 0.60 is true).
     """
 
     _tables: list[Tensor] = field(default_factory=list)
+
+    @property
+    def used(self) -> bool:
+        """Whether anything was added since the last :meth:`pop`."""
+        return bool(self._tables)
 
     def add(self, table: Tensor) -> None:
         """Add a table ``[B, 6]``."""

@@ -30,10 +30,12 @@ class TrainingProgress(ProgressCallback):
             )
         for key in [key for key in logs if key.endswith("_accuracy")]:
             name = key.removesuffix("accuracy")
+            loss = logs.get(name + "nll", logs.get(name + "loss", float("nan")))
+            counts = [k for k in logs if k.startswith(name + "num_")]
+            counted = "".join(f", {logs[k]:,.0f} {k.removeprefix(name + 'num_')}" for k in counts)
             bar.write(
                 f"step {state.global_step:>6,}  held out{_which(name)}: "
-                f"accuracy {logs[key]:.3f}, loss {logs.get(name + 'nll', float('nan')):.3f} nats, "
-                f"{logs.get(name + 'num_pairs', 0):,.0f} pairs"
+                f"accuracy {logs[key]:.3f}, loss {loss:.3f} nats{counted}"
             )
 
 

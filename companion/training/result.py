@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,9 +157,16 @@ def describe_data(source: str, rows: Dataset, report: FormatReport) -> dict[str,
 
 
 def save_trained(
-    trainer: PairwiseRewardTrainer, reward_model: RewardModel, manifest: RewardManifest
+    trainer: Any,
+    reward_model: RewardModel,
+    manifest: RewardManifest,
+    *,
+    load: Callable[[str], RewardModel] = load_reward_model,
+    save: Callable[[RewardModel, str, RewardManifest], Any] = save_reward_model,
 ) -> RewardModel:
     """Save the trained model with its manifest; every rank must call.
+
+    `load` reads a checkpoint of the model's kind, `save` writes it.
 
     Under ZeRO-3 and FSDP no rank holds the whole model: the shards are gathered into a checkpoint
     first, which rank 0 then reads on the CPU (merging a LoRA adapter) and completes.
@@ -174,16 +181,16 @@ def save_trained(
         if trainer.args.process_index == 0:
             notes = reward_model.notes
             with whole_parameters():
-                reward_model = load_reward_model(folder)
+                reward_model = load(folder)
             reward_model.notes = notes
-            save_reward_model(reward_model, folder, manifest)
+            save(reward_model, folder, manifest)
     else:
         model = accelerator.unwrap_model(trainer.model)
         remove_forward(model)
         model.eval()
         reward_model.model = model
         if trainer.args.process_index == 0:
-            save_reward_model(reward_model, folder, manifest)
+            save(reward_model, folder, manifest)
     reward_model.manifest = manifest
     accelerator.wait_for_everyone()
     return reward_model

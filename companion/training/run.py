@@ -7,56 +7,16 @@ nothing was chosen by, compute the figures; save all of it as one checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from companion.data.loading import load_rows_with_report
-from companion.data.splits import overlap_report, prompt_key, split_by_prompt
-from companion.errors import CompanionError, DataError
 from companion.evaluation import format_table, summary_rows
-from companion.models.loading import load_base
-from companion.models.lora import apply_lora
-from companion.models.manifest import RewardManifest
-from companion.models.reward_model import RewardModel
-from companion.training.config import (
-    DataArguments,
-    ModelArguments,
-    PairwiseRewardConfig,
-    describe_settings,
-)
+from companion.training.config import DataArguments, ModelArguments, PairwiseRewardConfig
 from companion.training.pairwise import PairwiseRewardTrainer
-from companion.training.result import (
-    TrainingResult,
-    describe_data,
-    save_trained,
-    score_set,
-    temperature_and_reference,
-    whole_parameters,
-)
-from companion.training.rows import FormatReport, format_pairs
+from companion.training.result import TrainingResult, score_set
+from companion.training.rows import format_pairs
+from companion.training.stages import RowKind, Say, finish_scalar, load_scalar, start_run
 
-Say = Callable[[str], None]
-SAME_PAIRS = (
-    "temperature and figures come from the same held-out pairs, which flatters the calibration "
-    "a little"
-)
-
-
-@dataclass
-class PairSets:
-    """Pairs to train on, pairs to hold out, and where they came from."""
-
-    train: Dataset
-    held_out: Dataset
-    train_source: str
-    held_out_source: str
-    notes: list[str]
+PAIRS = RowKind("pairs", format_pairs, load_scalar)
 
 
 def train_pairwise(
@@ -91,89 +51,19 @@ def train_pairwise(
     CompanionError
         For settings, rows or a base that cannot be used, with the cure.
     """
-    main = config.process_index == 0
-    tell: Say = (say or print) if main else (lambda line: None)
-    if not main:
-        disable_progress_bars()
-    _check_arguments(model, data)
-    resume = _checkpoint(config)
-    sets = load_sets(data)
-    if main and sets.train_source != sets.held_out_source:
-        overlap = overlap_report(sets.train, sets.held_out)
-        if not overlap.clean:
-            sets.notes.append(
-                f"held-out prompts stand in the training rows: {overlap.shared_prompts:,} prompts, "
-                f"{overlap.test_rows_affected:,} held-out rows; the figures flatter the model"
-            )
-    reward_model = _load_model(config, model)
-    for note in [*sets.notes, *reward_model.notes]:
-        tell(f"note: {note}")
-
-    parts = {"train": sets.train, "held_out": sets.held_out}
-    formatted: dict[str, Dataset] = {}
-    reports: dict[str, FormatReport] = {}
-    for name, part in parts.items():
-        formatted[name], reports[name] = format_pairs(
-            part,
-            reward_model.formatter,
-            source=name.replace("_", " "),
-            num_proc=config.dataset_num_proc,
-        )
-        tell(str(reports[name]))
-    calibration_rows, test_rows = halves(sets.held_out, formatted["held_out"], data)
-    if calibration_rows is test_rows:
-        sets.notes.append(SAME_PAIRS)
-        tell(f"note: {SAME_PAIRS}")
-
+    run = start_run(PAIRS, config, model, data, say=say)
     trainer = PairwiseRewardTrainer(
-        reward_model.model,
+        run.reward_model.model,
         config,
-        train_dataset=formatted["train"],
-        eval_dataset=formatted["held_out"].select(calibration_rows),
-        formatter=reward_model.formatter,
-        processing_class=reward_model.tokenizer,
+        train_dataset=run.formatted["train"],
+        eval_dataset=run.formatted["held_out"].select(run.calibration_rows),
+        formatter=run.reward_model.formatter,
+        processing_class=run.reward_model.tokenizer,
         callbacks=callbacks,
     )
-    output = trainer.train(resume_from_checkpoint=resume)
-
-    scored = score_set(trainer, sets.held_out, formatted["held_out"])
-    calibration, test = scored.select(calibration_rows), scored.select(test_rows)
-    told = len(sets.notes)
-    temperature, reference = temperature_and_reference(
-        calibration,
-        f"{len(calibration):,} held-out pairs of {sets.held_out_source}",
-        sets.notes,
-    )
-    for note in sets.notes[told:]:
-        tell(f"note: {note}")
-    manifest = RewardManifest(
-        reference=reference,
-        temperature=temperature,
-        base_model=model.model_name_or_path,
-        training={**describe_settings(config, model), **_numbers(output.metrics)},
-        notes=list(sets.notes),
-    )
-    if main:
-        manifest.metrics = test.figures(temperature)
-        sources = {"train": sets.train_source, "held_out": sets.held_out_source}
-        manifest.data = {
-            name: describe_data(sources[name], part, reports[name]) for name, part in parts.items()
-        }
-        manifest.data["held_out"] |= {"calibration": len(calibration), "test": len(test)}
-    reward_model = save_trained(trainer, reward_model, manifest)
-    return TrainingResult(
-        output_dir=Path(str(config.output_dir)),
-        metrics=manifest.metrics,
-        temperature=temperature,
-        log_history=trainer.state.log_history,
-        train_metrics=dict(output.metrics),
-        calibration=calibration,
-        test=test,
-        reports=reports,
-        reward_model=reward_model,
-        manifest=manifest,
-        notes=[*sets.notes, *reward_model.notes],
-    )
+    output = trainer.train(resume_from_checkpoint=run.resume)
+    scored = score_set(trainer, run.sets.held_out, run.formatted["held_out"])
+    return finish_scalar(run, trainer, output.metrics, scored)
 
 
 def summary(result: TrainingResult) -> str:
@@ -194,151 +84,3 @@ def summary(result: TrainingResult) -> str:
         )
     lines.append(f"saved in {result.output_dir}")
     return "\n".join(lines)
-
-
-def load_sets(data: DataArguments) -> PairSets:
-    """Load the pairs and split them by prompt.
-
-    Raises
-    ------
-    DataError
-        For rows that cannot be used, or too few prompts to hold any out.
-    """
-    common: dict[str, Any] = {"margins": data.margins, "on_error": data.on_error}
-    rows, report = load_rows_with_report(
-        data.dataset_name,
-        split=data.dataset_train_split,
-        name=data.dataset_config,
-        revision=data.dataset_revision,
-        limit=data.limit,
-        **common,
-    )
-    notes = [f"{text} ({count:,} rows)" for text, count in report.notes.items()]
-    for word, counter in (("skipped", report.skipped), ("left out", report.left_out)):
-        notes += [f"{count:,} rows {word}: {why}" for why, count in counter.items()]
-    train_source = held_source = str(data.dataset_name)
-    if data.eval_dataset_name is not None or data.dataset_test_split is not None:
-        other = data.eval_dataset_name is not None
-        held, _ = load_rows_with_report(
-            data.eval_dataset_name if other else data.dataset_name,
-            split=data.dataset_test_split or "train",
-            name=None if other else data.dataset_config,
-            revision=None if other else data.dataset_revision,
-            **common,
-        )
-        held_source = f"{data.eval_dataset_name or data.dataset_name}"
-        if not other:
-            held_source += f" [{data.dataset_test_split}]"
-        train = rows
-    else:
-        train, held = split_by_prompt(rows, data.eval_fraction, seed=data.split_seed, exact=True)
-    return PairSets(train, held, train_source, held_source, notes)
-
-
-def halves(given: Dataset, rows: Dataset, data: DataArguments) -> tuple[list[int], list[int]]:
-    """Split the formatted held-out rows by prompt: places for calibration, places for the figures.
-
-    They are the same list if ``calibration_fraction`` is 1, or there is but one prompt.
-    """
-    keys: list[dict[str, Any]] = [
-        {"place": i, "key": prompt_key(given[row])} for i, row in enumerate(rows["row"][:])
-    ]
-    everything = list(range(len(rows)))
-    if data.calibration_fraction >= 1:
-        return everything, everything
-    try:
-        test, calibration = split_by_prompt(
-            keys, data.calibration_fraction, seed=data.split_seed + 1, key="key", exact=True
-        )
-    except DataError:
-        return everything, everything
-    places = [[row["place"] for row in part] for part in (calibration, test)]
-    return places[0], places[1]
-
-
-def _check_arguments(model: ModelArguments, data: DataArguments) -> None:
-    for flag, value in (
-        ("model_name_or_path", model.model_name_or_path),
-        ("dataset_name", data.dataset_name),
-    ):
-        if not value:
-            raise CompanionError(f"--{flag} is missing", "give it as a flag or in the YAML file")
-    for flag, share, top in (
-        ("eval_fraction", data.eval_fraction, False),
-        ("calibration_fraction", data.calibration_fraction, True),
-    ):
-        if not (0 < share < 1 or (top and share == 1)):
-            raise CompanionError(f"--{flag} is {share}", "give a share between 0 and 1")
-
-
-def _checkpoint(config: PairwiseRewardConfig) -> str | None:
-    """The checkpoint to go on from: a path as given, or the last one for 'true' and 'last'."""
-    asked = config.resume_from_checkpoint
-    if asked is None or str(asked).lower() in ("false", "none", "no"):
-        return None
-    if str(asked).lower() in ("true", "last", "yes"):
-        folder = str(config.output_dir)
-        found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-        if found is None:
-            raise CompanionError(
-                f"{folder}: there is no checkpoint to go on from",
-                "leave out --resume_from_checkpoint, or check --output_dir",
-            )
-        return str(found)
-    if not (Path(str(asked)) / "trainer_state.json").is_file():
-        raise CompanionError(
-            f"{asked}: is no training checkpoint (it has no trainer_state.json)",
-            "give a folder checkpoint-N, or 'last'",
-        )
-    return str(asked)
-
-
-def _load_model(config: PairwiseRewardConfig, model: ModelArguments) -> RewardModel:
-    template = None
-    if config.chat_template_path is not None:
-        path = Path(config.chat_template_path)
-        if not path.is_file():
-            raise CompanionError(f"{path}: no such file", "give a Jinja file")
-        template = path.read_text(encoding="utf-8")
-    with whole_parameters():
-        reward_model = load_base(
-            str(model.model_name_or_path),
-            head_seed=config.seed,
-            keep_head=model.keep_head,
-            dtype=model.dtype,
-            max_length=config.max_length,
-            overlong=config.overlong,  # type: ignore[arg-type]
-            chat_template=template,
-            attn_implementation=model.attn_implementation,
-            revision=model.model_revision,
-            trust_remote_code=config.trust_remote_code,
-        )
-        _fit_positions(reward_model, config)
-        if model.use_peft:
-            apply_lora(
-                reward_model,
-                r=model.lora_r,
-                alpha=model.lora_alpha,
-                dropout=model.lora_dropout,
-                target_modules=model.lora_target_modules or "all-linear",
-                use_rslora=model.use_rslora,
-            )
-    return reward_model
-
-
-def _fit_positions(reward_model: RewardModel, config: PairwiseRewardConfig) -> None:
-    """A model cannot read beyond the positions that it was made for."""
-    most = getattr(reward_model.model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(most, int) or most < 1:
-        return
-    if config.max_length is None or config.max_length > most:
-        reward_model.notes.append(
-            f"max_length set to {most} tokens (was {config.max_length}): the base has no more "
-            "positions"
-        )
-        config.max_length = most
-        reward_model.formatter.max_length = most
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if isinstance(value, (int, float))}

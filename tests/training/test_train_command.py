@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from companion.cli.main import main
-from companion.cli.train import parse
+from companion.cli.train import KINDS, parse
 from companion.errors import CompanionError
 from companion.training.config import DataArguments, ModelArguments, PairwiseRewardConfig
 
@@ -124,15 +124,30 @@ def test_every_field_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", sorted((RECIPES / "pairwise").glob("*.yaml")), ids=lambda f: f.stem
+    "file",
+    sorted(file for kind in KINDS for file in (RECIPES / kind).glob("*.yaml")),
+    ids=lambda file: f"{file.parent.name}-{file.stem}",
 )
 def test_recipes_parse(file: Path) -> None:
-    data, model, config = parse(["--config", str(file)])
+    kind = file.parent.name
+    data, model, config = parse(["--config", str(file)], kind)
     assert data.dataset_name
     assert model.model_name_or_path
-    assert config.output_dir == f"runs/{file.stem}"
+    assert config.output_dir == f"runs/{'' if kind == 'pairwise' else kind + '-'}{file.stem}"
     assert config.num_train_epochs == 1
-    assert f"pairwise/{file.name}" in (RECIPES / "README.md").read_text()
+    assert f"{kind}/{file.name}" in (RECIPES / "README.md").read_text()
+
+
+def test_every_kind_has_a_recipe_and_says_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    for kind in KINDS:
+        assert (RECIPES / kind / "tutor.yaml").is_file()
+        assert f"  {kind} " in out
+        with pytest.raises(CompanionError, match=f"'companion train {kind} --help'"):
+            parse(["--zzz", "1"], kind)
+    with pytest.raises(CompanionError, match="no setting --margins"):
+        parse(["--margins", "none"], "kwise")
 
 
 def test_files_for_launchers_parse() -> None:

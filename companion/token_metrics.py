@@ -1,0 +1,271 @@
+"""Figures of outcome and process models: AUC, step accuracy, the first error; each with its floors.
+
+A model that judges solutions has easy rivals: always to say what is most frequent, or to go by the
+length. A figure without them says little. Chapter 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from companion.calibration import brier_score, expected_calibration_error
+from companion.errors import DataError, ShapeError
+from companion.resampling import Array, Values, bootstrap_interval, vector
+
+
+def roc_auc(scores: Values, labels: Values) -> float:
+    """Area under the ROC curve: P(a right one scores above a wrong one), ties one half.
+
+    Parameters
+    ----------
+    scores : array ``[n]``
+    labels : array ``[n]``
+        1 (or true) for right, 0 for wrong; both must occur.
+
+    Raises
+    ------
+    ShapeError, DataError
+        If the lengths differ, or only one label occurs.
+    """
+    values, positive = vector("scores", scores), vector("labels", labels) > 0.5
+    if values.size != positive.size:
+        raise ShapeError(f"{values.size} scores but {positive.size} labels")
+    n_right = int(positive.sum())
+    n_wrong = positive.size - n_right
+    if not n_right or not n_wrong:
+        raise DataError("an AUC needs right ones and wrong ones", "hold out more rows")
+    total = rankdata(values)[positive].sum()
+    return float((total - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
+
+
+def outcome_metrics(
+    aggregates: Mapping[str, Values],
+    labels: Values,
+    *,
+    how: str,
+    lengths: Values,
+    groups: Sequence[Any] | None = None,
+    truth: Values | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All figures of an outcome model on held-out texts, ready for JSON.
+
+    Parameters
+    ----------
+    aggregates : mapping of str to array ``[n]``
+        The score of each text under each aggregation.
+    labels : array ``[n]``
+        1 for right, 0 for wrong.
+    how : str
+        The aggregation that counts.
+    lengths : array ``[n]``
+        Tokens of each text.
+    groups : sequence ``[n]``, optional
+        Prompt of each text: the bootstrap draws prompts.
+    truth : array ``[n]``, optional
+        What is really right, where labels were drawn with noise: gives the limit.
+
+    Returns
+    -------
+    dict
+        ``n``, ``right`` (share), ``auc``, ``auc_interval`` (95%), ``auc_by_aggregation``;
+        ``length_auc``, of the length alone in its better direction; ``limit_auc`` or None;
+        ``accuracy`` of the aggregation at 0.5 and ``majority``, the share of the more frequent
+        label; ``loss`` (nats), ``brier``, ``ece`` of the aggregation as a probability, None for
+        ``log_product``. AUCs are None if only one label occurs.
+    """
+    outcome = vector("labels", labels)
+    both = 0 < outcome.sum() < outcome.size
+
+    def auc(scores: Values) -> float | None:
+        return roc_auc(scores, outcome) if both else None
+
+    by_length = auc(lengths)
+    result: dict[str, Any] = {
+        "n": outcome.size,
+        "n_prompts": None if groups is None else len(set(groups)),
+        "right": float(outcome.mean()),
+        "aggregation": how,
+        "auc": auc(aggregates[how]),
+        "auc_interval": None,
+        "auc_by_aggregation": {name: auc(scores) for name, scores in aggregates.items()},
+        "length_auc": None if by_length is None else max(by_length, 1 - by_length),
+        "limit_auc": None if truth is None else auc(truth),
+        "majority": float(max(outcome.mean(), 1 - outcome.mean())),
+        "accuracy": None,
+        "loss": None,
+        "brier": None,
+        "ece": None,
+    }
+    scores = vector("scores", aggregates[how])
+    if both:
+        result["auc_interval"] = list(_auc_interval(scores, outcome, groups, seed))
+    if how != "log_product":
+        inside = np.clip(scores, 1e-12, 1 - 1e-12)
+        nll = -(outcome * np.log(inside) + (1 - outcome) * np.log1p(-inside))
+        right = (scores > 0.5) == (outcome > 0.5)
+        confidence = np.maximum(scores, 1 - scores)
+        result |= {
+            "accuracy": float(right.mean()),
+            "loss": float(nll.mean()),
+            "brier": float(brier_score(scores, outcome).mean()),
+            "ece": expected_calibration_error(
+                confidence, right.astype(np.float64), 10, "mass", True
+            ),
+        }
+    return result
+
+
+def _auc_interval(
+    scores: Array, outcome: Array, groups: Sequence[Any] | None, seed: int
+) -> tuple[float, float]:
+    table = np.stack([scores, outcome], axis=1)
+
+    def statistic(drawn: Any) -> float:
+        if not 0 < drawn[:, 1].sum() < len(drawn):
+            return 0.5
+        return roc_auc(drawn[:, 0], drawn[:, 1])
+
+    return bootstrap_interval(table, groups, statistic=statistic, n_resamples=500, seed=seed)
+
+
+# ---------------------------------------------------------------------- steps
+
+#: for each solution, P(wrong) of its labelled steps, and whether each is wrong
+Solutions = Sequence[tuple[Array, Array]]
+
+
+def first_error_figures(solutions: Solutions, threshold: float) -> dict[str, float]:
+    """How often the first wrong step is found, and a right solution passed.
+
+    F1 is the harmonic mean of the two accuracies (ProcessBench, Zheng et al. 2024, arXiv
+    2412.06559): that on solutions with an error, of which the first wrong step must be named, and
+    that on solutions without one.
+
+    Parameters
+    ----------
+    solutions : sequence of (array ``[S]``, array ``[S]``)
+        P(wrong) of each labelled step, and 1 where the step is wrong.
+    threshold : float
+        The first step whose P(wrong) is above it is named.
+
+    Returns
+    -------
+    dict
+        ``first_error_f1``, ``accuracy_on_errors``, ``accuracy_on_right``, ``n_errors``,
+        ``n_right``; NaN where there is nothing to count.
+    """
+    hits: dict[bool, list[bool]] = {True: [], False: []}
+    for probabilities, wrong in solutions:
+        truth, named = _first(np.asarray(wrong) > 0.5), _first(probabilities > threshold)
+        hits[truth is not None].append(truth == named)
+    on = {key: float(np.mean(found)) if found else float("nan") for key, found in hits.items()}
+    return {
+        "first_error_f1": _harmonic(on[True], on[False]),
+        "accuracy_on_errors": on[True],
+        "accuracy_on_right": on[False],
+        "n_errors": len(hits[True]),
+        "n_right": len(hits[False]),
+    }
+
+
+def _first(where: Any) -> int | None:
+    found = np.flatnonzero(where)
+    return int(found[0]) if found.size else None
+
+
+def _harmonic(a: float, b: float) -> float:
+    return 0.0 if a + b == 0 else 2 * a * b / (a + b)
+
+
+def fit_threshold(solutions: Solutions) -> float:
+    """The threshold with the best first-error F1 on these solutions (0.5 if none is better).
+
+    Candidates are 0.5 and the quantiles of all P(wrong); of equal ones the nearest to 0.5.
+    """
+    everything = np.concatenate([p for p, _ in solutions]) if solutions else np.zeros(0)
+    if not everything.size:
+        return 0.5
+    candidates = np.unique([0.5, *np.quantile(everything, np.linspace(0.01, 0.99, 99))])
+    scored = []
+    for candidate in candidates:
+        f1 = first_error_figures(solutions, float(candidate))["first_error_f1"]
+        scored.append((np.nan_to_num(f1), -abs(candidate - 0.5), candidate))
+    return float(max(scored)[2])
+
+
+def guessing_f1(solutions: Solutions) -> float:
+    """Best first-error F1 of guessing: each step is called wrong with one probability q.
+
+    Never to name an error, or always the same step, has an F1 of 0; the best q is a fairer floor.
+    """
+    best = 0.0
+    firsts = [(_first(np.asarray(wrong) > 0.5), len(wrong)) for _, wrong in solutions]
+    errors = np.array([first for first, _ in firsts if first is not None], dtype=np.float64)
+    right = np.array([size for first, size in firsts if first is None], dtype=np.float64)
+    if not errors.size or not right.size:
+        return float("nan")
+    for q in np.linspace(0.01, 0.99, 99):
+        best = max(
+            best, _harmonic(float((q * (1 - q) ** errors).mean()), float(((1 - q) ** right).mean()))
+        )
+    return best
+
+
+def process_metrics(
+    solutions: Solutions,
+    *,
+    threshold: float,
+    right: Sequence[Array],
+    labels: Sequence[Array],
+    truth: Sequence[Array] | None = None,
+) -> dict[str, Any]:
+    """All figures of a process model on held-out solutions, ready for JSON.
+
+    Parameters
+    ----------
+    solutions : sequence of (array, array)
+        As for :func:`first_error_figures`.
+    threshold : float
+        For the first error.
+    right : sequence of arrays
+        1 where the most likely class is that of the label, for each labelled step.
+    labels : sequence of arrays
+        The class of each labelled step, for the majority.
+    truth : sequence of arrays, optional
+        1 where a step is really wrong, where labels were drawn with noise: gives the limit.
+
+    Returns
+    -------
+    dict
+        ``n``, ``n_steps``; ``step_accuracy`` and ``majority`` (the share of the most frequent
+        class); ``first_error`` at 0.5 and at the ``threshold``; ``guessing_f1``; ``limit_f1``, of
+        the truth against these labels, or None; ``wrong_auc``, of P(wrong) over all labelled steps
+        (None if none or all are wrong).
+    """
+    if not solutions:
+        raise DataError("there is no solution with a labelled step", "hold out more rows")
+    probabilities = np.concatenate([p for p, _ in solutions])
+    wrong = np.concatenate([w for _, w in solutions]).astype(np.float64)
+    _, counts = np.unique(np.concatenate(labels), return_counts=True)
+    limit = None
+    if truth is not None:
+        pairs = zip(truth, solutions, strict=True)
+        known = [(np.asarray(t, dtype=np.float64), w) for t, (_, w) in pairs]
+        limit = first_error_figures(known, 0.5)["first_error_f1"]
+    return {
+        "n": len(solutions),
+        "n_steps": int(wrong.size),
+        "step_accuracy": float(np.concatenate(right).mean()),
+        "majority": float(counts.max() / counts.sum()),
+        "threshold": threshold,
+        "first_error": first_error_figures(solutions, threshold),
+        "first_error_at_half": first_error_figures(solutions, 0.5),
+        "guessing_f1": guessing_f1(solutions),
+        "limit_f1": limit,
+        "wrong_auc": roc_auc(probabilities, wrong) if 0 < wrong.sum() < wrong.size else None,
+    }

@@ -1,0 +1,364 @@
+"""Process reward models (PRM): at the end of each step, whether the step is good.
+
+Three classes at the step boundaries, bad, neutral and good, all else at -100 (Lightman et al. 2023,
+arXiv 2305.20050); or one logit of 'good', with labels that are right or wrong, or soft ones, such
+as the share of continuations that came out right (Wang et al. 2024, Math-Shepherd, arXiv
+2312.08935). A step without a label (null), as behind the first error, counts nowhere. The gradient
+is that of the mean over all labelled steps of the whole step of the optimiser. Chapter 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset, List, Value
+from torch import Tensor
+
+from companion.batching import pad_batch
+from companion.errors import CompanionError, DataError
+from companion.formatting import RewardFormatter
+from companion.formatting.steps import encode_steps
+from companion.labels import STEP_CLASSES
+from companion.losses import IGNORE_INDEX, outcome_loss, process_loss
+from companion.models.guards import check_batch
+from companion.models.token_readout import AGGREGATIONS, STEP_SCORES
+from companion.reduction import SumCount
+from companion.training.exact_trainer import is_real
+from companion.training.kind_rows import OVERLONG, check_columns, format_all, ids_feature
+from companion.training.rows import FormatReport
+from companion.training.token_level import TokenRewardConfig, TokenTrainer
+
+LABEL_TYPES = ("three", "binary", "soft")
+NEUTRALS = ("good", "bad", "ignore")
+
+
+@dataclass
+class ProcessRewardConfig(TokenRewardConfig):
+    """Settings of a process run. Chapter 3."""
+
+    label_type: str = field(
+        default="three",
+        metadata={
+            "help": "'three': classes for −1, 0, +1; 'binary': good or bad; 'soft': labels are "
+            "probabilities in [0, 1] that the step is good.",
+            "choices": list(LABEL_TYPES),
+        },
+    )
+    neutral: str = field(
+        default="good",
+        metadata={
+            "help": "What a label of 0 is with label_type 'binary'.",
+            "choices": list(NEUTRALS),
+        },
+    )
+    step_separator: str = field(
+        default="\n",
+        metadata={
+            "help": r"Text between two steps; it must stay tokens of its own. \n is a line break."
+        },
+    )
+    step_score: str = field(
+        default="good",
+        metadata={
+            "help": "A step's score with three classes: P(+1), or the expected label, moved from "
+            "[−1, 1] to [0, 1].",
+            "choices": list(STEP_SCORES),
+        },
+    )
+    aggregation: str = field(
+        default="min",
+        metadata={
+            "help": "From the scores of the steps to that of the text; in the manifest.",
+            "choices": list(AGGREGATIONS),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # a shell and a YAML scalar without quotes hand the two characters over
+        self.step_separator = self.step_separator.replace(r"\n", "\n").replace(r"\t", "\t")
+        for name, known in (
+            ("label_type", LABEL_TYPES),
+            ("neutral", NEUTRALS),
+            ("step_score", STEP_SCORES),
+            ("aggregation", AGGREGATIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise CompanionError(
+                    f"{name} is {getattr(self, name)!r}", f"take one of: {', '.join(known)}"
+                )
+        if not self.step_separator:
+            raise CompanionError("step_separator is empty", r"give one, such as '\n'")
+        if self.label_type != "three" and self.step_score != "good":
+            raise CompanionError(
+                f"step_score is {self.step_score!r}, but with label_type {self.label_type!r} a "
+                "step has one probability",
+                "leave step_score out, or take label_type three",
+            )
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the head."""
+        return 3 if self.label_type == "three" else 1
+
+
+def step_target(label: Any, label_type: str, neutral: str, where: str) -> float:
+    """A step's label as the loss takes it: a class, a probability, or -100.
+
+    Raises
+    ------
+    DataError
+        For a label that does not fit the type.
+    """
+    if label is None or (isinstance(label, float) and math.isnan(label)):
+        return IGNORE_INDEX
+    if label_type == "soft":
+        if not 0 <= label <= 1:
+            raise DataError(
+                f"{where}: the label {label!r} is no probability",
+                "soft labels lie in [0, 1]; for −1, 0 and +1 take --label_type three or binary",
+            )
+        return float(label)
+    if label not in STEP_CLASSES:
+        raise DataError(
+            f"{where}: the label {label!r} is none of −1, 0, +1 and null",
+            "for probabilities take --label_type soft",
+        )
+    if label_type == "three":
+        return STEP_CLASSES[int(label)]
+    if label == 0:
+        return {"good": 1.0, "bad": 0.0, "ignore": IGNORE_INDEX}[neutral]
+    return float(label > 0)
+
+
+def format_steps(
+    dataset: Dataset,
+    formatter: RewardFormatter,
+    *,
+    separator: str = "\n",
+    label_type: str = "three",
+    neutral: str = "good",
+    chat: bool = True,
+    source: str = "steps",
+    num_proc: int | None = None,
+) -> tuple[Dataset, FormatReport]:
+    """Tokenise solutions in steps by the one formatter; find where each step ends.
+
+    A row that says ``terminated: false``, or has a column ``rest`` with steps that follow the
+    labelled ones, is not finished: its last step is closed by the separator. What follows a step
+    cannot change what a causal model says of it, so the rest itself need not be read.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Rows of the kind ``steps`` (:mod:`companion.data.formats`).
+    separator, label_type, neutral, chat
+        As in :class:`ProcessRewardConfig`.
+
+    Returns
+    -------
+    rows : Dataset
+        ``input_ids``; ``ends``, the token that ends each step; ``targets``, what the loss takes
+        there (a class, a probability, or -100); ``row``, ``length``.
+    report : FormatReport
+
+    Raises
+    ------
+    DataError
+        For a bad row or label, or a separator that does not survive tokenisation, with the row;
+        or if no row is left.
+    """
+    check_columns(dataset, ("prompt", "completions", "labels"), source, "steps")
+    return format_all(
+        dataset,
+        formatter,
+        _steps_to_ids,
+        {
+            "input_ids": ids_feature(),
+            "ends": ids_feature(),
+            "targets": List(Value("float32")),
+        },
+        source=source,
+        noun="solutions",
+        num_proc=num_proc,
+        separator=separator,
+        label_type=label_type,
+        neutral=neutral,
+        chat=chat,
+    )
+
+
+def _steps_to_ids(
+    rows: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    formatter: RewardFormatter,
+    separator: str,
+    label_type: str,
+    neutral: str,
+    chat: bool,
+) -> list[dict[str, Any]]:
+    texts = [{**row, "terminated": False} if row.get("rest") else row for row in rows]
+    found: list[dict[str, Any]] = []
+    encoded = encode_steps(formatter, texts, separator, chat=chat, names=names)
+    for row, name, item in zip(rows, names, encoded, strict=True):
+        if isinstance(item, CompanionError):
+            raise item
+        if len(row["labels"]) != len(row["completions"]):
+            raise DataError(
+                f"{name}: {len(row['completions'])} steps but {len(row['labels'])} labels"
+            )
+        targets = [
+            step_target(label, label_type, neutral, f"{name}, labels[{i}]")
+            for i, label in enumerate(row["labels"])
+        ]
+        if item is None:
+            found.append({"fate": OVERLONG})
+        elif all(target == IGNORE_INDEX for target in targets):
+            found.append({"fate": "without a label"})
+        else:
+            found.append(
+                {
+                    "input_ids": item.encoded.input_ids,
+                    "ends": item.ends,
+                    "targets": targets,
+                    "length": len(item.encoded),
+                    "cut": item.encoded.cut_tokens,
+                }
+            )
+    return found
+
+
+@dataclass
+class StepCollator:
+    """Solutions to a batch with a label at the token that ends each labelled step.
+
+    Gives ``input_ids`` and ``attention_mask`` ``[B, T]``; ``labels`` ``[B, T]``: classes (int64,
+    three labels) or probabilities (float32), and -100 elsewhere; ``ends`` ``[B, S]``, -1 beyond a
+    row's own steps; ``weight``: the number of labelled steps, ``real`` and ``row`` ``[B]``.
+    """
+
+    pad_token_id: int
+    num_labels: int = 3
+    pad_to_multiple_of: int | None = None
+    config: Any = None
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Make the batch.
+
+        Raises
+        ------
+        DataError
+            If a step ends outside of its text.
+        """
+        ids = [list(e["input_ids"]) for e in examples]
+        batch = dict(pad_batch(ids, self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of))
+        if self.config is not None:
+            check_batch(batch["input_ids"], batch["attention_mask"], self.config)
+        labels = torch.full(batch["input_ids"].shape, float(IGNORE_INDEX))
+        most = max((len(e["ends"]) for e in examples if "ends" in e), default=0)
+        ends = torch.full((len(examples), max(most, 1)), -1)
+        for row, (example, text) in enumerate(zip(examples, ids, strict=True)):
+            places = list(example.get("ends", []))
+            if places and not 0 <= min(places) <= max(places) < len(text):
+                raise DataError(f"row {row} of a batch: a step ends outside of its text")
+            ends[row, : len(places)] = torch.tensor(places, dtype=torch.int64)
+            labels[row, places] = torch.tensor(list(example.get("targets", [])))
+        count = (labels != IGNORE_INDEX).sum(dim=1)
+        real = is_real(examples)
+        return {
+            **batch,
+            "labels": labels.long() if self.num_labels == 3 else labels,
+            "ends": ends,
+            "real": real,
+            "weight": real * count,
+            "row": torch.tensor([int(e.get("row", -1)) for e in examples]),
+        }
+
+
+class ProcessRewardTrainer(TokenTrainer):
+    """Train a process reward model, exactly. Chapter 3.
+
+    Parameters
+    ----------
+    model, args, train_dataset, eval_dataset, formatter, processing_class, **kwargs
+        As for :class:`companion.training.exact_trainer.ExactTrainer`, with
+        :class:`ProcessRewardConfig` and rows of the kind ``steps``, or with ``input_ids``, ``ends``
+        and ``targets``. ``predict`` gives logits ``[n, S × labels]`` at the ends of the steps, NaN
+        beyond a row's own.
+    """
+
+    args: ProcessRewardConfig
+    ids = ("input_ids", "ends", "targets")
+    _columns = ("input_ids", "ends", "targets", "row", "weight")
+
+    def __init__(self, model: Any, args: ProcessRewardConfig | None = None, **kwargs: Any) -> None:
+        self._most = 1  # steps of a row, so that all tables are equally wide
+        super().__init__(model, args or ProcessRewardConfig(), **kwargs)
+
+    @property
+    def labels(self) -> int:
+        """Three classes, or one logit."""
+        return self.args.num_labels
+
+    def format_rows(self, dataset: Dataset, source: str) -> tuple[Dataset, FormatReport]:
+        """See :func:`format_steps`."""
+        return format_steps(
+            dataset,
+            self.formatter,
+            separator=self.args.step_separator,
+            label_type=self.args.label_type,
+            neutral=self.args.neutral,
+            chat=self.args.as_chat,
+            source=source,
+            num_proc=self.args.dataset_num_proc,
+        )
+
+    def prepare_rows(self, dataset: Dataset, name: str) -> Dataset:
+        """Tokenise, and note the largest number of steps."""
+        rows = super().prepare_rows(dataset, name)
+        self._most = max(self._most, max((len(ends) for ends in rows["ends"]), default=0))
+        return rows
+
+    def make_collator(self, pad_token_id: int, config: Any) -> Callable[[Sequence[Any]], Any]:
+        """See :class:`StepCollator`."""
+        multiple: Any = self.args.pad_to_multiple_of
+        return StepCollator(pad_token_id, self.labels, multiple, config)
+
+    def item_table(self, model: Any, inputs: Any) -> Tensor:
+        """Columns: those of ``Table``, labelled steps that are right, and the steps' logits."""
+        mask, labels, ends = inputs["attention_mask"], inputs["labels"], inputs["ends"]
+        logits = model(input_ids=inputs["input_ids"], attention_mask=mask).logits.float()
+        counted = labels != IGNORE_INDEX
+        detached = logits.detach()
+        finite = torch.isfinite(detached).all(dim=-1) | ~counted
+        self.refuse_not_finite(~finite.all(dim=1) & (inputs["real"] > 0), inputs)
+        if self.labels == 3:
+            losses = process_loss(logits, labels)
+            right = detached.argmax(dim=-1) == labels
+        else:
+            losses = outcome_loss(logits.squeeze(-1), labels)
+            right = (detached.squeeze(-1) > 0) == (labels > 0.5)
+        count = counted.sum(dim=1)
+        # a row without any label has loss 0 and weight 0, not 0/0
+        loss = losses.sum(dim=1) / count.clamp(min=1)
+        columns = [inputs["real"], inputs["weight"], loss, mask.sum(dim=1)]
+        columns.append((right & counted).sum(dim=1))
+        head = torch.stack([column.to(loss.dtype) for column in columns], dim=1)
+        at_ends = detached.gather(1, ends.clamp(min=0)[..., None].expand(-1, -1, self.labels))
+        wide = detached.new_full((len(ends), self._most, self.labels), float("nan"))
+        wide[:, : ends.shape[1]] = at_ends.masked_fill((ends < 0)[..., None], float("nan"))
+        return torch.cat([head, wide.flatten(1)], dim=1)
+
+    def sums(self, table: Tensor) -> dict[str, SumCount]:
+        """``accuracy`` over all labelled steps."""
+        return {"accuracy": SumCount(float(table[:, 4].sum()), round(float(table[:, 1].sum())))}
+
+    def evaluated(self, table: Tensor) -> tuple[dict[str, Any], Any]:
+        """Figures, and the logits ``[n, S × labels]``."""
+        figures, columns = super().evaluated(table)
+        figures["num_steps"] = float(table[:, 1].sum())
+        return figures, columns[:, 1:]

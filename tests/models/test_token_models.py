@@ -1,0 +1,116 @@
+"""Token-level models: what is saved is what stock transformers loads; wrong folders are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+from companion.batching import pad_batch
+from companion.errors import ModelError
+from companion.models import load_reward_model
+from companion.models.manifest import MANIFEST_FILE, RewardManifest
+from companion.models.token_models import (
+    load_token_base,
+    load_token_model,
+    prepare_token_head,
+    save_token_model,
+    token_logits,
+)
+from companion.models.token_readout import TokenReadout
+from companion.scoring import RewardScorer, TokenScorer
+
+PROCESS = TokenReadout("process", 3, "min", separator="so")
+
+
+@pytest.fixture
+def saved(tiny_bases: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    def make(kind: str = "qwen3", readout: TokenReadout = PROCESS) -> Path:
+        base = load_token_base(tiny_bases(kind), labels=readout.labels)
+        folder = tmp_path / f"{kind}-{readout.kind}"
+        save_token_model(base, folder, RewardManifest(readout=readout.to_dict()))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma", "gpt2"])
+def test_stock_transformers_gives_the_same_numbers(saved: Any, kind: str) -> None:
+    folder = saved(kind)
+    loaded, readout = load_token_model(folder)
+    assert readout == PROCESS
+    stock = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float32)
+    assert stock.config.id2label == {0: "bad", 1: "neutral", 2: "good"}
+    assert AutoTokenizer.from_pretrained(folder).pad_token_id == loaded.pad_token_id
+    stock.train()  # the head's dropout of 0.1 stays off, in training too
+    ids = [[9, 10, 11, 12, 2], [9, 13, 2], [14, 2]]
+    for side in ("right", "left"):
+        batch = pad_batch(ids, loaded.pad_token_id, side)  # type: ignore[arg-type]
+        with torch.no_grad():
+            found = token_logits(loaded.model, **batch)
+        for row, text in enumerate(ids):
+            with torch.no_grad():
+                expected = stock(input_ids=torch.tensor([text])).logits[0]
+            real = batch["attention_mask"][row].bool()
+            torch.testing.assert_close(found[row, real], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_stock_token_heads_have_dropout(tiny_base: Path) -> None:
+    stock = AutoModelForTokenClassification.from_pretrained(tiny_base, num_labels=1)
+    assert stock.dropout.p == 0.1
+    assert load_token_base(tiny_base, labels=1).model.dropout.p == 0.0
+
+
+def test_each_kind_of_folder_names_the_class_to_take(saved: Any, tiny_reward: Path) -> None:
+    for load in (load_reward_model, RewardScorer.from_pretrained):
+        for readout in (PROCESS, TokenReadout("outcome")):
+            with pytest.raises(ModelError, match=r"companion\.scoring\.TokenScorer"):
+                load(saved(readout=readout))
+    with pytest.raises(ModelError, match=r"companion\.scoring\.RewardScorer"):
+        TokenScorer.from_pretrained(tiny_reward)
+
+
+def test_what_is_no_token_model_is_refused(saved: Any, tiny_base: Path, tiny_reward: Path) -> None:
+    with pytest.raises(ModelError, match="nothing says what the values"):
+        load_token_model(tiny_base)
+    with pytest.raises(ModelError, match="labels is 2"):
+        load_token_base(tiny_base, labels=2)
+    with pytest.raises(ModelError, match="is a classifier of 1 labels"):
+        load_token_base(tiny_reward, labels=3)
+    base = load_token_base(tiny_base, labels=1)
+    with pytest.raises(ModelError, match="has 1 labels, this training needs 3"):
+        prepare_token_head(base.model, 3)
+    with torch.no_grad():
+        base.model.score.weight.zero_()
+    with pytest.raises(ModelError, match="all zero"):
+        prepare_token_head(base.model, 1)
+    folder = saved()
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    for field, value, message in (
+        ("aggregation", "median", "the read-out's aggregation is 'median'"),
+        ("labels", 2, "the read-out's labels is 2"),
+        ("colour", "red", "the field 'readout' is malformed"),
+        ("rule", "guess", "the read-out rule is 'guess'"),
+    ):
+        changed = {**manifest, "readout": {**manifest["readout"], field: value}}
+        (folder / MANIFEST_FILE).write_text(json.dumps(changed))
+        with pytest.raises(ModelError, match=message):
+            load_token_model(folder)
+
+
+def test_step_scores() -> None:
+    logits = torch.log(torch.tensor([[0.2, 0.3, 0.5]]))
+    assert float(PROCESS.values(logits)) == pytest.approx(0.5)
+    expected = TokenReadout("process", 3, "min", separator="so", step_score="expected")
+    # the expected label is 0.5 − 0.2 = 0.3; moved from [−1, 1] to [0, 1]
+    assert float(expected.values(logits)) == pytest.approx((0.3 + 1) / 2)
+    assert float(PROCESS.wrong(logits)) == pytest.approx(0.2)
+    one = TokenReadout("outcome")
+    assert float(one.values(torch.tensor([0.7])) + one.wrong(torch.tensor([0.7]))) == pytest.approx(
+        1
+    )
