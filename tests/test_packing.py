@@ -122,6 +122,16 @@ def test_a_tree_above_the_budget_is_cut_and_a_bos_is_not_shared() -> None:
     assert [t.shared for t in plan_trees([[1, 5, 2], [1, 6, 2]])] == [0, 0]
 
 
+def test_a_tree_may_stay_whole_above_the_budget() -> None:
+    prompt = list(range(10, 30))
+    ids = [[*prompt, 100 + i, 2] for i in range(9)] + [[1, 2, 3]] * 2
+    batches = plan_batches(ids, 26, tree_tokens=38)
+    assert [[len(t.rows) for t in trees] for trees in batches] == [[9], [1, 1]]
+    assert [len(trees[0].rows) for trees in plan_batches(ids, 26, tree_tokens=37)] == [8, 1, 1]
+    with pytest.raises(DataError, match="max_tokens=0"):
+        plan_batches(ids, 0, tree_tokens=37)
+
+
 def test_each_branch_keeps_a_token() -> None:
     assert shared_length([1, 2, 3], [1, 2, 3]) == 2
     assert shared_length([1, 2], [1, 2, 3]) == 1

@@ -182,6 +182,7 @@ def plan_batches(
     max_rows: int | None = None,
     *,
     min_shared: int = MIN_SHARED,
+    tree_tokens: int | None = None,
 ) -> list[list[Tree]]:
     """Batches of trees, each within a budget of tokens that are all computed and all needed.
 
@@ -195,6 +196,9 @@ def plan_batches(
         Most rows of a batch.
     min_shared : int
         As in :func:`plan_trees`.
+    tree_tokens : int, optional
+        Where the budget is one of speed and not of memory: a tree of up to so many tokens stays
+        whole, in a batch of its own, since cutting it computes its prefix again.
 
     Returns
     -------
@@ -208,7 +212,8 @@ def plan_batches(
     """
     if max_rows is not None and max_rows < 1:
         raise DataError(f"max_rows is {max_rows}", "use a positive number")
-    trees = plan_trees(ids, min_shared=min_shared, max_tokens=max_tokens)
+    largest = max(max_tokens, tree_tokens or 0) if max_tokens > 0 else max_tokens
+    trees = plan_trees(ids, min_shared=min_shared, max_tokens=largest)
     if max_rows is not None:
         trees = [
             _tree(ids, list(tree.rows[i : i + max_rows]), tree.shared)

@@ -29,6 +29,8 @@ Packing = Literal["auto", "off"]
 
 #: The budget that was fastest on a CPU; larger ones leave its caches.
 CPU_TOKENS = 2048
+#: A tree of up to so many tokens is not cut there: its prefix would be computed again.
+CPU_TREE_TOKENS = 4096
 #: For an accelerator whose free memory nobody tells.
 OTHER_TOKENS = 16_384
 
@@ -145,10 +147,13 @@ class BatchRunner:
         packed: bool,
     ) -> None:
         budget = self.max_tokens or default_token_budget(self.model)
+        by_speed = self.max_tokens is None and device.type == "cpu"
+        tree_tokens = CPU_TREE_TOKENS if by_speed else None
         waiting = list(range(len(ids)))
         while waiting:
             done: set[int] = set()
-            plan = (self._packed if packed else self._padded)([ids[i] for i in waiting], budget)
+            left = [ids[i] for i in waiting]
+            plan = self._packed(left, budget, tree_tokens) if packed else self._padded(left, budget)
             for rows, tokens, call in plan:
                 try:
                     values = call(device).double().cpu().numpy()
@@ -159,7 +164,7 @@ class BatchRunner:
                             "GPU's memory",
                             "set max_length, or use a smaller dtype",
                         ) from error
-                    budget = max(1, tokens // 2)
+                    budget, tree_tokens = max(1, tokens // 2), None
                     logger.warning(f"out of memory with {tokens} tokens: going on with {budget}")
                     break
                 places = [waiting[row] for row in rows]
@@ -180,9 +185,9 @@ class BatchRunner:
         return why is None
 
     def _packed(
-        self, ids: Sequence[Sequence[int]], budget: int
+        self, ids: Sequence[Sequence[int]], budget: int, tree_tokens: int | None
     ) -> Iterator[tuple[Sequence[int], int, Any]]:
-        for trees in plan_batches(ids, budget, self.max_rows):
+        for trees in plan_batches(ids, budget, self.max_rows, tree_tokens=tree_tokens):
             batch = pack(ids, trees)
             yield (
                 batch.rows,

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from companion.batching import pack, plan_trees
 from companion.losses import bradley_terry_loss, outcome_loss, plackett_luce_loss, process_loss
 from companion.models import load_reward_model, reward_scores
+from companion.models.packed_attention import packed_attention
 from companion.readout import last_token_readout
 from companion.scoring import RewardScorer
 
@@ -50,3 +52,20 @@ def test_the_head_stays_in_float32_under_bf16_autocast(tiny_reward, tiny_texts):
     with torch.autocast("cuda", dtype=torch.bfloat16):
         scores = reward_scores(loaded.model, ids, torch.ones_like(ids))
     assert scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_varlen_kernel_is_attention_segment_by_segment(window):
+    ids = [[*range(20), *range(50 + k, 60 + 3 * k)] for k in range(4)] + [[99] * 33]
+    segments = pack(ids, plan_trees(ids)).segments
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, segments.total, 32, device="cuda", generator=generator)
+        for heads in (4, 2, 2)
+    )
+    options = {"packed_segments": segments, "sliding_window": window}
+    want, _ = packed_attention(torch.nn.Identity(), query, key, value, None, **options)
+    halves = (x.bfloat16() for x in (query, key, value))
+    found, _ = packed_attention(torch.nn.Identity(), *halves, None, **options)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), want, atol=3e-2, rtol=3e-2)

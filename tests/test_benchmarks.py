@@ -1,0 +1,96 @@
+"""The benchmarks count right, take turns, and write what they say; how fast is not tested."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import best_of_n, comparing, scoring
+from benchmarks.measuring import Outcome, Timed, ratio, table, take_turns
+from benchmarks.shapes import candidates, make_model, needed_tokens, pairs, useful_flops
+
+
+def test_methods_take_turns_and_preparation_is_not_timed() -> None:
+    calls: list[str] = []
+
+    def method(name: str) -> Callable[[], Callable[[], Outcome]]:
+        def prepare() -> Callable[[], Outcome]:
+            calls.append(f"prepare {name}")
+            return lambda: calls.append(name) or Outcome(7)  # type: ignore[func-returns-value]
+
+        return prepare
+
+    timed = take_turns({"a": method("a"), "b": method("b")}, 2, torch.device("cpu"), lambda _: None)
+    assert [c for c in calls if " " not in c] == ["b", "a", "a", "b", "b", "a"]
+    assert all(len(found.seconds) == 2 for found in timed.values())
+    assert timed["a"].outcome.computed == 7
+
+
+def test_a_ratio_is_the_median_over_rounds() -> None:
+    found = ratio(Timed([4.0, 9.0, 10.0]), Timed([2.0, 3.0, 1.0]))
+    assert found == {"median": 3.0, "least": 2.0, "most": 10.0}
+
+
+def test_needed_work_is_counted_once() -> None:
+    model = make_model("tiny", torch.device("cpu"))
+    prompt, first, second = list(range(10, 30)), [40, 1], [41, 42, 1]
+    both = [[*prompt, *first], [*prompt, *second]]
+    assert needed_tokens(both) == 25
+    alone = useful_flops(model, [both[0]]) + useful_flops(model, [both[1]])
+    assert alone - useful_flops(model, both) == pytest.approx(useful_flops(model, [prompt]))
+    layer = 128 * (4 + 2 + 2) * 32 + 4 * 32 * 128 + 3 * 128 * 384
+    one_token = 4 * (2 * layer + 4 * 128)
+    assert useful_flops(model, [[10]]) == pytest.approx(one_token)
+    assert useful_flops(model, [[10]], backward=True) == pytest.approx(3 * one_token)
+
+
+def test_work_is_the_same_every_time() -> None:
+    assert candidates(2, 3) == candidates(2, 3)
+    texts = candidates(2, 16)
+    assert len(texts) == 32
+    assert needed_tokens(texts) < sum(map(len, texts)) / 2
+    row = pairs(1)[0]
+    assert row["chosen_ids"][:20] == row["rejected_ids"][:20]
+    assert row["chosen_ids"] != row["rejected_ids"]
+
+
+def test_a_table_is_aligned() -> None:
+    text = table([{"method": "a", "x": 1234.5}, {"method": "long name", "x": None}])
+    assert text.splitlines() == ["method         x", "a          1,234", "long name      -"]
+    assert table([]) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [scoring, best_of_n])
+def test_a_quick_run_writes_its_file(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["x", "--quick", "--device", "cpu", "--output", str(target)])
+    program.main()
+    record = json.loads(target.read_text(encoding="utf-8"))
+    assert record["quick"] is True
+    assert record["versions"]["torch"]
+    assert record["machine"]["cores"] >= 1
+    (case,) = record["cases"]
+    names = [row["method"] for row in case["methods"]]
+    assert names[0] == "loop of 16, arrival order"
+    assert "companion" in names
+    assert all(0 < row["needed/computed"] <= 1 for row in case["methods"])
+
+
+def test_scores_that_differ_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def methods(*_: Any) -> Any:
+        return {"a": lambda: lambda: Outcome(1, 0.0), "b": lambda: lambda: Outcome(1, 1.0)}
+
+    monkeypatch.setattr(comparing, "scoring_methods", methods)
+    monkeypatch.setattr(sys, "argv", ["x", "--quick"])
+    args = comparing.arguments(None)
+    with pytest.raises(SystemExit, match="b: the mean score differs by 1"):
+        comparing.one_case(None, [[1]], args, torch.device("cpu"), torch.float32)
