@@ -60,6 +60,19 @@ def test_stock_transformers_gives_the_same_numbers(saved: Any, kind: str) -> Non
             torch.testing.assert_close(found[row, real], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_training_can_go_on_with_a_saved_head(saved: Any) -> None:
+    folder = saved("gpt2")
+    loaded, _ = load_token_model(folder)
+    again = load_token_base(folder, labels=3, keep_head=True)
+    fresh = load_token_base(folder, labels=3, head_seed=1)
+    ids = torch.tensor([[9, 10, 2]])
+    with torch.no_grad():
+        expected, kept, drawn = (token_logits(m.model, ids) for m in (loaded, again, fresh))
+    torch.testing.assert_close(kept, expected)
+    assert not torch.allclose(drawn, expected)
+    assert any("went on with the head" in note for note in again.notes)
+
+
 def test_stock_token_heads_have_dropout(tiny_base: Path) -> None:
     stock = AutoModelForTokenClassification.from_pretrained(tiny_base, num_labels=1)
     assert stock.dropout.p == 0.1
