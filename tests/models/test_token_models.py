@@ -25,7 +25,7 @@ from companion.models.token_models import (
 from companion.models.token_readout import TokenReadout
 from companion.scoring import RewardScorer, TokenScorer
 
-PROCESS = TokenReadout("process", 3, "min", separator="so")
+PROCESS = TokenReadout("process", 3, "min", separator="so", step_score="good")
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_what_is_no_token_model_is_refused(saved: Any, tiny_base: Path, tiny_rew
 def test_step_scores() -> None:
     logits = torch.log(torch.tensor([[0.2, 0.3, 0.5]]))
     assert float(PROCESS.values(logits)) == pytest.approx(0.5)
-    expected = TokenReadout("process", 3, "min", separator="so", step_score="expected")
+    expected = TokenReadout("process", 3, "min", separator="so")
     # the expected label is 0.5 − 0.2 = 0.3; moved from [−1, 1] to [0, 1]
     assert float(expected.values(logits)) == pytest.approx((0.3 + 1) / 2)
     assert float(PROCESS.wrong(logits)) == pytest.approx(0.2)

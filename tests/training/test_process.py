@@ -217,7 +217,7 @@ def test_mistakes_are_named(tiny_base: Path, tmp_path: Path) -> None:
     for settings, message in (
         ({"label_type": "four"}, "label_type is 'four'"),
         ({"step_separator": ""}, "step_separator is empty"),
-        ({"label_type": "binary", "step_score": "expected"}, "step_score is 'expected'"),
+        ({"step_score": "worst"}, "step_score is 'worst'"),
     ):
         with pytest.raises(CompanionError, match=message):
             ProcessRewardConfig(str(tmp_path), **settings)
