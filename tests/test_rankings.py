@@ -45,11 +45,11 @@ def test_special_cases_and_padding() -> None:
     mask = ~ranks.isnan()
     noisy = scores.masked_fill(~mask, nan).requires_grad_()
     losses = ranking_loss(noisy, ranks, mask)
-    assert float(losses[0]) == pytest.approx(float(bradley_terry_loss(scores[0, 1], scores[0, 0])))
-    assert float(losses[1]) == pytest.approx(float(plackett_luce_loss(scores[1:2])))
+    assert losses[0].item() == pytest.approx(float(bradley_terry_loss(scores[0, 1], scores[0, 0])))
+    assert losses[1].item() == pytest.approx(float(plackett_luce_loss(scores[1:2])))
     # the best of three, the others tied behind it: a softmax
     softmax = -torch.log_softmax(scores[2, :3], dim=0)[2]
-    assert float(losses[2]) == pytest.approx(float(softmax))
+    assert losses[2].item() == pytest.approx(float(softmax))
     losses.sum().backward()
     assert bool(torch.isfinite(noisy.grad).all())
     assert bool((noisy.grad[~mask] == 0).all())

@@ -54,7 +54,8 @@ def describe_rows(rows: Iterable[Mapping[str, Any]], kind: str | None = None) ->
             gap = lengths["chosen"][-1] - lengths["rejected"][-1]
             longer, shorter, equal = longer + (gap > 0), shorter + (gap < 0), equal + (gap == 0)
         given = row["labels"] if "labels" in row else [row["label"]] if "label" in row else []
-        labels.update(str(label) for label in given)
+        # soft labels are counted by tenths
+        labels.update(f"{x:.1f}" if isinstance(x, float) else str(x) for x in given)
     out: dict[str, Any] = {
         "rows": total,
         "kind": kind or detect_kind(columns),

@@ -289,6 +289,7 @@ def _step_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     ]
     # Some files write wrong steps as 0; here 0 is 'neutral'. Whether −1 ever occurs is known at the
     # end of the file only, so both are counted.
+    how.notes[_SOFT] += float in given
     if int in given:
         how.notes[_ZEROS] += 0 in clean
         how.notes[_MINUS] += -1 in clean
@@ -298,12 +299,15 @@ def _step_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:
 
 _ZEROS: Final = "zeros"
 _MINUS: Final = "minus"
+_SOFT: Final = "soft"
 
 
 def closing_notes(how: Conversion) -> None:
     """Notes that only the whole file allows: are zeros meant as 'wrong'?"""
     zeros, minus = how.notes.pop(_ZEROS, 0), how.notes.pop(_MINUS, 0)
-    if zeros and not minus:
+    if soft := how.notes.pop(_SOFT, 0):
+        how.notes["labels read as probabilities that a step is good"] = soft
+    elif zeros and not minus:
         how.notes["labels 0 read as neutral, and no -1 in the file: if 0 means wrong, write -1"] = (
             zeros
         )

@@ -39,7 +39,8 @@ class TokenReadout:
         What stands between the steps of a text (process models).
     step_score : str
         With three classes, ``good``: P(+1), or ``expected``: the expected label, moved from
-        [−1, 1] to [0, 1], which is P(+1) + P(0)/2.
+        [−1, 1] to [0, 1], which is P(+1) + P(0)/2. (With P(+1) a neutral step scores as low as a
+        bad one.)
     chat : bool
         Rows of text are written as a user's question and the assistant's answer.
     threshold : float
@@ -50,7 +51,7 @@ class TokenReadout:
     labels: int = 1
     aggregation: How = "last"
     separator: str | None = None
-    step_score: str = "good"
+    step_score: str = "expected"
     chat: bool = True
     threshold: float = 0.5
 

@@ -25,7 +25,7 @@ from companion.models.token_models import (
 from companion.models.token_readout import TokenReadout
 from companion.scoring import RewardScorer, TokenScorer
 
-PROCESS = TokenReadout("process", 3, "min", separator="so")
+PROCESS = TokenReadout("process", 3, "min", separator="so", step_score="good")
 
 
 @pytest.fixture
@@ -58,6 +58,19 @@ def test_stock_transformers_gives_the_same_numbers(saved: Any, kind: str) -> Non
                 expected = stock(input_ids=torch.tensor([text])).logits[0]
             real = batch["attention_mask"][row].bool()
             torch.testing.assert_close(found[row, real], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_training_can_go_on_with_a_saved_head(saved: Any) -> None:
+    folder = saved("gpt2")
+    loaded, _ = load_token_model(folder)
+    again = load_token_base(folder, labels=3, keep_head=True)
+    fresh = load_token_base(folder, labels=3, head_seed=1)
+    ids = torch.tensor([[9, 10, 2]])
+    with torch.no_grad():
+        expected, kept, drawn = (token_logits(m.model, ids) for m in (loaded, again, fresh))
+    torch.testing.assert_close(kept, expected)
+    assert not torch.allclose(drawn, expected)
+    assert any("went on with the head" in note for note in again.notes)
 
 
 def test_stock_token_heads_have_dropout(tiny_base: Path) -> None:
@@ -106,7 +119,7 @@ def test_what_is_no_token_model_is_refused(saved: Any, tiny_base: Path, tiny_rew
 def test_step_scores() -> None:
     logits = torch.log(torch.tensor([[0.2, 0.3, 0.5]]))
     assert float(PROCESS.values(logits)) == pytest.approx(0.5)
-    expected = TokenReadout("process", 3, "min", separator="so", step_score="expected")
+    expected = TokenReadout("process", 3, "min", separator="so")
     # the expected label is 0.5 − 0.2 = 0.3; moved from [−1, 1] to [0, 1]
     assert float(expected.values(logits)) == pytest.approx((0.3 + 1) / 2)
     assert float(PROCESS.wrong(logits)) == pytest.approx(0.2)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from companion.data.loading import load_rows
+from companion.data.describe import describe_rows
+from companion.data.loading import load_rows, load_rows_with_report
 from companion.errors import CompanionError, DataError
 from companion.models.token_models import load_token_base
 from companion.scoring import TokenScorer
@@ -92,7 +93,11 @@ def test_targets() -> None:
 
 def test_soft_labels_come_through_the_loader() -> None:
     row = {"prompt": "a", "completions": ["b", "c", "d"], "labels": [0.7, None, 1]}
-    assert load_rows([row], kind="steps")[0]["labels"] == [0.7, None, 1.0]
+    given = [row, {**row, "labels": [1, 0, 1]}]
+    rows, report = load_rows_with_report(given, kind="steps")
+    assert rows["labels"][:] == [[0.7, None, 1.0], [1.0, 0.0, 1.0]]
+    assert list(report.notes) == ["labels read as probabilities that a step is good"]
+    assert describe_rows(rows, "steps")["labels"] == {"1.0": 3, "0.7": 1, "None": 1, "0.0": 1}
     with pytest.raises(DataError, match=r"labels\[1\]"):
         load_rows([{**row, "labels": [0.7, 1.2, 1]}], kind="steps")
 
@@ -212,7 +217,7 @@ def test_mistakes_are_named(tiny_base: Path, tmp_path: Path) -> None:
     for settings, message in (
         ({"label_type": "four"}, "label_type is 'four'"),
         ({"step_separator": ""}, "step_separator is empty"),
-        ({"label_type": "binary", "step_score": "expected"}, "step_score is 'expected'"),
+        ({"step_score": "worst"}, "step_score is 'worst'"),
     ):
         with pytest.raises(CompanionError, match=message):
             ProcessRewardConfig(str(tmp_path), **settings)
