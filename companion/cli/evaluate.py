@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_tokens_per_batch",
         type=int,
         default=None,
-        help="padded tokens in a batch; the scorer's own choice if not given",
+        help="tokens computed in a batch; the scorer's own choice if not given",
     )
     add("--max_length", type=int, default=None, help="in tokens, in place of the model's own")
     add(
