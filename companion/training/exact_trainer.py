@@ -23,7 +23,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from companion.errors import CompanionError, DataError, ModelError
+from companion.errors import DataError
 from companion.formatting import RewardFormatter
 from companion.models.guards import check_tokenizer_and_config
 from companion.models.reward_model import RewardModel
@@ -34,6 +34,12 @@ from companion.training.evaluation_loop import ExactEvaluation
 from companion.training.exact import PairMetrics
 from companion.training.progress import TrainingProgress
 from companion.training.rows import FormatReport
+from companion.training.setup import (
+    refuse_shared_rows,
+    require_rows,
+    switch_evaluation_off,
+    unpack_model,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -111,36 +117,16 @@ class ExactTrainer(ExactBatches, ExactEvaluation, Trainer):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(train_dataset, Dataset):
-            raise DataError(
-                f"train_dataset is a {type(train_dataset).__name__}",
-                "give a datasets.Dataset: the items of a step cannot be counted in a stream",
-            )
+        require_rows(train_dataset, self.items)
         self.args = args
         if isinstance(model, str):
             model = self.load_base(model)
-        if isinstance(model, RewardModel):
-            for note in model.notes:
-                logger.info(note)
-            processing_class = processing_class or model.tokenizer
-            formatter = formatter or model.formatter
-            model = model.model
-        if processing_class is None and formatter is None:
-            raise ModelError(
-                "a bare model came without a tokenizer",
-                "give processing_class=tokenizer, formatter=…, or the base's name as the model",
-            )
-        processing_class = processing_class or formatter.tokenizer  # type: ignore[union-attr]
-        self.formatter = formatter or RewardFormatter(
-            processing_class,
-            max_length=args.max_length,
-            overlong=args.overlong,  # type: ignore[arg-type]
+        model, processing_class, self.formatter = unpack_model(
+            model, args, processing_class, formatter
         )
         self.format_reports: dict[str, FormatReport] = {}
-        if eval_dataset is None and args.eval_strategy != "no":
-            logger.info("no held-out rows were given: no evaluation during training")
-            args.eval_strategy = type(args.eval_strategy)("no")
-            args.do_eval = False
+        if eval_dataset is None:
+            switch_evaluation_off(args, self.items)
         check_tokenizer_and_config(processing_class, model.config)
         self.prepare_model(model)
         train_dataset = self.prepare_rows(train_dataset, "train")
@@ -159,22 +145,10 @@ class ExactTrainer(ExactBatches, ExactEvaluation, Trainer):
         )
         if type(self.pop_callback(ProgressCallback)) is ProgressCallback:
             self.add_callback(TrainingProgress())
-        self._refuse_what_would_share_rows()
+        refuse_shared_rows(self, self.items)
         self._window = PairMetrics()  # items since the last log
         self._all_items = np.zeros(2)  # sum of the weighted loss, and weight, of this call
         self._all_tokens = 0.0
-
-    def _refuse_what_would_share_rows(self) -> None:
-        sizes = {"tensor": self.get_tp_size(), "context": self.get_cp_size()}
-        sizes["sequence"] = self.get_sp_size()
-        used = [f"{name} parallelism of {size}" for name, size in sizes.items() if size > 1]
-        if self.args.n_gpu > 1:
-            used.append(f"nn.DataParallel over {self.args.n_gpu} GPUs")
-        if used:
-            raise CompanionError(
-                f"{' and '.join(used)}: rows would be shared, which are counted once a rank",
-                "use data parallelism with a process a device (DDP, FSDP, DeepSpeed ZeRO)",
-            )
 
     # ------------------------------------------------------------------ what a kind has to say
 
@@ -229,23 +203,6 @@ class ExactTrainer(ExactBatches, ExactEvaluation, Trainer):
         return PaddedRows(rows, self.padding_row(rows[0]))
 
     # ------------------------------------------------------------------ loss
-
-    def refuse_not_finite(self, bad: Tensor, inputs: Mapping[str, Any]) -> None:
-        """Stop if a real item's scores are not finite.
-
-        Raises
-        ------
-        ModelError
-            With the rows of the source.
-        """
-        if bool(bad.any()):
-            rows = inputs["row"][bad].tolist()
-            where = f"rows {', '.join(map(str, rows[:5]))}" if min(rows) >= 0 else "a batch"
-            raise ModelError(
-                f"step {self.state.global_step}: scores that are not finite in {where}",
-                "lower the learning rate, clip gradients (max_grad_norm), take bf16 in place of "
-                "fp16, and check that the base gives finite scores",
-            )
 
     def compute_loss(
         self,

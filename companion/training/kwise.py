@@ -35,6 +35,7 @@ from companion.training.exact_trainer import ExactTrainer, is_real
 from companion.training.forward import install_forward
 from companion.training.kind_rows import OVERLONG, check_columns, format_all, ids_feature
 from companion.training.rows import FormatReport
+from companion.training.setup import refuse_not_finite
 
 LOSSES = ("plackett_luce", "pairs")
 
@@ -272,7 +273,7 @@ class KwiseRewardTrainer(ExactTrainer):
         mask = index >= 0
         scores = flat.logits.squeeze(-1).float()[index.clamp(min=0)].masked_fill(~mask, 0.0)
         bad = ~torch.isfinite(scores.detach()).all(dim=1) & (inputs["real"] > 0)
-        self.refuse_not_finite(bad, inputs)
+        refuse_not_finite(bad, inputs["row"], self.state.global_step)
         loss = ranking_loss if self.args.loss_type == "plackett_luce" else grouped_pair_loss
         nll = loss(scores, ranks, mask)
         total = nll

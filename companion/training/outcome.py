@@ -30,6 +30,7 @@ from companion.token_metrics import roc_auc
 from companion.training.exact_trainer import is_real
 from companion.training.kind_rows import OVERLONG, check_columns, format_all, ids_feature
 from companion.training.rows import FormatReport
+from companion.training.setup import refuse_not_finite
 from companion.training.token_level import TokenRewardConfig, TokenTrainer
 
 REDUCTIONS = ("token", "sequence")
@@ -226,7 +227,8 @@ class OutcomeRewardTrainer(TokenTrainer):
         logits = output.logits.squeeze(-1).float()
         counted = labels != IGNORE_INDEX
         finite = torch.isfinite(logits.detach()) | ~counted
-        self.refuse_not_finite(~finite.all(dim=1) & (inputs["real"] > 0), inputs)
+        bad = ~finite.all(dim=1) & (inputs["real"] > 0)
+        refuse_not_finite(bad, inputs["row"], self.state.global_step)
         loss = outcome_loss(logits, labels).sum(dim=1) / counted.sum(dim=1)
         probabilities = torch.sigmoid(logits.detach()).masked_fill(~counted, 0.0)
         columns = [inputs["real"], inputs["weight"], loss, mask.sum(dim=1), inputs["outcome"]]

@@ -34,14 +34,13 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 from trl import RewardTrainer
 
-from companion.errors import CompanionError, DataError, ModelError
+from companion.errors import ModelError
 from companion.formatting import RewardFormatter
 from companion.losses import bradley_terry_loss, centering_penalty
 from companion.models.guards import check_head, check_tokenizer_and_config
 from companion.models.head import find_head, install_head
 from companion.models.loading import load_base
 from companion.models.packed_attention import packing_obstacle
-from companion.models.reward_model import RewardModel
 from companion.training.batches import ExactBatches
 from companion.training.config import PairwiseRewardConfig
 from companion.training.evaluation_loop import ExactEvaluation
@@ -49,6 +48,13 @@ from companion.training.exact import PairCollator, PairMetrics, summarise
 from companion.training.forward import install_forward
 from companion.training.progress import TrainingProgress
 from companion.training.rows import FormatReport, check_formatted, format_pairs, is_formatted
+from companion.training.setup import (
+    refuse_not_finite,
+    refuse_shared_rows,
+    require_rows,
+    switch_evaluation_off,
+    unpack_model,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +112,7 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else PairwiseRewardConfig()
-        if not isinstance(train_dataset, Dataset):
-            raise DataError(
-                f"train_dataset is a {type(train_dataset).__name__}",
-                "give a datasets.Dataset: the pairs of a step cannot be counted in a stream",
-            )
+        require_rows(train_dataset, "pairs")
         if isinstance(model, str):
             model = load_base(
                 model,
@@ -119,28 +121,12 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
                 overlong=args.overlong,  # type: ignore[arg-type]
                 trust_remote_code=args.trust_remote_code,
             )
-        if isinstance(model, RewardModel):
-            for note in model.notes:
-                logger.info(note)
-            processing_class = processing_class or model.tokenizer
-            formatter = formatter or model.formatter
-            model = model.model
-        if processing_class is None and formatter is None:
-            raise ModelError(
-                "a bare model came without a tokenizer",
-                "give processing_class=tokenizer, formatter=…, or the base's name as the model",
-            )
-        processing_class = processing_class or formatter.tokenizer  # type: ignore[union-attr]
-        self.formatter = formatter or RewardFormatter(
-            processing_class,
-            max_length=args.max_length,
-            overlong=args.overlong,  # type: ignore[arg-type]
+        model, processing_class, self.formatter = unpack_model(
+            model, args, processing_class, formatter
         )
         self.format_reports: dict[str, FormatReport] = {}
-        if eval_dataset is None and args.eval_strategy != "no":
-            logger.info("no held-out pairs were given: no evaluation during training")
-            args.eval_strategy = type(args.eval_strategy)("no")
-            args.do_eval = False
+        if eval_dataset is None:
+            switch_evaluation_off(args, "pairs")
         check_tokenizer_and_config(processing_class, model.config)
         head = find_head(model)
         if type(head) is nn.Linear and not hasattr(model, "peft_config"):
@@ -166,7 +152,7 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
             self.data_collator.packing = self._can_pack()
         if type(self.pop_callback(ProgressCallback)) is ProgressCallback:
             self.add_callback(TrainingProgress())
-        self._refuse_model_parallel()
+        refuse_shared_rows(self, "pairs")
         self._window = PairMetrics()  # pairs since the last log
         self._all_pairs = np.zeros(2)  # sum of the loss, and number of pairs, of this call
 
@@ -194,16 +180,6 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
         if why is not None and self.args.process_index == 0:
             logger.warning(f"batches are padded, not packed: {why}")
         return why is None
-
-    def _refuse_model_parallel(self) -> None:
-        sizes = {"tensor": self.get_tp_size(), "context": self.get_cp_size()}
-        sizes["sequence"] = self.get_sp_size()
-        used = [f"{name} parallelism of {size}" for name, size in sizes.items() if size > 1]
-        if used:
-            raise CompanionError(
-                f"{' and '.join(used)}: ranks would share pairs, which are counted once a rank",
-                "use data parallelism (DDP, FSDP, DeepSpeed ZeRO)",
-            )
 
     # ------------------------------------------------------------------ rows
 
@@ -259,14 +235,7 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
         first, second = lengths.to(loss.dtype).chunk(2)
         table = torch.stack([weight, loss, nll, chosen, rejected, first + second], dim=1)
         bad = ~torch.isfinite(table.detach()).all(dim=1) & (weight > 0)
-        if bool(bad.any()):
-            rows = inputs["row"][bad].tolist()
-            where = f"rows {', '.join(map(str, rows[:5]))}" if min(rows) >= 0 else "a batch"
-            raise ModelError(
-                f"step {self.state.global_step}: scores that are not finite in {where}",
-                "lower the learning rate, clip gradients (max_grad_norm), take bf16 in place of "
-                "fp16, and check that the base gives finite scores",
-            )
+        refuse_not_finite(bad, inputs["row"], self.state.global_step)
         return table
 
     def compute_loss(

@@ -30,6 +30,7 @@ from companion.reduction import SumCount
 from companion.training.exact_trainer import is_real
 from companion.training.kind_rows import OVERLONG, check_columns, format_all, ids_feature
 from companion.training.rows import FormatReport
+from companion.training.setup import refuse_not_finite
 from companion.training.token_level import TokenRewardConfig, TokenTrainer
 
 LABEL_TYPES = ("three", "binary", "soft")
@@ -335,7 +336,8 @@ class ProcessRewardTrainer(TokenTrainer):
         counted = labels != IGNORE_INDEX
         detached = logits.detach()
         finite = torch.isfinite(detached).all(dim=-1) | ~counted
-        self.refuse_not_finite(~finite.all(dim=1) & (inputs["real"] > 0), inputs)
+        bad = ~finite.all(dim=1) & (inputs["real"] > 0)
+        refuse_not_finite(bad, inputs["row"], self.state.global_step)
         if self.labels == 3:
             losses = process_loss(logits, labels)
             right = detached.argmax(dim=-1) == labels
