@@ -94,6 +94,7 @@ _EXPORTS: dict[str, str] = {
     "save_token_model": "companion.models.token_models",
     "token_logits": "companion.models.token_models",
     "TokenReadout": "companion.models.token_readout",
+    "RewardFunction": "companion.rl.reward_function",
     "PairwiseRewardConfig": "companion.training.config",
     "PairwiseRewardTrainer": "companion.training.pairwise",
     "TrainingResult": "companion.training.result",

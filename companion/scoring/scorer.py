@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from companion.models.manifest import ReferenceStats
 from companion.models.reward_model import RewardModel
 from companion.scoring.results import PairScores, Scores
 from companion.scoring.running import BatchRunner, Packing
+
+if TYPE_CHECKING:
+    from companion.rl.reward_function import RewardFunction
 
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int], None]
@@ -223,6 +226,19 @@ class RewardScorer:
         ]
         values, lengths, reasons = self._score_groups(groups, 2, names, on_error, progress)
         return PairScores(values[:, 0], values[:, 1], lengths[:, 0], lengths[:, 1], reasons)
+
+    def as_reward_func(self, **settings: Any) -> RewardFunction:
+        """This scorer as a reward function for TRL's ``GRPOTrainer`` and ``RLOOTrainer``.
+
+        Parameters
+        ----------
+        **settings
+            Those of :class:`companion.rl.reward_function.RewardFunction`: ``transform``, ``clip``,
+            ``truncated``, ``eos_token_ids``, ``name``.
+        """
+        from companion.rl.reward_function import RewardFunction
+
+        return RewardFunction(self, **settings)
 
     # ------------------------------------------------------------------ token ids
 
