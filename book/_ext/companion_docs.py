@@ -251,6 +251,13 @@ def setup(app: Sphinx) -> dict[str, Any]:
             name_chapter(obj, lines)
         link_chapters(lines, documents)
 
+    def short_signature(
+        app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, back: Any
+    ) -> tuple[str | None, Any]:
+        # a configuration inherits over a hundred fields; its page lists those of its own
+        long = what == "class" and signature is not None and signature.count(": ") > 40
+        return ("(**fields)" if long else signature), back
+
     app.add_directive("companion-exports", Exports)
     app.add_directive("companion-commands", Commands)
     app.add_directive("companion-chapter", Chapter)
@@ -258,6 +265,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", lambda app, document, source: hide_markers(document, source))
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("autodoc-process-docstring", process)
+    app.connect("autodoc-process-signature", short_signature)
     app.connect("missing-reference", resolve_exported)
     app.connect("env-get-updated", number_chapters, priority=900)  # after Sphinx has counted
     return {"parallel_read_safe": True, "parallel_write_safe": True}
