@@ -29,6 +29,8 @@ class Thread:
 
 _HUB = "https://github.com/"
 #: upstream threads of bugs that the exercises rebuild, by their short names
+#:
+#: :meta hide-value:
 THREADS: dict[str, Thread] = {
     "DeepSpeedExamples #423": Thread(
         _HUB + "deepspeedai/DeepSpeedExamples/issues/423", "a reward model's training loss of inf"
