@@ -1,0 +1,94 @@
+"""Prompts alone as token ids: what a policy goes on from.
+
+The border of prompt and completion is that of the formatter, so a policy's completions continue
+exactly the ids that a reward model reads before them. Chapter 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from companion.errors import DataError
+from companion.formatting.conversation import check_messages, has_text, is_messages
+from companion.formatting.drafting import Text
+from companion.formatting.formatter import RewardFormatter
+
+
+def encode_prompts(
+    formatter: RewardFormatter,
+    prompts: Sequence[Text],
+    *,
+    names: Sequence[str] | None = None,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
+    """Token ids of prompts, ready for a model to go on.
+
+    Parameters
+    ----------
+    formatter : RewardFormatter
+        Of the policy's tokenizer. Its ``max_length`` is of whole texts and not applied here.
+    prompts : sequence
+        Each a text, which stays as it is (with the special tokens that the tokenizer puts before
+        it, at most one BOS, never an EOS), or a list of messages, written by the chat template
+        with its generation prompt, as TRL's GRPO does. A last message of the assistant is gone on
+        with.
+    names : sequence of str, optional
+        How to call each prompt in an error; default ``prompt 0``, …
+    tools, chat_template_kwargs
+        Handed to the chat template.
+
+    Returns
+    -------
+    list of list of int
+
+    Raises
+    ------
+    DataError
+        For an empty prompt, one that is neither text nor messages, or a bad role.
+    """
+    if isinstance(prompts, (str, bytes, Mapping)):
+        raise DataError("a list of prompts is asked for, not one", "wrap it: [prompt]")
+    names = names if names is not None else [f"prompt {i}" for i in range(len(prompts))]
+    texts: list[tuple[str, bool]] = []
+    for prompt, name in zip(prompts, names, strict=True):
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise DataError(f"{name}: the prompt is empty", "drop the row or give it a text")
+            texts.append((prompt, False))
+        elif is_messages(prompt) and prompt:
+            messages = check_messages(prompt, name)
+            last = messages[-1]
+            goes_on = last["role"] == "assistant" and has_text(last["content"])
+            flag = "continue_final_message" if goes_on else "add_generation_prompt"
+            text = formatter._render(messages, tools, chat_template_kwargs, name, **{flag: True})
+            texts.append((text, True))
+        elif isinstance(prompt, Mapping):
+            raise DataError(
+                f"{name}: a row in place of a prompt", 'give row["prompt"], or wrap the message'
+            )
+        else:
+            raise DataError(f"{name}: a {type(prompt).__name__}, no text and no messages")
+    out: list[list[int]] = [[] for _ in texts]
+    bos, eos = formatter.tokenizer.bos_token_id, formatter.tokenizer.eos_token_id
+    adds_eos = formatter._adds()[1]
+    for chat in (False, True):
+        places = [i for i, (_, is_chat) in enumerate(texts) if is_chat is chat]
+        if not places:
+            continue
+        batch = formatter.tokenizer(
+            [texts[i][0] for i in places],
+            add_special_tokens=not chat,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        for i, row in zip(places, batch["input_ids"], strict=True):
+            ids = list(row)
+            if adds_eos and not chat and ids[-1] == eos:
+                ids.pop()
+            while bos is not None and len(ids) > 2 and ids[0] == ids[1] == bos:
+                del ids[0]
+            out[i] = ids
+    return out

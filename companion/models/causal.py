@@ -1,0 +1,88 @@
+"""Load a causal language model: a policy to sample from, or a judge to ask. Chapter 5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from companion.errors import ModelError
+from companion.models.checkpoint import is_adapter
+from companion.models.pieces import (
+    PathLike,
+    as_dtype,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    resolve,
+)
+
+
+def load_causal(
+    path_or_id: PathLike,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    path_or_id : str or path
+        A folder or a hub id.
+    device : str, optional
+        Default: the GPU if there is one.
+    dtype : torch.dtype or str
+        Of the weights.
+    attn_implementation, revision, trust_remote_code
+        For transformers.
+
+    Returns
+    -------
+    tuple
+        The model, in eval mode, and the tokenizer.
+
+    Raises
+    ------
+    ModelError
+        For a wrong folder, an adapter, a tokenizer without EOS, weights that are missing, or a
+        reward model: with tied embeddings transformers would load one as a language model without
+        a word, and it would write noise.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = resolve(path_or_id)
+    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if is_adapter(name, revision):
+        raise ModelError(f"{name}: holds a LoRA adapter", "merge it into its base first")
+    config = load_config(name, **shared)
+    heads = [a for a in config.architectures or [] if "ForSequence" in a or "ForToken" in a]
+    if heads:
+        raise ModelError(
+            f"{name}: is a reward model or classifier ({heads[0]}), which writes no text",
+            "give a causal language model, such as the base that it was trained from",
+        )
+    tokenizer = load_tokenizer(name, **shared)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{name}: the tokenizer has no EOS token, so no completion would ever end",
+            "set tokenizer.eos_token to the token that ends a text, and save the tokenizer",
+        )
+    model, missing = load_weights(
+        name,
+        config,
+        as_dtype(dtype),
+        attn_implementation=attn_implementation,
+        auto_class="AutoModelForCausalLM",
+        **shared,
+    )
+    if missing:
+        raise ModelError(
+            f"{name}: the checkpoint lacks {len(missing)} weights "
+            f"({', '.join(sorted(missing)[:3])})",
+            "the download or the folder is incomplete; fetch it again",
+        )
+    return model.to(device).eval(), tokenizer

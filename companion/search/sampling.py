@@ -1,0 +1,394 @@
+"""Completions from a policy, each by its own dice; log-probabilities of given ones.
+
+transformers' ``generate`` runs the model. Three things it leaves to be desired are mended here: a
+completion depends on its prompt, its number and the seed, and not on the rest of the batch; the
+prompt is computed once for all of its completions; and what a hub checkpoint sets in its
+``generation_config.json`` (a repetition penalty, top-k) is not applied behind your back, which has
+made policies sample from one distribution and train on another (verl #7270). Chapters 3 and 5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from companion.batching import pad_batch, token_budget_batches
+from companion.errors import DataError
+from companion.formatting import RewardFormatter, Text
+from companion.formatting.prompts import encode_prompts
+from companion.models.causal import load_causal
+from companion.search.drawing import AllDone, Dice, check_settings, uniforms
+from companion.search.results import Logprobs, Sample
+
+#: Tokens (prompts, and completions at their longest) of a batch: small on a CPU, large on a GPU.
+_CPU_TOKENS, _GPU_TOKENS = 8192, 65_536
+#: Padded tokens of a batch of log-probabilities, whose logits are as wide as the vocabulary.
+_CPU_LOGITS, _GPU_LOGITS = 2048, 8192
+
+
+class Policy:
+    """A causal language model that completions are drawn from. Chapters 3 and 5.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+        Put into eval mode while it samples, and back.
+    tokenizer : PreTrainedTokenizerBase
+    max_tokens_per_batch : int, optional
+        Budget for completions × (longest prompt + ``max_new_tokens``); default 8,192 on a CPU,
+        65,536 on a GPU.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_tokens_per_batch: int | None = None
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.formatter = RewardFormatter(tokenizer)
+        self.max_tokens_per_batch = max_tokens_per_batch
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        max_tokens_per_batch: int | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Policy:
+        """Load a policy from a folder or the hub.
+
+        Parameters
+        ----------
+        device : str, optional
+            Default: the GPU if there is one.
+        dtype : torch.dtype or str
+            In half precision a completion may change with its batch.
+
+        Raises
+        ------
+        ModelError
+            For a folder that is no causal language model; see
+            :func:`companion.models.causal.load_causal`.
+        """
+        model, tokenizer = load_causal(
+            path_or_id,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        return cls(model, tokenizer, max_tokens_per_batch=max_tokens_per_batch)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Tokens that end a completion: the tokenizer's EOS and those of the checkpoint."""
+        said = getattr(self.model.generation_config, "eos_token_id", None)
+        more = said if isinstance(said, (list, tuple)) else [] if said is None else [said]
+        return sorted({int(self.tokenizer.eos_token_id), *map(int, more)})
+
+    # ------------------------------------------------------------------ sampling
+
+    def sample(
+        self,
+        prompts: Sequence[Text],
+        n: int = 1,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        prefixes: Sequence[Sequence[int]] | None = None,
+        stop: str | None = None,
+    ) -> list[list[Sample]]:
+        """Draw completions.
+
+        Parameters
+        ----------
+        prompts : sequence
+            Each a text, which is gone on with as it is, or a list of messages, which the chat
+            template writes with its generation prompt.
+        n : int
+            Completions of each prompt.
+        temperature : float
+            0 takes the likeliest token each time.
+        top_p : float
+            In (0, 1]. 1 draws from the whole distribution.
+        max_new_tokens : int
+            A completion that has not ended by then is cut off (``terminated`` False).
+        seed : int
+            See the notes.
+        prefixes : sequence of sequences of int, optional
+            Token ids that each prompt's completions begin with, such as steps that stand already.
+        stop : str, optional
+            A completion also ends with the token in which this text is complete.
+
+        Returns
+        -------
+        list of list of Sample
+            ``n`` for each prompt, in order.
+
+        Raises
+        ------
+        DataError
+            For a bad prompt or setting, or a prompt for which the model has too few positions.
+
+        Notes
+        -----
+        Sample i of a prompt depends on the model, the prompt (with its prefix), the seed and i: the
+        first 4 of n=8 are those of n=4, and other prompts, the order and the size of batches make
+        no difference. A prompt that is given twice gets samples n … 2n − 1 the second time. This
+        holds up to rounding: in float32 another batch moves probabilities by about 1e-6, which
+        changes a draw about as rarely; in half precision it is common.
+        """
+        check_settings(n, temperature, top_p, max_new_tokens, stop)
+        begun = self._begun(encode_prompts(self.formatter, prompts), prefixes, max_new_tokens)
+        seen: Counter[tuple[int, ...]] = Counter()
+        rows: list[tuple[int, int]] = []  # a prompt, and the number of its sample
+        for place, (ids, _) in enumerate(begun):
+            first = n * seen[tuple(ids)]
+            seen[tuple(ids)] += 1
+            rows += [(place, first + i) for i in range(n)]
+        drawn: list[Sample | None] = [None] * len(rows)
+        draw: dict[str, Any] = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_new_tokens": max_new_tokens,
+            "stop": stop,
+        }
+        with self._ready():
+            lengths = [len(begun[place][0]) + max_new_tokens for place, _ in rows]
+            for batch in token_budget_batches(lengths, self._budget(_CPU_TOKENS, _GPU_TOKENS)):
+                samples = self._draw(begun, [rows[i] for i in batch], seed, **draw)
+                for i, sample in zip(batch, samples, strict=True):
+                    drawn[i] = sample
+        done = [sample for sample in drawn if sample is not None]
+        return [done[i : i + n] for i in range(0, len(done), n)]
+
+    def _begun(
+        self,
+        prompts: list[list[int]],
+        prefixes: Sequence[Sequence[int]] | None,
+        max_new_tokens: int,
+    ) -> list[tuple[list[int], int]]:
+        """Ids to go on from, and how many of them are a prefix of the completion."""
+        if prefixes is not None and len(prefixes) != len(prompts):
+            raise DataError(f"{len(prompts)} prompts, {len(prefixes)} prefixes")
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        begun = []
+        for place, ids in enumerate(prompts):
+            prefix = list(prefixes[place]) if prefixes is not None else []
+            if isinstance(limit, int) and len(ids) + len(prefix) + max_new_tokens > limit:
+                raise DataError(
+                    f"prompt {place}: {len(ids) + len(prefix)} tokens and {max_new_tokens} new "
+                    f"ones are more than the model has positions for ({limit})",
+                    "shorten the prompt, or lower max_new_tokens",
+                )
+            begun.append((ids + prefix, len(prefix)))
+        return begun
+
+    def _draw(
+        self,
+        begun: Sequence[tuple[list[int], int]],
+        rows: Sequence[tuple[int, int]],
+        seed: int,
+        *,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        stop: str | None,
+    ) -> list[Sample]:
+        """One batch: completions of the given prompts and numbers."""
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+        places = list(dict.fromkeys(place for place, _ in rows))
+        pad = self._pad()
+        batch = pad_batch([begun[place][0] for place in places], pad, "left")
+        index = torch.tensor([places.index(place) for place, _ in rows], device=self.device)
+        streams = [uniforms(seed, begun[p][0], i, max_new_tokens) for p, i in rows]
+        dice = Dice(
+            torch.from_numpy(np.stack(streams)).to(self.device),
+            temperature=temperature,
+            top_p=top_p,
+            eos_token_ids=torch.tensor(self.eos_token_ids, device=self.device),
+            stop=stop,
+            tokenizer=self.tokenizer,
+        )
+        arguments = {key: value.to(self.device) for key, value in batch.items()}
+        if len(rows) > len(places):
+            cache = self._prefilled(**arguments)
+            if cache is not None:
+                cache.batch_select_indices(index)
+                arguments["past_key_values"] = cache
+        arguments |= {key: arguments[key][index] for key in batch}
+        self.model.generate(
+            **arguments,
+            generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad, use_cache=True
+            ),
+            logits_processor=LogitsProcessorList([dice]),
+            stopping_criteria=StoppingCriteriaList([AllDone(dice)]),
+        )
+        return self._samples(begun, rows, dice)
+
+    def _samples(
+        self,
+        begun: Sequence[tuple[list[int], int]],
+        rows: Sequence[tuple[int, int]],
+        dice: Dice,
+    ) -> list[Sample]:
+        tokens = torch.stack(dice.tokens, dim=1).tolist()
+        logprobs = torch.stack(dice.logprobs, dim=1).double().cpu().numpy()
+        lengths, ended = dice.lengths.tolist(), dice.ended.tolist()
+        whole = []
+        for row, (place, _) in enumerate(rows):
+            ids, prefix = begun[place]
+            whole.append(ids[len(ids) - prefix :] + tokens[row][: lengths[row]])
+        texts = self.tokenizer.batch_decode(whole, skip_special_tokens=True)
+        return [
+            Sample(
+                texts[row],
+                whole[row],
+                ended[row],
+                lengths[row],
+                float(logprobs[row, : lengths[row]].sum()),
+                stopped,
+            )
+            for row, stopped in enumerate(dice.stopped.tolist())
+        ]
+
+    def _prefilled(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """The prompts' keys and values up to the last token; None where they cannot be repeated.
+
+        Layers that keep a window or a running state are left to ``generate``.
+        """
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        if input_ids.shape[1] < 2:
+            return None
+        mask = attention_mask[:, :-1]
+        output = self.model(
+            input_ids=input_ids[:, :-1],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        plain = type(cache) is DynamicCache and all(type(x) is DynamicLayer for x in cache.layers)
+        return cache if plain else None
+
+    # ------------------------------------------------------------------ log-probabilities
+
+    def logprobs(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Sample | Text | Sequence[int]],
+        *,
+        temperature: float = 1.0,
+    ) -> Logprobs:
+        """Log-probabilities of completions given their prompts.
+
+        Parameters
+        ----------
+        prompts : sequence
+            As in :meth:`sample`.
+        completions : sequence
+            Of the same length. Each a sample or its token ids, taken as they are; or a text or
+            messages, which the formatter encodes with the EOS that ends it.
+        temperature : float
+            Above 0.
+
+        Returns
+        -------
+        Logprobs
+            Equal to :attr:`Sample.logprob` for a sample without prefix, up to rounding.
+
+        Raises
+        ------
+        DataError
+            If the lengths differ, or a completion is empty.
+        """
+        if len(prompts) != len(completions):
+            raise DataError(f"{len(prompts)} prompts, {len(completions)} completions")
+        if not temperature > 0:
+            raise DataError(f"temperature is {temperature}", "use a positive number")
+        texts = self._whole(prompts, completions)
+        out: list[np.ndarray] = [np.zeros(0)] * len(texts)
+        with self._ready():
+            for batch in token_budget_batches(
+                [len(ids) for ids, _ in texts], self._budget(_CPU_LOGITS, _GPU_LOGITS)
+            ):
+                padded = pad_batch([texts[i][0] for i in batch], self._pad())
+                ids = padded["input_ids"].to(self.device)
+                # right padding needs no mask in a causal model: no real token sees a pad
+                logits = self.model(input_ids=ids, use_cache=False).logits
+                for row, i in enumerate(batch):
+                    whole, begin = texts[i]
+                    before = logits[row, begin - 1 : len(whole) - 1].float() / temperature
+                    values = torch.log_softmax(before, dim=-1)
+                    target = ids[row, begin : len(whole), None]
+                    out[i] = values.gather(-1, target).squeeze(-1).double().cpu().numpy()
+        return Logprobs(np.array([float(item.sum()) for item in out]), out)
+
+    def _whole(
+        self, prompts: Sequence[Text], completions: Sequence[Sample | Text | Sequence[int]]
+    ) -> list[tuple[list[int], int]]:
+        """Ids of prompt and completion, and where the completion begins."""
+        heads = encode_prompts(self.formatter, prompts)
+        eos = self.tokenizer.eos_token_id
+        out = []
+        for place, (head, completion) in enumerate(zip(heads, completions, strict=True)):
+            if isinstance(completion, Sample):
+                ids, begin = head + completion.token_ids, len(head)
+            elif isinstance(completion, str) or any(isinstance(x, Mapping) for x in completion):
+                encoded = self.formatter.encode(prompts[place], completion)  # type: ignore[arg-type]
+                assert encoded is not None  # (no max_length)
+                ids, begin = encoded.input_ids, encoded.prompt_length
+                if eos in ids[begin:]:  # some templates write more behind it
+                    ids = ids[: ids.index(eos, begin) + 1]
+            else:
+                ids, begin = head + [int(x) for x in completion], len(head)  # type: ignore[arg-type]
+            if begin == len(ids) or begin == 0:
+                raise DataError(f"completion {place}: no tokens, or no prompt before them")
+            out.append((ids, begin))
+        return out
+
+    # ------------------------------------------------------------------ inside
+
+    def _pad(self) -> int:
+        """Fills places that the mask hides, so even the EOS will do."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id)
+
+    def _budget(self, cpu: int, gpu: int) -> int:
+        return self.max_tokens_per_batch or (cpu if self.device.type == "cpu" else gpu)
+
+    @contextlib.contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Eval mode, no gradients, and a generation config that sets nothing by itself."""
+        from transformers import GenerationConfig
+
+        before = self.model.training, self.model.generation_config
+        self.model.eval()
+        self.model.generation_config = GenerationConfig()
+        try:
+            with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            self.model.generation_config = before[1]
+            self.model.train(before[0])
