@@ -19,6 +19,7 @@ from companion.data.splits import prompt_key
 from companion.errors import DataError
 from companion.metrics import pairwise_metrics
 from companion.resampling import Array
+from companion.tables import format_table, interval, number, percent
 
 __all__ = [
     "EvaluationResult",
@@ -57,9 +58,28 @@ class PairScorer(Protocol):
         """Score both sides of each row, in the order of the rows."""
 
 
+class Figures:
+    """Figures of one evaluation, with what they are of; ready for JSON."""
+
+    metrics: dict[str, Any]
+    info: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return metrics and info as plain JSON values; what is not finite becomes None."""
+        return _plain({"info": self.info, "metrics": self.metrics})
+
+    def save(self, path: str | Path) -> Path:
+        """Write :meth:`to_dict` as JSON; folders are made."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        target.write_text(text + "\n", encoding="utf-8")
+        return target
+
+
 @dataclass
-class EvaluationResult:
-    """Figures, and what they were computed from.
+class EvaluationResult(Figures):
+    """Figures of a model of one score on pairs, and what they were computed from.
 
     Attributes
     ----------
@@ -93,18 +113,6 @@ class EvaluationResult:
     def margins(self) -> Array:
         """``chosen - rejected``, NaN where a row was dropped."""
         return self.chosen - self.rejected
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return metrics and info as plain JSON values; what is not finite becomes None."""
-        return _plain({"info": self.info, "metrics": self.metrics})
-
-    def save(self, path: str | Path) -> Path:
-        """Write :meth:`to_dict` as JSON; folders are made."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        target.write_text(text + "\n", encoding="utf-8")
-        return target
 
     def table(self) -> str:
         """Return the figures as text: one table of all pairs, one of the subsets if there are."""
@@ -156,15 +164,15 @@ def gold_probability(rows: Sequence[Mapping[str, Any]]) -> tuple[Array | None, s
     else:
         return None, None
     table = np.empty((len(rows), len(columns)))
-    for number, row in enumerate(rows):
+    for line, row in enumerate(rows):
         for place, column in enumerate(columns):
             value = row.get(column)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise DataError(
-                    f"row {number}: {column} is {value!r}, though the first row has it",
+                    f"row {line}: {column} is {value!r}, though the first row has it",
                     f"give every row a {column}, or leave the column out",
                 )
-            table[number, place] = value
+            table[line, place] = value
     if len(columns) == 1:
         outside = (table < 0) | (table > 1)
         if outside.any():
@@ -176,11 +184,11 @@ def gold_probability(rows: Sequence[Mapping[str, Any]]) -> tuple[Array | None, s
 
 def _groups(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     keys = []
-    for number, row in enumerate(rows):
+    for place, row in enumerate(rows):
         try:
             keys.append(prompt_key(row))
         except DataError:  # a row whose prompt cannot be told apart is a prompt of its own
-            keys.append(f"row {number}")
+            keys.append(f"row {place}")
     return keys
 
 
@@ -219,15 +227,28 @@ def evaluate_pairs(
     rows = [dict(row) for row in dataset]
     if not rows:
         raise DataError("there is no pair to evaluate on", "check the split and the limit")
-    if temperature is None:
-        manifest = getattr(getattr(scorer, "reward_model", None), "manifest", None)
-        temperature = getattr(manifest, "temperature", None)
-    probability, source = gold_probability(rows)
     scores = (
         scorer.score_pairs(rows)
         if progress is None
         else scorer.score_pairs(rows, progress=progress)
     )
+    return scored_pairs(scorer, rows, scores, temperature=temperature, info=info, seed=seed)
+
+
+def scored_pairs(
+    scorer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    scores: PairScoresLike,
+    *,
+    temperature: float | None = None,
+    info: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> EvaluationResult:
+    """The figures of pairs that have been scored; see :func:`evaluate_pairs`."""
+    if temperature is None:
+        manifest = getattr(getattr(scorer, "reward_model", None), "manifest", None)
+        temperature = getattr(manifest, "temperature", None)
+    probability, source = gold_probability(rows)
     chosen = np.asarray(scores.chosen, dtype=np.float64)
     rejected = np.asarray(scores.rejected, dtype=np.float64)
     lengths = [
@@ -259,21 +280,6 @@ def evaluate_pairs(
 # --- tables -----------------------------------------------------------------------------------
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}%"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _range(pair: Sequence[float] | None, percent: bool = False) -> str:
-    if pair is None:
-        return ""
-    low, high = (100 * v if percent else v for v in pair)
-    return f" [{low:.1f}, {high:.1f}]" if percent else f" [{low:.3f}, {high:.3f}]"
-
-
 def summary_rows(
     metrics: Mapping[str, Any], limit: Mapping[str, Any] | None = None
 ) -> list[tuple[str, str, str]]:
@@ -299,38 +305,48 @@ def summary_rows(
         ("rows dropped", f"{metrics['dropped']['total']:,}", "–"),
         (
             "accuracy [95%]",
-            _percent(metrics["accuracy"]) + _range(metrics["accuracy_interval"], percent=True),
-            _percent(best.get("accuracy")),
+            percent(metrics["accuracy"]) + interval(metrics["accuracy_interval"], as_percent=True),
+            percent(best.get("accuracy")),
         ),
-        ("accuracy, ties as half", _percent(metrics["accuracy_ties_half"]), "–"),
+        ("accuracy, ties as half", percent(metrics["accuracy_ties_half"]), "–"),
         ("ties", f"{metrics['ties']:,}", "–"),
     ]
+    if ranked := metrics.get("rankings"):
+        rows += [
+            (
+                "best of a ranking picked [95%]",
+                percent(ranked["best_is_best"]) + interval(ranked["interval"], as_percent=True),
+                percent(ranked["limit"]),
+            ),
+            ("floor: picked at random", percent(ranked["random"]), "–"),
+            ("floor: the longest picked", percent(ranked["longest"]), "–"),
+        ]
     if metrics.get("longer_wins"):
-        rows.append(("floor: 'longer wins'", _percent(metrics["longer_wins"]["accuracy"]), "–"))
+        rows.append(("floor: 'longer wins'", percent(metrics["longer_wins"]["accuracy"]), "–"))
     rows += [
-        ("loss (nats)", _number(metrics["loss"]), _number(best.get("loss"))),
-        ("mean margin", _number(metrics["margin_mean"]), "–"),
+        ("loss (nats)", number(metrics["loss"]), number(best.get("loss"))),
+        ("mean margin", number(metrics["margin_mean"]), "–"),
         (
             "calibration error, debiased",
-            _number(metrics["ece"]),
-            "calibrated" + _range(metrics["ece_band"]),
+            number(metrics["ece"]),
+            "calibrated" + interval(metrics["ece_band"]),
         ),
         (
             "calibration error, plain",
-            _number(metrics["ece_plain"]),
-            "calibrated" + _range(metrics["ece_plain_band"]),
+            number(metrics["ece_plain"]),
+            "calibrated" + interval(metrics["ece_plain_band"]),
         ),
-        ("Brier score", _number(metrics["brier"]), _number(best.get("brier"))),
+        ("Brier score", number(metrics["brier"]), number(best.get("brier"))),
     ]
     warm = metrics.get("at_temperature")
     if warm and warm["temperature"] != 1.0:
         name = f"at T = {warm['temperature']:.2f}"
         rows += [
-            (f"loss {name}", _number(warm["loss"]), _number(best.get("loss"))),
+            (f"loss {name}", number(warm["loss"]), number(best.get("loss"))),
             (
                 f"calibration error {name}",
-                _number(warm["ece"]),
-                "calibrated" + _range(warm["ece_band"]),
+                number(warm["ece"]),
+                "calibrated" + interval(warm["ece_band"]),
             ),
         ]
     if limit.get("model_expected"):
@@ -338,17 +354,17 @@ def summary_rows(
         rows += [
             (
                 "accuracy, mean over labels",
-                _percent(ours["accuracy"]),
-                _percent(ideal["accuracy"]),
+                percent(ours["accuracy"]),
+                percent(ideal["accuracy"]),
             ),
-            ("loss, mean over labels", _number(ours["loss"]), _number(ideal["loss"])),
+            ("loss, mean over labels", number(ours["loss"]), number(ideal["loss"])),
         ]
     if metrics.get("score_length"):
         link = metrics["score_length"]
         rows.append(
             (
                 "score ~ length, r (ρ)",
-                f"{_number(link['pearson'], 2)} ({_number(link['spearman'], 2)})",
+                f"{number(link['pearson'], 2)} ({number(link['spearman'], 2)})",
                 "–",
             )
         )
@@ -366,25 +382,12 @@ def subset_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
             (
                 name,
                 f"{figures['n']:,}",
-                _percent(figures["accuracy"]) + _range(figures["accuracy_interval"], percent=True),
-                _percent(figures["limit_accuracy"]),
-                _percent(longer["accuracy"] if longer else None),
-                _number(figures["loss"]),
-                _number(figures["margin_mean"]),
+                percent(figures["accuracy"])
+                + interval(figures["accuracy_interval"], as_percent=True),
+                percent(figures["limit_accuracy"]),
+                percent(longer["accuracy"] if longer else None),
+                number(figures["loss"]),
+                number(figures["margin_mean"]),
             )
         )
     return rows
-
-
-def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return an aligned text table: first column left, the others right."""
-    table = [tuple(head), *(tuple(row) for row in rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        return "  ".join(cells).rstrip()
-
-    rule = "  ".join("─" * width for width in widths)
-    return "\n".join([line(table[0]), rule, *(line(row) for row in table[1:])])

@@ -6,7 +6,9 @@ no label is -100, which every loss skips.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,10 @@ from companion.losses import IGNORE_INDEX
 
 #: rating of a step -> class of the process head
 STEP_CLASSES: dict[int, int] = {-1: 0, 0: 1, 1: 2}
+#: how the labels of steps are taken: three classes, good or bad, or probabilities of good
+LABEL_TYPES = ("three", "binary", "soft")
+#: what a label of 0 may be where steps are good or bad
+NEUTRALS = ("good", "bad", "ignore")
 
 
 def _real_positions(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,3 +186,44 @@ def step_labels(
                 )
             labels[row, columns[place]] = STEP_CLASSES[value]
     return labels
+
+
+def step_target(label: Any, label_type: str, neutral: str, where: str) -> float:
+    """A step's label as the loss takes it: a class, a probability, or -100.
+
+    Parameters
+    ----------
+    label : int, float or None
+        −1, 0 or +1; with soft labels the probability that the step is good; None (or NaN) for a
+        step that nobody rated.
+    label_type : str
+        One of :data:`LABEL_TYPES`.
+    neutral : str
+        What 0 is with ``label_type="binary"``, one of :data:`NEUTRALS`.
+    where : str
+        How to call the place in errors.
+
+    Raises
+    ------
+    DataError
+        For a label that does not fit the type.
+    """
+    if label is None or (isinstance(label, float) and math.isnan(label)):
+        return IGNORE_INDEX
+    if label_type == "soft":
+        if not 0 <= label <= 1:
+            raise DataError(
+                f"{where}: the label {label!r} is no probability",
+                "soft labels lie in [0, 1]; for −1, 0 and +1 take --label_type three or binary",
+            )
+        return float(label)
+    if label not in STEP_CLASSES:
+        raise DataError(
+            f"{where}: the label {label!r} is none of −1, 0, +1 and null",
+            "for probabilities take --label_type soft",
+        )
+    if label_type == "three":
+        return STEP_CLASSES[int(label)]
+    if label == 0:
+        return {"good": 1.0, "bad": 0.0, "ignore": IGNORE_INDEX}[neutral]
+    return float(label > 0)

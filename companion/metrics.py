@@ -49,10 +49,17 @@ def _loss(margins: Array) -> Array:
     return bradley_terry_loss(torch.tensor(margins), torch.zeros(margins.size).double()).numpy()
 
 
-def _accuracy_interval(correct: Array, groups: Sequence[Any] | None, seed: int) -> Interval:
-    """Bootstrap over prompts; where all prompts are alike, Wilson's interval over prompts.
+def accuracy_interval(correct: Array, groups: Sequence[Any] | None, seed: int = 0) -> Interval:
+    """95% interval of a share: bootstrap over prompts, or Wilson's where all items are alike.
 
-    The bootstrap has nothing to go by if no pair is wrong, and would answer [1, 1].
+    The bootstrap has nothing to go by if nothing is wrong, and would answer [1, 1].
+
+    Parameters
+    ----------
+    correct : array ``[n]``
+        1 or 0.
+    groups : sequence ``[n]``, optional
+        Prompt of each item.
     """
     if correct.min() == correct.max():
         n = correct.size if groups is None else len(set(groups))
@@ -123,7 +130,7 @@ def _core(
         "n": margins.size,
         "n_prompts": None if groups is None else len(set(groups)),
         "accuracy": float(correct.mean()),
-        "accuracy_interval": list(_accuracy_interval(correct, groups, seed)),
+        "accuracy_interval": list(accuracy_interval(correct, groups, seed)),
         "accuracy_ties_half": float((correct.sum() + ties / 2) / margins.size),
         "ties": ties,
         "loss": float(_loss(margins).mean()),

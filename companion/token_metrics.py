@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from companion.calibration import brier_score, expected_calibration_error
+from companion.calibration import brier_score, calibrated_band, expected_calibration_error
 from companion.errors import DataError, ShapeError
+from companion.metrics import N_BINS, accuracy_interval
 from companion.resampling import Array, Values, bootstrap_interval, vector
 
 
@@ -74,9 +75,11 @@ def outcome_metrics(
     dict
         ``n``, ``right`` (share), ``auc``, ``auc_interval`` (95%), ``auc_by_aggregation``;
         ``length_auc``, of the length alone in its better direction; ``limit_auc`` or None;
-        ``accuracy`` of the aggregation at 0.5 and ``majority``, the share of the more frequent
-        label; ``loss`` (nats), ``brier``, ``ece`` of the aggregation as a probability, None for
-        ``log_product``. AUCs are None if only one label occurs.
+        ``accuracy`` of the aggregation at 0.5, ``accuracy_interval``, and ``majority``, the share
+        of the more frequent label; of the aggregation as a probability ``loss`` (nats), ``brier``
+        and ``brier_interval``, ``ece`` (debiased, equal mass; confidence against correctness) and
+        ``ece_band``, 95% of what a calibrated model shows; all None for ``log_product``. AUCs are
+        None if only one label occurs.
     """
     outcome = vector("labels", labels)
     both = 0 < outcome.sum() < outcome.size
@@ -97,9 +100,9 @@ def outcome_metrics(
         "limit_auc": None if truth is None else auc(truth),
         "majority": float(max(outcome.mean(), 1 - outcome.mean())),
         "accuracy": None,
+        "accuracy_interval": None,
         "loss": None,
-        "brier": None,
-        "ece": None,
+        **dict.fromkeys(("brier", "brier_interval", "ece", "ece_band")),
     }
     scores = vector("scores", aggregates[how])
     if both:
@@ -107,17 +110,29 @@ def outcome_metrics(
     if how != "log_product":
         inside = np.clip(scores, 1e-12, 1 - 1e-12)
         nll = -(outcome * np.log(inside) + (1 - outcome) * np.log1p(-inside))
-        right = (scores > 0.5) == (outcome > 0.5)
-        confidence = np.maximum(scores, 1 - scores)
+        right = ((scores > 0.5) == (outcome > 0.5)).astype(np.float64)
         result |= {
             "accuracy": float(right.mean()),
+            "accuracy_interval": list(accuracy_interval(right, groups, seed)),
             "loss": float(nll.mean()),
-            "brier": float(brier_score(scores, outcome).mean()),
-            "ece": expected_calibration_error(
-                confidence, right.astype(np.float64), 10, "mass", True
-            ),
+            **_as_probability(scores, outcome, groups, seed),
         }
     return result
+
+
+def _as_probability(
+    scores: Array, outcome: Array, groups: Sequence[Any] | None, seed: int
+) -> dict[str, Any]:
+    """Brier score and calibration of scores that are probabilities."""
+    squares = brier_score(scores, outcome)
+    right = ((scores > 0.5) == (outcome > 0.5)).astype(np.float64)
+    confidence = np.maximum(scores, 1 - scores)
+    return {
+        "brier": float(squares.mean()),
+        "brier_interval": list(bootstrap_interval(squares, groups, seed=seed)),
+        "ece": expected_calibration_error(confidence, right, N_BINS, "mass", True),
+        "ece_band": list(calibrated_band(confidence, N_BINS, "mass", True, seed=seed)),
+    }
 
 
 def _auc_interval(
@@ -223,6 +238,8 @@ def process_metrics(
     right: Sequence[Array],
     labels: Sequence[Array],
     truth: Sequence[Array] | None = None,
+    groups: Sequence[Any] | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """All figures of a process model on held-out solutions, ready for JSON.
 
@@ -238,14 +255,21 @@ def process_metrics(
         The class of each labelled step, for the majority.
     truth : sequence of arrays, optional
         1 where a step is really wrong, where labels were drawn with noise: gives the limit.
+    groups : sequence, optional
+        Prompt of each solution: the bootstrap draws prompts; each solution its own if absent.
+    seed : int, default 0
+        Of the bootstrap and the band.
 
     Returns
     -------
     dict
-        ``n``, ``n_steps``; ``step_accuracy`` and ``majority`` (the share of the most frequent
-        class); ``first_error`` at 0.5 and at the ``threshold``; ``guessing_f1``; ``limit_f1``, of
-        the truth against these labels, or None; ``wrong_auc``, of P(wrong) over all labelled steps
-        (None if none or all are wrong).
+        ``n``, ``n_prompts``, ``n_steps``; ``step_accuracy`` with ``step_accuracy_interval`` and
+        ``majority`` (the share of the most frequent class); ``first_error`` at the ``threshold``
+        with ``first_error_interval`` (95%, of its F1), and ``first_error_at_half``;
+        ``guessing_f1``; ``limit_f1``, of the truth against these labels, or None; of P(wrong) over
+        all labelled steps ``wrong_auc`` and ``wrong_auc_interval`` (None if none or all are wrong),
+        beside ``position_auc``, of the step's number alone in its better direction; and ``brier``,
+        ``brier_interval``, ``ece``, ``ece_band`` as in :func:`outcome_metrics`.
     """
     if not solutions:
         raise DataError("there is no solution with a labelled step", "hold out more rows")
@@ -257,15 +281,51 @@ def process_metrics(
         pairs = zip(truth, solutions, strict=True)
         known = [(np.asarray(t, dtype=np.float64), w) for t, (_, w) in pairs]
         limit = first_error_figures(known, 0.5)["first_error_f1"]
-    return {
+    named = list(groups) if groups is not None else list(range(len(solutions)))
+    sizes = [len(p) for p, _ in solutions]
+    owner = [name for name, size in zip(named, sizes, strict=True) for _ in range(size)]
+    correct = np.concatenate(right).astype(np.float64)
+    result: dict[str, Any] = {
         "n": len(solutions),
+        "n_prompts": len(set(named)),
         "n_steps": int(wrong.size),
-        "step_accuracy": float(np.concatenate(right).mean()),
+        "step_accuracy": float(correct.mean()),
+        "step_accuracy_interval": list(accuracy_interval(correct, owner, seed)),
         "majority": float(counts.max() / counts.sum()),
         "threshold": threshold,
         "first_error": first_error_figures(solutions, threshold),
+        "first_error_interval": list(_first_error_interval(solutions, threshold, named, seed)),
         "first_error_at_half": first_error_figures(solutions, 0.5),
         "guessing_f1": guessing_f1(solutions),
         "limit_f1": limit,
-        "wrong_auc": roc_auc(probabilities, wrong) if 0 < wrong.sum() < wrong.size else None,
+        **dict.fromkeys(("wrong_auc", "wrong_auc_interval", "position_auc")),
+        **_as_probability(probabilities, wrong, owner, seed),
     }
+    if 0 < wrong.sum() < wrong.size:
+        by_number = roc_auc(np.concatenate([np.arange(size) for size in sizes]), wrong)
+        result |= {
+            "wrong_auc": roc_auc(probabilities, wrong),
+            "wrong_auc_interval": list(_auc_interval(probabilities, wrong, owner, seed)),
+            "position_auc": max(by_number, 1 - by_number),
+        }
+    return result
+
+
+def _first_error_interval(
+    solutions: Solutions, threshold: float, groups: Sequence[Any], seed: int
+) -> tuple[float, float]:
+    """Of the F1: whole prompts are drawn, and the two accuracies taken anew."""
+    hits = [
+        (_first(wrong > 0.5) is not None, _first(p > threshold) == _first(wrong > 0.5))
+        for p, wrong in solutions
+    ]
+
+    def statistic(drawn: Any) -> float:
+        on_errors, on_right = drawn[drawn[:, 0] > 0, 1], drawn[drawn[:, 0] == 0, 1]
+        if not on_errors.size or not on_right.size:
+            return whole  # of one sort none was drawn
+        return _harmonic(float(on_errors.mean()), float(on_right.mean()))
+
+    table = np.array(hits, dtype=np.float64)
+    whole = first_error_figures(solutions, threshold)["first_error_f1"]
+    return bootstrap_interval(table, groups, statistic=statistic, n_resamples=500, seed=seed)

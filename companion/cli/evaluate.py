@@ -1,10 +1,11 @@
-"""``companion evaluate``: measure a reward model on held-out pairs."""
+"""``companion evaluate``: measure a reward model of any kind on held-out rows."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from companion.errors import DataError
 
@@ -17,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset_name",
         required=True,
         metavar="DATA",
-        help="pairs: a file (.jsonl, .jsonl.gz, .parquet, .csv), a folder, or a hub id",
+        help="pairs or rankings, outcomes for an outcome model, steps for a process model: a file "
+        "(.jsonl, .jsonl.gz, .parquet, .csv), a folder, or a hub id",
     )
     add("--dataset_split", default="test", help="split; a single file has but one")
     add("--dataset_config", default=None, help="configuration of a hub dataset")
@@ -39,7 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", default=None, help="of a hub id")
     add("--trust_remote_code", action="store_true", help="run the hub's model code")
     add("--json", type=Path, default=None, metavar="FILE", help="write all figures here")
-    add("--report", type=Path, default=None, metavar="FILE", help="write an HTML report here")
+    add(
+        "--report",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="write an HTML report here (not for token-level models)",
+    )
 
 
 def _check_target(path: Path | None) -> None:
@@ -58,22 +66,16 @@ def run(args: argparse.Namespace) -> int:
     """Load, score, compute, print; return 0."""
     for target in (args.json, args.report):
         _check_target(target)
-    from tqdm.auto import tqdm
+    from companion.scoring.opening import load_scorer, model_kind
 
-    from companion import __version__
-    from companion.data.loading import load_rows
-    from companion.evaluation import evaluate_pairs
-    from companion.scoring import RewardScorer
-
+    kind = model_kind(args.model, revision=args.revision)
+    if args.report is not None and kind != "scalar":
+        raise DataError(
+            f"{args.model}: there is no HTML report for a model of the kind {kind}", "take --json"
+        )
     # The data first: a wrong path is found in a moment, a model may take minutes.
-    rows = load_rows(
-        args.dataset_name,
-        kind="pairs",
-        split=args.dataset_split,
-        name=args.dataset_config,
-        limit=args.limit,
-    )
-    scorer = RewardScorer.from_pretrained(
+    rows, row_kind = _load(args, kind)
+    scorer = load_scorer(
         args.model,
         device=args.device,
         dtype=args.dtype,
@@ -84,20 +86,25 @@ def run(args: argparse.Namespace) -> int:
     )
     for note in scorer.notes:
         print(f"note: {note}", file=sys.stderr)
+    from companion import __version__
+
     info = {
         "model": args.model,
         "dataset": args.dataset_name,
         "split": args.dataset_split,
         "config": args.dataset_config,
         "row_limit": args.limit,
+        "rows": row_kind,
         "companion": __version__,
     }
-    with tqdm(desc="scoring", total=2 * len(rows), unit=" texts", file=sys.stderr) as bar:
-        result = evaluate_pairs(scorer, rows, info=info, progress=bar.update)
+    result = _evaluate(scorer, rows, row_kind, info)
     print(f"{args.model} on {args.dataset_name}\n\n{result.table()}")
     dropped = result.metrics["dropped"]
+    noun = "pairs" if row_kind == "rankings" else row_kind
     for reason, count in dropped["reasons"].items():
-        print(f"dropped {count:,} of {result.metrics['n_rows']:,} pairs: {reason}", file=sys.stderr)
+        print(
+            f"dropped {count:,} of {result.metrics['n_rows']:,} {noun}: {reason}", file=sys.stderr
+        )
     if args.json is not None:
         print(f"\nfigures: {result.save(args.json)}")
     if args.report is not None:
@@ -106,3 +113,43 @@ def run(args: argparse.Namespace) -> int:
         title = f"{Path(args.model).name or args.model} on {Path(args.dataset_name).name}"
         print(f"report: {write_report(args.report, title=title, evaluation=result, run_info=info)}")
     return 0
+
+
+def _load(args: argparse.Namespace, kind: str) -> tuple[Any, str]:
+    """The rows, and of which kind they are."""
+    from companion.data.loading import load_rows_with_report
+    from companion.token_evaluation import ROWS
+
+    rows, report = load_rows_with_report(
+        args.dataset_name,
+        kind=ROWS.get(kind, "auto"),
+        split=args.dataset_split,
+        name=args.dataset_config,
+        limit=args.limit,
+    )
+    if kind == "scalar" and report.kind not in ("pairs", "rankings"):
+        raise DataError(
+            f"{args.dataset_name}: holds {report.kind}, but {args.model} gives one score a text",
+            "evaluate it on pairs or rankings",
+        )
+    return rows, report.kind
+
+
+def _evaluate(scorer: Any, rows: Any, kind: str, info: dict[str, Any]) -> Any:
+    """The figures that belong to the kind of the rows."""
+    from tqdm.auto import tqdm
+
+    from companion.evaluation import evaluate_pairs
+    from companion.ranking_evaluation import evaluate_rankings
+    from companion.token_evaluation import evaluate_tokens
+
+    total = len(rows)
+    if kind == "pairs":
+        total *= 2
+    elif kind == "rankings":
+        total = sum(map(len, rows["completions"]))
+    evaluate: Any = {"pairs": evaluate_pairs, "rankings": evaluate_rankings}.get(
+        kind, evaluate_tokens
+    )
+    with tqdm(desc="scoring", total=total, unit=" texts", file=sys.stderr) as bar:
+        return evaluate(scorer, rows, info=info, progress=bar.update)

@@ -8,7 +8,9 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument("--model", required=True, help="folder or hub id of a reward model")
+    parser.add_argument(
+        "--model", required=True, help="folder or hub id of a reward model of any kind"
+    )
     parser.add_argument(
         "--input",
         required=True,
@@ -57,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
     """Score the file; 0 if at least one row has a score, or there was nothing left to do."""
     from tqdm.auto import tqdm
 
-    from companion.scoring import RewardScorer, score_file
+    from companion.scoring import load_scorer, score_file
 
-    scorer = RewardScorer.from_pretrained(
+    scorer = load_scorer(
         args.model,
         device=args.device,
         dtype=args.dtype,

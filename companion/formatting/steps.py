@@ -57,8 +57,9 @@ def encode_steps(
     formatter : RewardFormatter
         Its tokenizer must be a fast one: the borders come from its offsets.
     rows : sequence of mappings
-        Each with ``prompt`` and ``completions`` (the steps, text), and ``terminated`` if the
-        solution goes on: it is then closed by a separator in place of the end of a text.
+        Each with ``prompt`` and ``completions`` (the steps, text). A solution that goes on, since
+        it says ``terminated=False`` or has steps under ``rest``, is closed by a separator in place
+        of the end of a text.
     separator : str
         What stands between the steps.
     chat : bool
@@ -113,6 +114,8 @@ def _write(row: Mapping[str, Any], separator: str, chat: bool, name: str) -> dic
     steps = row["completions"]
     if not steps:
         raise DataError(f"{name}: no steps")
+    if isinstance(steps, str) or not all(isinstance(step, str) for step in steps):
+        raise DataError(f"{name}: 'completions' is no list of texts, one a step")
     for number, step in enumerate(steps):
         if separator in step:
             raise DataError(
@@ -120,7 +123,7 @@ def _write(row: Mapping[str, Any], separator: str, chat: bool, name: str) -> dic
                 "steps than it has labels",
                 "take a separator that occurs in no step (--step_separator), or split the step",
             )
-    terminated = row.get("terminated") is not False
+    terminated = row.get("terminated") is not False and not row.get("rest")
     content = separator.join(steps) + ("" if terminated else separator)
     shared = {key: value for key, value in row.items() if key not in ("completions", "terminated")}
     written = {**shared, "completion": content, "terminated": terminated}

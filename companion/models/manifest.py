@@ -169,6 +169,12 @@ class RewardManifest:
     notes: list[str] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
 
+    @property
+    def kind(self) -> str:
+        """``scalar`` for one score a text, else ``outcome`` or ``process``."""
+        kinds = {rule: kind for kind, rule in TOKEN_RULES.items()}
+        return kinds.get(self.readout["rule"], "scalar")
+
     def describe(self, formatter: RewardFormatter) -> None:
         """Take over the recipe and the fingerprint of a formatter."""
         self.formatter = formatter.recipe()

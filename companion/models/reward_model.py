@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from companion.formatting import RewardFormatter
+from companion.formatting import Overlong, RewardFormatter
 from companion.models.manifest import RewardManifest
 
 
@@ -40,3 +40,15 @@ class RewardModel:
     def pad_token_id(self) -> int:
         """The id that batches are padded with."""
         return int(self.tokenizer.pad_token_id)
+
+    def limit_texts(self, max_length: int | None, overlong: Overlong | None) -> None:
+        """Take another limit of length, or another way with what is longer, where one is given."""
+        if max_length is None and overlong is None:
+            return
+        before = self.formatter
+        self.formatter = RewardFormatter(
+            self.tokenizer,
+            max_length=max_length if max_length is not None else before.max_length,
+            overlong=overlong if overlong is not None else before.overlong,
+            chat_template=before.template_override,
+        )

@@ -193,7 +193,7 @@ def load_token_model(
             "give a folder that 'companion train outcome' or 'companion train process' wrote",
         )
     manifest = RewardManifest.load(path)
-    if manifest.readout["rule"] not in TOKEN_RULES.values():
+    if manifest.kind not in TOKEN_RULES:
         raise ModelError(
             f"{name}: holds a reward model with one score a text, no outcome or process model",
             "load it with companion.scoring.RewardScorer",

@@ -1,5 +1,6 @@
 """Score texts, conversations and completions; see :mod:`companion.scoring.scorer`."""
 
+from companion.scoring.opening import load_scorer, model_kind
 from companion.scoring.results import PairScores, Scores
 from companion.scoring.scorer import RewardScorer
 from companion.scoring.streaming import FileReport, score_file
@@ -12,5 +13,7 @@ __all__ = [
     "Scores",
     "TokenScorer",
     "TokenScores",
+    "load_scorer",
+    "model_kind",
     "score_file",
 ]

@@ -6,6 +6,7 @@ Chapter 6.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,15 @@ class Scores:
     def n_dropped(self) -> int:
         """Number of rows without a score."""
         return sum(reason is not None for reason in self.reasons)
+
+    def record(self, i: int) -> dict[str, Any]:
+        """What a line of a file says of row `i`, which has a score."""
+        found: dict[str, Any] = {"score": float(self.raw[i]), "n_tokens": int(self.n_tokens[i])}
+        for name in ("centered", "z", "percentile"):
+            values: np.ndarray | None = getattr(self, name)
+            if values is not None:
+                found[name] = float(values[i])
+        return found
 
     def __len__(self) -> int:
         return len(self.raw)

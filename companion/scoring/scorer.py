@@ -104,14 +104,7 @@ class RewardScorer:
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        if max_length is not None or overlong is not None:
-            before = reward_model.formatter
-            reward_model.formatter = RewardFormatter(
-                reward_model.tokenizer,
-                max_length=max_length if max_length is not None else before.max_length,
-                overlong=overlong if overlong is not None else before.overlong,
-                chat_template=before.template_override,
-            )
+        reward_model.limit_texts(max_length, overlong)
         return cls(reward_model, max_tokens_per_batch=max_tokens_per_batch, packing=packing)
 
     @property

@@ -20,15 +20,20 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 
 from companion.errors import DataError
-from companion.scoring.results import Scores
 from companion.scoring.scorer import OnError, Progress, RewardScorer
+from companion.scoring.token_scorer import TokenScorer
 
 _STATE_VERSION = 1
-_OURS = frozenset({"index", "score", "n_tokens", "centered", "z", "percentile", "error"})
+_OURS = frozenset(
+    {
+        *("index", "score", "n_tokens", "error"),
+        *("centered", "z", "percentile"),
+        *("token_scores", "step_scores", "step_wrong", "first_error"),
+    }
+)
 _OVERWRITE = "give another output, or --overwrite to begin anew"
 
 
@@ -43,7 +48,7 @@ class FileReport:
 
 
 def score_file(
-    scorer: RewardScorer,
+    scorer: RewardScorer | TokenScorer,
     input_path: str | os.PathLike[str],
     output_path: str | os.PathLike[str],
     *,
@@ -60,6 +65,8 @@ def score_file(
 
     Parameters
     ----------
+    scorer : RewardScorer or TokenScorer
+        What a line says is its :meth:`Scores.record` or :meth:`TokenScores.record`.
     fields : sequence of str
         Fields to copy from the input, besides ``id``; ``("*",)`` copies all. One that has the
         name of an output field (``score``) is called ``input_score``.
@@ -91,12 +98,15 @@ def score_file(
     if chunk_rows < 1:
         raise DataError(f"chunk_rows is {chunk_rows}", "use a positive number")
     digest, rows = _input_digest(source)
+    manifest = scorer.reward_model.manifest
+    reference = None if manifest is None else manifest.reference
     state = {
         "version": _STATE_VERSION,
         "input": {"sha256": digest, "rows": rows},
         "model": model_fingerprint(scorer.reward_model.model),
         "formatter": scorer.formatter.fingerprint(),
-        "reference": None if scorer.reference is None else vars(scorer.reference),
+        "reference": None if reference is None else vars(reference),
+        "readout": scorer.readout.to_dict() if isinstance(scorer, TokenScorer) else None,
         "options": {
             "fields": list(fields),
             "completion_field": completion_field,
@@ -191,7 +201,7 @@ def _parse(path: Path, number: int, line: bytes) -> Any:
 
 
 def _score_chunk(
-    scorer: RewardScorer,
+    scorer: RewardScorer | TokenScorer,
     source: Path,
     chunk: Sequence[tuple[int, tuple[int, bytes]]],
     fields: Sequence[str],
@@ -230,21 +240,12 @@ def _score_chunk(
                     record[f"input_{key}" if key in _OURS else key] = row[key]
         i = where_scored.get(place)
         if i is not None and scores.reasons[i] is None:
-            record.update(_values(scores, i))
+            record.update(scores.record(i))
         else:
             record["score"] = None
             record["error"] = error_text if i is None else scores.reasons[i]
         records.append(record)
     return records
-
-
-def _values(scores: Scores, i: int) -> dict[str, Any]:
-    record: dict[str, Any] = {"score": float(scores.raw[i]), "n_tokens": int(scores.n_tokens[i])}
-    for name in ("centered", "z", "percentile"):
-        array: np.ndarray | None = getattr(scores, name)
-        if array is not None:
-            record[name] = float(array[i])
-    return record
 
 
 def _to_json(record: dict[str, Any]) -> str:

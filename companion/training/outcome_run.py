@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
-from companion.evaluation import format_table
 from companion.models.token_readout import TokenReadout
+from companion.token_evaluation import token_table
 from companion.token_metrics import outcome_metrics
 from companion.training.config import ModelArguments, RowArguments
 from companion.training.outcome import (
@@ -24,7 +24,6 @@ from companion.training.token_run import (
     finish_token,
     load_start,
     prompts_of,
-    shown,
 )
 
 
@@ -106,30 +105,4 @@ def _figures(run: Run, config: OutcomeRewardConfig, predictions: np.ndarray) -> 
 
 def summary(result: TokenTrainingResult) -> str:
     """The table that ends a run."""
-    figures = result.metrics
-    low, high = figures["auc_interval"] or (None, None)
-    by = figures["auc_by_aggregation"]
-    lines = [
-        format_table(
-            ("held-out figure", "ours", "floor", "best possible"),
-            [
-                (
-                    "AUC",
-                    shown(figures["auc"]),
-                    shown(figures["length_auc"]),
-                    shown(figures["limit_auc"]),
-                ),
-                ("accuracy at 0.5", shown(figures["accuracy"]), shown(figures["majority"]), "–"),
-                ("log loss, nats", shown(figures["loss"]), "–", "–"),
-                ("calibration error", shown(figures["ece"]), "–", "–"),
-            ],
-        ),
-        "",
-        f"{figures['n']:,} texts, score = {figures['aggregation']} of the probabilities; "
-        f"AUC 95% interval {shown(low)} to {shown(high)}",
-        "AUC by aggregation: " + ", ".join(f"{how} {shown(value)}" for how, value in by.items()),
-        "floors: the length for the AUC, the more frequent answer for the accuracy",
-    ]
-    if figures["auc"] is not None and figures["auc"] <= figures["length_auc"]:
-        lines.append("the model does not beat the length")
-    return "\n".join([*lines, f"saved in {result.output_dir}"])
+    return f"{token_table(result.metrics)}\nsaved in {result.output_dir}"

@@ -9,7 +9,6 @@ is that of the mean over all labelled steps of the whole step of the optimiser. 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from companion.batching import pad_batch
 from companion.errors import CompanionError, DataError
 from companion.formatting import RewardFormatter
 from companion.formatting.steps import encode_steps
-from companion.labels import STEP_CLASSES
+from companion.labels import LABEL_TYPES, NEUTRALS, step_target
 from companion.losses import IGNORE_INDEX, outcome_loss, process_loss
 from companion.models.guards import check_batch
 from companion.models.token_readout import AGGREGATIONS, STEP_SCORES
@@ -32,9 +31,6 @@ from companion.training.kind_rows import OVERLONG, check_columns, format_all, id
 from companion.training.rows import FormatReport
 from companion.training.setup import refuse_not_finite
 from companion.training.token_level import TokenRewardConfig, TokenTrainer
-
-LABEL_TYPES = ("three", "binary", "soft")
-NEUTRALS = ("good", "bad", "ignore")
 
 
 @dataclass
@@ -107,35 +103,6 @@ class ProcessRewardConfig(TokenRewardConfig):
         return 3 if self.label_type == "three" else 1
 
 
-def step_target(label: Any, label_type: str, neutral: str, where: str) -> float:
-    """A step's label as the loss takes it: a class, a probability, or -100.
-
-    Raises
-    ------
-    DataError
-        For a label that does not fit the type.
-    """
-    if label is None or (isinstance(label, float) and math.isnan(label)):
-        return IGNORE_INDEX
-    if label_type == "soft":
-        if not 0 <= label <= 1:
-            raise DataError(
-                f"{where}: the label {label!r} is no probability",
-                "soft labels lie in [0, 1]; for −1, 0 and +1 take --label_type three or binary",
-            )
-        return float(label)
-    if label not in STEP_CLASSES:
-        raise DataError(
-            f"{where}: the label {label!r} is none of −1, 0, +1 and null",
-            "for probabilities take --label_type soft",
-        )
-    if label_type == "three":
-        return STEP_CLASSES[int(label)]
-    if label == 0:
-        return {"good": 1.0, "bad": 0.0, "ignore": IGNORE_INDEX}[neutral]
-    return float(label > 0)
-
-
 def format_steps(
     dataset: Dataset,
     formatter: RewardFormatter,
@@ -149,9 +116,9 @@ def format_steps(
 ) -> tuple[Dataset, FormatReport]:
     """Tokenise solutions in steps by the one formatter; find where each step ends.
 
-    A row that says ``terminated: false``, or has a column ``rest`` with steps that follow the
-    labelled ones, is not finished: its last step is closed by the separator. What follows a step
-    cannot change what a causal model says of it, so the rest itself need not be read.
+    A solution that goes on (:func:`companion.formatting.steps.encode_steps`) has its last step
+    closed by the separator. What follows a step cannot change what a causal model says of it, so
+    the rest itself need not be read.
 
     Parameters
     ----------
@@ -202,9 +169,8 @@ def _steps_to_ids(
     neutral: str,
     chat: bool,
 ) -> list[dict[str, Any]]:
-    texts = [{**row, "terminated": False} if row.get("rest") else row for row in rows]
     found: list[dict[str, Any]] = []
-    encoded = encode_steps(formatter, texts, separator, chat=chat, names=names)
+    encoded = encode_steps(formatter, rows, separator, chat=chat, names=names)
     for row, name, item in zip(rows, names, encoded, strict=True):
         if isinstance(item, CompanionError):
             raise item

@@ -7,18 +7,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import TrainerCallback
 
-from companion.errors import DataError
-from companion.evaluation import format_table
-from companion.losses import IGNORE_INDEX
 from companion.models.token_readout import TokenReadout
+from companion.token_evaluation import LabelledSteps, labelled_steps, token_table, true_errors
 from companion.token_metrics import fit_threshold, process_metrics
 from companion.training.config import ModelArguments, RowArguments
 from companion.training.process import ProcessRewardConfig, ProcessRewardTrainer, format_steps
 from companion.training.stages import RowKind, Run, Say, start_run
-from companion.training.token_run import TokenTrainingResult, finish_token, load_start, shown
+from companion.training.token_run import TokenTrainingResult, finish_token, load_start, prompts_of
 
 Array = np.ndarray
 
@@ -90,43 +87,33 @@ def train_process(
         step_score=config.step_score,
         chat=config.as_chat,
     )
-    calibration, _, _ = _labelled(run, predictions, run.calibration_rows, readout)
-    threshold = fit_threshold(calibration)
+    calibration = _labelled(run, predictions, run.calibration_rows, readout)
+    threshold = fit_threshold(calibration.solutions)
     readout = TokenReadout(**{**vars(readout), "threshold": threshold})
     metrics: dict[str, Any] = {}
     if config.process_index == 0:
-        solutions, right, classes = _labelled(run, predictions, run.test_rows, readout)
+        test = _labelled(run, predictions, run.test_rows, readout)
         metrics = process_metrics(
-            solutions, threshold=threshold, right=right, labels=classes, truth=_truth(run)
+            test.solutions,
+            threshold=threshold,
+            right=test.right,
+            labels=test.labels,
+            truth=_truth(run),
+            groups=prompts_of(run, run.test_rows),
         )
     return finish_token(run, trainer, output.metrics, readout, metrics)
 
 
 def _labelled(
     run: Run, predictions: Array, places: Sequence[int], readout: TokenReadout
-) -> tuple[list[tuple[Array, Array]], list[Array], list[Array]]:
-    """Of the labelled steps of some rows: P(wrong) and whether wrong; whether right; class."""
-    solutions, right, classes = [], [], []
-    for place, targets in zip(
-        places, run.formatted["held_out"].select(places)["targets"], strict=True
-    ):
-        target = np.asarray(targets, dtype=np.float64)
-        kept = target != IGNORE_INDEX
-        if not kept.any():
-            raise DataError("a tokenised row has no label", "format the rows anew")
-        logits = predictions[place].reshape(-1, readout.labels)[: len(target)][kept]
-        target = target[kept]
-        tensor = torch.from_numpy(logits.astype(np.float64))
-        probabilities = readout.wrong(tensor).numpy()
-        if readout.labels == 3:
-            solutions.append((probabilities, (target == 0).astype(np.float64)))
-            right.append((logits.argmax(axis=1) == target).astype(np.float64))
-            classes.append(target)
-        else:
-            solutions.append((probabilities, (target <= 0.5).astype(np.float64)))
-            right.append(((logits[:, 0] > 0) == (target > 0.5)).astype(np.float64))
-            classes.append((target > 0.5).astype(np.float64))
-    return solutions, right, classes
+) -> LabelledSteps:
+    """The labelled steps of some of the held-out rows, with what the model says of them."""
+    targets = list(run.formatted["held_out"].select(places)["targets"])
+    logits = [
+        predictions[place].reshape(-1, readout.labels)[: len(target)]
+        for place, target in zip(places, targets, strict=True)
+    ]
+    return labelled_steps(logits, targets, readout)
 
 
 def _truth(run: Run) -> list[Array] | None:
@@ -135,37 +122,12 @@ def _truth(run: Run) -> list[Array] | None:
     if "true_labels" not in given.column_names:
         return None
     rows = run.formatted["held_out"].select(run.test_rows)
-    found = []
-    for row, targets in zip(rows["row"], rows["targets"], strict=True):
-        wrong = np.asarray([label == -1 for label in given[row]["true_labels"]], dtype=np.float64)
-        found.append(wrong[np.asarray(targets) != IGNORE_INDEX])
-    return found
+    return [
+        true_errors(given[row]["true_labels"], targets)
+        for row, targets in zip(rows["row"], rows["targets"], strict=True)
+    ]
 
 
 def summary(result: TokenTrainingResult) -> str:
     """The table that ends a run."""
-    figures = result.metrics
-    first, at_half = figures["first_error"], figures["first_error_at_half"]
-    rows = [
-        (
-            "first-error F1",
-            *(shown(x) for x in (first["first_error_f1"], figures["guessing_f1"])),
-            shown(figures["limit_f1"]),
-        ),
-        ("  solutions with an error", shown(first["accuracy_on_errors"]), "–", "–"),
-        ("  solutions without", shown(first["accuracy_on_right"]), "–", "–"),
-        ("step accuracy", shown(figures["step_accuracy"]), shown(figures["majority"]), "–"),
-        ("AUC of wrong steps", shown(figures["wrong_auc"]), "0.500", "–"),
-    ]
-    return "\n".join(
-        [
-            format_table(("held-out figure", "ours", "floor", "best possible"), rows),
-            "",
-            f"{figures['n']:,} solutions ({first['n_errors']:,} with an error), "
-            f"{figures['n_steps']:,} labelled steps; a step is wrong if P(wrong) > "
-            f"{figures['threshold']:.3f}, fitted on other rows (F1 at 0.5: "
-            f"{shown(at_half['first_error_f1'])})",
-            "floors: guessing at the best rate for the F1, the most frequent label for the steps",
-            f"saved in {result.output_dir}",
-        ]
-    )
+    return f"{token_table(result.metrics)}\nsaved in {result.output_dir}"

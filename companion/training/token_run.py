@@ -120,8 +120,3 @@ def finish_token(
         manifest=manifest,
         notes=[*notes, *reward_model.notes],
     )
-
-
-def shown(value: float | None) -> str:
-    """A figure of a table; a dash if there is none."""
-    return "–" if value is None or value != value else f"{value:.3f}"
