@@ -7,6 +7,7 @@ not be scored; it never wins, and it is never counted as right or wrong.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 import torch
@@ -145,6 +146,46 @@ def best_of_n_kl(n: int) -> float:
     if n < 1:
         raise DataError(f"best-of-N with N = {n}: N must be at least 1")
     return math.log(n) - (n - 1) / n
+
+
+def majority_vote(
+    answers: Sequence[Hashable | None], weights: Sequence[float] | None = None
+) -> int | None:
+    """Index of the first completion with the most frequent answer (self-consistency).
+
+    Wang et al. 2022, arXiv 2203.11171; with weights, such as rewards, as in Li et al. 2022, arXiv
+    2206.02336. Chapter 3.
+
+    Parameters
+    ----------
+    answers : sequence
+        ``[N]`` what each completion says; None for one that gives no answer, which has no vote.
+    weights : sequence of float, optional
+        ``[N]``, 0 or more; 1 each if absent.
+
+    Returns
+    -------
+    int or None
+        None if nobody votes. Of answers with equally many votes the one that came first wins.
+
+    Raises
+    ------
+    ShapeError
+        If the lengths differ.
+    DataError
+        If a weight is negative or NaN.
+    """
+    if weights is None:
+        weights = [1.0] * len(answers)
+    if len(weights) != len(answers):
+        raise ShapeError(f"{len(answers)} answers, {len(weights)} weights")
+    if not all(weight >= 0 for weight in weights):
+        raise DataError("a weight is negative or NaN", "use weights of 0 or more")
+    votes: dict[Hashable, float] = {}
+    for answer, weight in zip(answers, weights, strict=True):
+        if answer is not None:
+            votes[answer] = votes.get(answer, 0.0) + weight
+    return list(answers).index(max(votes, key=votes.__getitem__)) if votes else None
 
 
 def expected_best_of_n(scores: Tensor, n: int, values: Tensor | None = None) -> Tensor:

@@ -1,0 +1,196 @@
+"""Best-of-N and step-guided beam search, batched over prompts.
+
+TRL has dropped its best-of-N sampler and its process models (trl #5048, #4291). Both searches count
+the tokens that the policy generated, so that they can be compared with plain sampling and a vote
+for the same price. Chapters 3 and 5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from companion.errors import DataError, ModelError
+from companion.formatting import Text
+from companion.formatting.steps import split_steps
+from companion.scoring.token_scorer import TokenScorer
+from companion.search.choosing import (
+    Candidate,
+    Scorer,
+    SearchResult,
+    order,
+    score_rows,
+    score_samples,
+)
+from companion.search.sampling import Policy
+
+
+def best_of_n_search(
+    policy: Policy,
+    scorer: Scorer,
+    prompts: Sequence[Text],
+    n: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+) -> list[SearchResult]:
+    """Draw n completions of each prompt and order them by their scores. Chapter 5.
+
+    Parameters
+    ----------
+    policy : Policy
+    scorer : RewardScorer, TokenScorer or callable
+        A callable gets rows with ``prompt``, ``completion`` (text) and ``terminated``, and gives a
+        score each.
+    prompts, n, temperature, top_p, max_new_tokens, seed
+        As in :meth:`Policy.sample`.
+
+    Returns
+    -------
+    list of SearchResult
+        One a prompt, in order.
+    """
+    samples = policy.sample(
+        prompts,
+        n,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    return score_samples(scorer, prompts, samples)
+
+
+@dataclass
+class _Search:
+    """One prompt's search: the beams that go on, those that ended, and what they cost."""
+
+    prompt: Text
+    beams: list[Candidate]
+    ended: list[Candidate] = field(default_factory=list)
+    n_generated: int = 0
+    n_scored: int = 0
+
+
+def step_beam_search(
+    policy: Policy,
+    scorer: TokenScorer,
+    prompts: Sequence[Text],
+    *,
+    beams: int = 4,
+    expand: int = 4,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_steps: int = 16,
+    max_step_tokens: int = 128,
+    seed: int = 0,
+) -> list[SearchResult]:
+    """Search step by step, guided by a process model (Snell et al. 2024, arXiv 2408.03314).
+
+    Each round, every beam is gone on with by ``expand`` samples of one step (up to the separator);
+    equal ones count once. The process model scores the steps of each, their aggregate (as the
+    model's manifest says) is the beam's value, and the best ``beams`` are kept. A solution that
+    has ended competes for these places too, is kept for the final choice in any case, and costs
+    nothing more. The search ends when only ended ones hold places, or after ``max_steps``.
+    Chapter 3.
+
+    Parameters
+    ----------
+    policy : Policy
+    scorer : TokenScorer
+        Of a process model. Its separator ends a step.
+    prompts : sequence
+        Texts or lists of messages; the policy and the process model get the same.
+    beams, expand : int
+        Beams that are kept, and samples of each beam. The first step is sampled ``beams × expand``
+        times.
+    temperature, top_p, seed
+        As in :meth:`Policy.sample`: what is found for a prompt does not depend on the others.
+    max_steps, max_step_tokens : int
+        A beam that has not ended by then, or a step that is longer, is cut off.
+
+    Returns
+    -------
+    list of SearchResult
+        One a prompt, in order. Its candidates are the solutions that ended and those that were cut
+        off.
+
+    Raises
+    ------
+    ModelError
+        If the scorer is not of a process model.
+    DataError
+        For a setting below 1.
+    """
+    separator = scorer.readout.separator
+    if scorer.readout.kind != "process" or separator is None:
+        raise ModelError(
+            "the scorer is not of a process model: it has no steps to score",
+            "train one with `companion train process`, or use best_of_n_search",
+        )
+    if min(beams, expand, max_steps) < 1:
+        raise DataError(f"beams={beams}, expand={expand}, max_steps={max_steps}: at least 1 each")
+    searches = [_Search(prompt, [Candidate("", [], False, math.nan)]) for prompt in prompts]
+    draw: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_step_tokens,
+        "stop": separator,
+        "seed": seed,
+    }
+    for step in range(max_steps):
+        going = [(search, beam) for search in searches for beam in search.beams]
+        if not going:
+            break
+        grown = policy.sample(
+            [search.prompt for search, _ in going],
+            beams * expand if step == 0 else expand,
+            prefixes=[beam.token_ids for _, beam in going],
+            **draw,
+        )
+        fresh: list[tuple[_Search, Candidate, bool]] = []  # and whether it can go on
+        seen: set[tuple[int, tuple[int, ...]]] = set()
+        for (search, _), group in zip(going, grown, strict=True):
+            for sample in group:
+                search.n_generated += sample.n_tokens
+                key = (id(search), tuple(sample.token_ids))
+                if key not in seen:
+                    seen.add(key)
+                    new = Candidate(sample.text, sample.token_ids, sample.terminated, math.nan)
+                    fresh.append((search, new, sample.stopped))
+        rows = [
+            {
+                "prompt": search.prompt,
+                "completions": split_steps(new.text, separator),
+                "terminated": new.terminated,
+            }
+            for search, new, _ in fresh
+        ]
+        values, reasons, read = score_rows(scorer, rows)
+        live: dict[int, list[Candidate]] = {id(search): [] for search in searches}
+        for (search, new, goes_on), value, reason, tokens in zip(
+            fresh, values, reasons, read, strict=True
+        ):
+            search.n_scored += int(tokens)
+            scored = Candidate(new.text, new.token_ids, new.terminated, float(value), reason)
+            if goes_on and step < max_steps - 1 and reason is None:
+                live[id(search)].append(scored)
+            else:
+                search.ended.append(scored)
+        for search in searches:
+            search.beams = _places(live[id(search)], search.ended, beams)
+    return [
+        SearchResult(order(search.ended), search.n_generated, search.n_scored)
+        for search in searches
+    ]
+
+
+def _places(live: Sequence[Candidate], ended: Sequence[Candidate], beams: int) -> list[Candidate]:
+    """Of the best ``beams`` of all, those that go on; at equal values an ended one comes first."""
+    finished = [item for item in ended if item.terminated and not math.isnan(item.score)]
+    ranked = sorted([*finished, *live], key=lambda item: -item.score)[:beams]
+    return [item for item in ranked if not item.terminated]
