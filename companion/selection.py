@@ -1,20 +1,23 @@
 """Choosing by score, and the figures that go with it: accuracy, margin, best-of-N, whitening.
 
-Chapters 4 (accuracy and margin) and 5 (best-of-N, whitening). A NaN score marks an item that could
-not be scored; it never wins, and it is never counted as right or wrong.
+Chapters 4 (accuracy and margin) and 5 (best-of-N, ensembles, whitening). A NaN score marks an item
+that could not be scored; it never wins, and it is never counted as right or wrong.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from companion._tensors import as_float, same_shape
 from companion.errors import DataError, ShapeError
+from companion.resampling import Array, bootstrap_interval
 
 
 def margin(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -231,6 +234,126 @@ def expected_best_of_n(scores: Tensor, n: int, values: Tensor | None = None) -> 
         device=scores.device,
     )
     return (values.double().gather(-1, order) * weights).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class BestOfNCurve:
+    """Best-of-n over n, as :func:`best_of_n_curve` makes it. Chapter 5.
+
+    Attributes
+    ----------
+    n : ndarray ``[K]`` int64
+    kl : ndarray ``[K]``
+        Bound on the divergence from the policy, in nats (:func:`best_of_n_kl`).
+    mean : ndarray ``[K]``
+        Mean over prompts of what the chosen completion is worth.
+    low, high : ndarray ``[K]``
+        Ends of its interval.
+    per_prompt : ndarray ``[P, K]``
+        What the mean is of; two curves over the same prompts are compared by its differences.
+    """
+
+    n: np.ndarray
+    kl: Array
+    mean: Array
+    low: Array
+    high: Array
+    per_prompt: Array
+
+
+def best_of_n_curve(
+    scores: Tensor,
+    ns: Sequence[int],
+    values: Tensor | None = None,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> BestOfNCurve:
+    """Unbiased best-of-n for many n from one pool of samples, with intervals over prompts.
+
+    Drawn against ``kl``, with a proxy as `scores` and once the proxy, once the gold reward as
+    `values`, it is the figure of Gao, Schulman and Hilton (2023, arXiv 2210.10760). Chapter 5.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[P, M]``, M samples of each of P prompts; what the choice is made by.
+    ns : sequence of int
+        Each from 1 to M.
+    values : Tensor, optional
+        ``[P, M]``, what is counted of the chosen one; `scores` if absent.
+    level, n_resamples, seed
+        Of :func:`companion.resampling.bootstrap_interval`; it draws whole prompts, since the
+        samples of one prompt succeed or fail together.
+
+    Raises
+    ------
+    ShapeError
+        If the scores are not ``[P, M]``, an n is not within 1 and M, or the shapes differ.
+    DataError
+        If a score is NaN.
+    """
+    scores = _candidates(scores)
+    if scores.dim() != 2:
+        raise ShapeError(f"scores must be [prompts, samples], not {list(scores.shape)}")
+    columns = [expected_best_of_n(scores, n, values).cpu().numpy() for n in ns]
+    per_prompt = np.stack(columns, axis=1) if columns else np.empty((len(scores), 0))
+    intervals = [
+        bootstrap_interval(column, level=level, n_resamples=n_resamples, seed=seed)
+        for column in columns
+    ]
+    return BestOfNCurve(
+        n=np.array(ns, dtype=np.int64),
+        kl=np.array([best_of_n_kl(n) for n in ns]),
+        mean=per_prompt.mean(axis=0),
+        low=np.array([interval.low for interval in intervals]),
+        high=np.array([interval.high for interval in intervals]),
+        per_prompt=per_prompt,
+    )
+
+
+def ensemble_scores(
+    scores: Tensor, how: Literal["mean", "worst", "uncertainty"] = "mean", *, weight: float = 1.0
+) -> Tensor:
+    """One score from those of several reward models, to be optimised in place of a single one.
+
+    A completion that fools one model seldom fools all. The three ways are those of Coste et al.
+    (2024, arXiv 2310.02743). Chapter 5.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[K, ...]`` of K models *on one scale*, such as z scores of the same reference set: two
+        reward models differ by a shift at least, and the smallest of raw scores is then always
+        that of the same model.
+    how : {"mean", "worst", "uncertainty"}
+        The mean; the smallest; or the mean minus `weight` times the variance over the models.
+    weight : float, default 1.0
+        Only for "uncertainty".
+
+    Returns
+    -------
+    Tensor
+        ``[...]``; NaN where one of the models has NaN.
+
+    Raises
+    ------
+    ShapeError
+        If there is no model.
+    DataError
+        If `how` is unknown.
+    """
+    scores = as_float("scores", scores)
+    if scores.dim() == 0 or scores.shape[0] == 0:
+        raise ShapeError(f"scores must be [K, ...] with K >= 1, not {list(scores.shape)}")
+    if how == "mean":
+        return scores.mean(dim=0)
+    if how == "worst":
+        return scores.amin(dim=0)
+    if how == "uncertainty":
+        return scores.mean(dim=0) - weight * scores.var(dim=0, correction=0)
+    raise DataError(f"how={how!r} is unknown", "there are 'mean', 'worst' and 'uncertainty'")
 
 
 def whiten(

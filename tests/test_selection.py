@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from companion.errors import DataError, ShapeError
+from companion.resampling import bootstrap_interval
 from companion.selection import (
     best_of_n,
+    best_of_n_curve,
     best_of_n_kl,
+    ensemble_scores,
     expected_best_of_n,
     margin,
     pairwise_accuracy,
@@ -117,6 +120,61 @@ def test_expected_best_of_n_is_the_mean_over_subsets(size: int, seed: int) -> No
 def test_expected_best_of_n_refuses_nan() -> None:
     with pytest.raises(DataError):
         expected_best_of_n(torch.tensor([NAN, 1.0]), 1)
+
+
+def test_a_curve_is_best_of_n_drawn_many_times() -> None:
+    """Against the plain way: draw n of the pool, take the best by the proxy, look at its gold."""
+    generator = torch.Generator().manual_seed(3)
+    gold = torch.randn(6, 40, generator=generator, dtype=torch.float64)
+    proxy = gold + torch.randn(6, 40, generator=generator, dtype=torch.float64)
+    ns = [1, 2, 5, 17, 40]
+    curve = best_of_n_curve(proxy, ns, gold)
+    assert curve.n.tolist() == ns
+    assert curve.per_prompt.shape == (6, 5)
+    for place, n in enumerate(ns):
+        drawn = torch.rand(4000, 6, 40, generator=generator).argsort(-1)[..., :n]
+        chosen = best_of_n(proxy.expand(4000, -1, -1).gather(-1, drawn))
+        worth = gold.expand(4000, -1, -1).gather(-1, drawn.gather(-1, chosen[..., None]))[..., 0]
+        error = 4 * worth.mean(1).std().item() / 4000**0.5 + 1e-12
+        assert curve.mean[place] == pytest.approx(worth.mean().item(), abs=error)
+        assert curve.kl[place] == best_of_n_kl(n)
+        interval = bootstrap_interval(curve.per_prompt[:, place])
+        assert (curve.low[place], curve.high[place]) == interval
+        assert curve.low[place] <= curve.mean[place] <= curve.high[place]
+    # wrong: the first n of the pool and no others, which is one draw and not the mean of all
+    first = gold.gather(1, best_of_n(proxy[:, :5])[:, None]).mean()
+    assert abs(first.item() - curve.mean[2]) > 0.02
+    # by its own scores a curve cannot fall
+    assert (torch.tensor(best_of_n_curve(proxy, ns).mean).diff() > 0).all()
+
+
+def test_a_curve_refuses_what_is_no_pool() -> None:
+    with pytest.raises(ShapeError, match="prompts, samples"):
+        best_of_n_curve(torch.zeros(4), [1])
+    with pytest.raises(ShapeError):
+        best_of_n_curve(torch.zeros(2, 4), [5])
+
+
+# --- ensembles --------------------------------------------------------------------------------
+
+
+def test_ensembles_by_hand() -> None:
+    scores = torch.tensor([[1.0, 3.0], [2.0, -1.0], [6.0, 1.0]])
+    assert ensemble_scores(scores).tolist() == pytest.approx([3, 1])
+    assert ensemble_scores(scores, "worst").tolist() == [1, -1]
+    variances = [((1 - 3) ** 2 + (2 - 3) ** 2 + (6 - 3) ** 2) / 3, (4 + 4 + 0) / 3]
+    got = ensemble_scores(scores, "uncertainty", weight=0.5).tolist()
+    assert got == pytest.approx([3 - 0.5 * variances[0], 1 - 0.5 * variances[1]])
+    for how in ("mean", "worst", "uncertainty"):
+        assert torch.equal(ensemble_scores(scores[:1], how), scores[0])
+        assert ensemble_scores(torch.tensor([[NAN], [1.0]]), how).isnan().all()
+
+
+def test_ensembles_refuse() -> None:
+    with pytest.raises(ShapeError):
+        ensemble_scores(torch.zeros(0, 3))
+    with pytest.raises(DataError):
+        ensemble_scores(torch.zeros(2, 3), "best")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 64])
