@@ -71,9 +71,7 @@ book: $(VENV)/.stamp-book ## run every notebook and build the pages into build/_
 
 # What a reader changes are copies, so that nothing here is overwritten and `make test` stays green.
 lab: $(VENV)/.stamp-lab ## chapters and exercises in JupyterLab, copies for you to change (lab/)
-	@for file in $(NOTEBOOK_SOURCES); do \
-		mkdir -p "lab/$${file%/*}"; [ -e "lab/$$file" ] || \
-		sed -E '/^ *# <\/?(solution|only)>$$/d' "$$file" > "lab/$$file"; done
+	$(PY) -m companion.course.lab lab
 	cd lab && $(OFFLINE) OMP_NUM_THREADS=1 $(abspath $(VENV))/bin/jupyter lab $(LAB)
 
 notebooks: $(NOTEBOOKS) ## the same as .ipynb files, in build/notebooks
