@@ -39,3 +39,7 @@ class ReadoutError(CompanionError, ValueError):
 
 class ModelError(CompanionError, ValueError):
     """A folder or a checkpoint that is no usable reward model."""
+
+
+class ServiceError(CompanionError, RuntimeError):
+    """A server that cannot be reached, or whose answer is not what its protocol says."""

@@ -21,7 +21,10 @@ from companion.errors import CompanionError
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("companion.cli.quickstart", "train a reward model and judge it, in minutes"),
     "data": ("companion.cli.data", "make the tutor's data; check, describe and split your own"),
-    "train": ("companion.cli.train", "train a reward model: pairwise, kwise, outcome, process"),
+    "train": (
+        "companion.cli.train",
+        "train a reward model (pairwise, kwise, outcome, process) or a policy (grpo)",
+    ),
     "evaluate": ("companion.cli.evaluate", "measure a reward model of any kind on held-out rows"),
     "score": ("companion.cli.score", "score a JSONL file of texts, messages or completions"),
     "progress": ("companion.cli.progress", "which of the course's exercises you have solved"),

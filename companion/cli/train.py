@@ -14,13 +14,15 @@ from typing import Any, NoReturn
 
 from companion.errors import CompanionError
 
-#: kind -> (rows, the runner, its data arguments and settings, what it trains); beside the runner
-#: stands ``summary``, which words its result
-KINDS: dict[str, tuple[str, str, str, str, str]] = {
+_MODEL = "companion.training.config:ModelArguments"
+#: kind -> (rows, the runner, its data arguments, model arguments and settings, what it trains);
+#: beside the runner stands ``summary``, which words its result
+KINDS: dict[str, tuple[str, str, str, str, str, str]] = {
     "pairwise": (
         "PAIRS",
         "companion.training.run:train_pairwise",
         "companion.training.config:DataArguments",
+        _MODEL,
         "companion.training.config:PairwiseRewardConfig",
         "a score from pairs, chosen against rejected (Bradley–Terry)",
     ),
@@ -28,6 +30,7 @@ KINDS: dict[str, tuple[str, str, str, str, str]] = {
         "RANKINGS",
         "companion.training.kwise_run:train_kwise",
         "companion.training.config:RowArguments",
+        _MODEL,
         "companion.training.kwise:KwiseRewardConfig",
         "a score from rankings of K completions of a prompt (Plackett–Luce)",
     ),
@@ -35,6 +38,7 @@ KINDS: dict[str, tuple[str, str, str, str, str]] = {
         "OUTCOMES",
         "companion.training.outcome_run:train_outcome",
         "companion.training.config:RowArguments",
+        _MODEL,
         "companion.training.outcome:OutcomeRewardConfig",
         "the probability that a solution is right, at every token (ORM)",
     ),
@@ -42,8 +46,17 @@ KINDS: dict[str, tuple[str, str, str, str, str]] = {
         "STEPS",
         "companion.training.process_run:train_process",
         "companion.training.config:RowArguments",
+        _MODEL,
         "companion.training.process:ProcessRewardConfig",
         "whether each step of a solution is good, at its end (PRM)",
+    ),
+    "grpo": (
+        "PROMPTS",
+        "companion.rl.run:train_grpo",
+        "companion.rl.config:PromptArguments",
+        "companion.rl.config:PolicyArguments",
+        "companion.rl.config:GRPORunConfig",
+        "a policy against a reward model, watched for over-optimisation",
     ),
 }
 _USAGE = """usage: companion train KIND --model_name_or_path BASE --dataset_name ROWS \\
@@ -52,7 +65,7 @@ _USAGE = """usage: companion train KIND --model_name_or_path BASE --dataset_name
 kinds:
 {kinds}
 
-  BASE   a folder or a hub id, e.g. Qwen/Qwen3-0.6B
+  BASE   a folder or a hub id, e.g. Qwen/Qwen3-0.6B; for grpo the policy
   ROWS   a .jsonl, .jsonl.gz, .parquet or .csv file, a folder, or a hub id
   DIR    becomes a plain Hugging Face checkpoint with reward_manifest.json
 
@@ -63,7 +76,7 @@ Settings of --config are overridden by flags. 'companion train KIND --help' list
 def run_argv(argv: Sequence[str]) -> int:
     """Run ``companion train …`` with what follows ``train``; return the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(_USAGE.format(kinds="\n".join(f"  {k:<10}{v[4]}" for k, v in KINDS.items())))
+        print(_USAGE.format(kinds="\n".join(f"  {k:<10}{v[5]}" for k, v in KINDS.items())))
         return 0 if argv else 2
     if argv[0] not in KINDS:
         raise CompanionError(
@@ -85,7 +98,7 @@ def _named(place: str) -> Any:
 
 
 def parse(argv: Sequence[str], kind: str = "pairwise") -> tuple[Any, Any, Any]:
-    """Flags and YAML file to the data arguments, ModelArguments and settings of the kind.
+    """Flags and YAML file to the data arguments, model arguments and settings of the kind.
 
     Raises
     ------
@@ -95,16 +108,14 @@ def parse(argv: Sequence[str], kind: str = "pairwise") -> tuple[Any, Any, Any]:
     """
     from trl import TrlParser
 
-    from companion.training.config import ModelArguments
-
-    rows, _, data_class, config_class, _ = KINDS[kind]
+    rows, _, data_class, model_class, config_class, _ = KINDS[kind]
     help_line = f"'companion train {kind} --help' lists every setting"
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
             raise CompanionError(message, help_line)
 
-    settings: Any = (_named(data_class), ModelArguments, _named(config_class))
+    settings: Any = (_named(data_class), _named(model_class), _named(config_class))
     parser = Parser(
         settings,
         prog=f"companion train {kind}",

@@ -296,6 +296,26 @@ def load_reward_model(
     return RewardModel(model, tokenizer, formatter, manifest, notes)
 
 
+def load_formatter(
+    path_or_id: PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[RewardFormatter, RewardManifest | None]:
+    """The formatter and the manifest of a reward model, without its weights.
+
+    For a client whose reward model runs on a server: the token ids are made here, by the recipe
+    that was saved with the model.
+
+    Raises
+    ------
+    ModelError
+        For a folder without a tokenizer, a damaged manifest, or a tokenizer that is not the one of
+        the manifest.
+    """
+    name = resolve(path_or_id)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    manifest, formatter = _load_manifest(name, tokenizer, revision, [])
+    return formatter, manifest
+
+
 # ---------------------------------------------------------------------- inside
 
 

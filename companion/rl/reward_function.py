@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from companion.errors import CompanionError, DataError, ModelError
+from companion.scoring.remote import RemoteScorer
 from companion.scoring.scorer import RewardScorer
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ class RewardFunction:
 
     Parameters
     ----------
-    scorer : RewardScorer or str
-        A scorer, or the folder or hub id of a reward model.
+    scorer : RewardScorer, RemoteScorer or str
+        A scorer, here or on a server, or the folder or hub id of a reward model.
     transform : {"raw", "centered", "z", "sigmoid"}
         What becomes of the raw score: nothing; minus the mean of the manifest's reference set; in
         its standard deviations; or the logistic function of the z score. GRPO's group scaling
@@ -68,7 +69,7 @@ class RewardFunction:
 
     def __init__(
         self,
-        scorer: RewardScorer | str,
+        scorer: RewardScorer | RemoteScorer | str,
         *,
         transform: Transform = "raw",
         clip: float | None = None,
@@ -83,14 +84,16 @@ class RewardFunction:
         if isinstance(truncated, str) and truncated != "score":
             raise DataError(f"truncated is {truncated!r}", "use 'score', None or a number")
         self._source = scorer if isinstance(scorer, str) else None
-        self.scorer = RewardScorer.from_pretrained(scorer) if isinstance(scorer, str) else scorer
+        self.scorer: RewardScorer | RemoteScorer = (
+            RewardScorer.from_pretrained(scorer) if isinstance(scorer, str) else scorer
+        )
         if transform != "raw" and self.scorer.reference is None:
             raise ModelError(
                 f"transform={transform!r} needs a reference set, and the manifest has none",
                 "train with held-out pairs, or use transform='raw'",
             )
         if eos_token_ids is None:
-            eos = self.scorer.reward_model.tokenizer.eos_token_id
+            eos = self.scorer.tokenizer.eos_token_id
             eos_token_ids = [] if eos is None else [eos]
         if not eos_token_ids and truncated != "score":
             raise DataError(

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from companion.models.manifest import ReferenceStats
+
 
 @dataclass
 class Scores:
@@ -35,6 +37,14 @@ class Scores:
     centered: np.ndarray | None = None
     z: np.ndarray | None = None
     percentile: np.ndarray | None = None
+
+    def against(self, reference: ReferenceStats | None) -> Scores:
+        """Fill in what a reference set gives, if there is one; returns itself."""
+        if reference is not None:
+            self.centered = reference.centered(self.raw)
+            self.z = reference.z(self.raw)
+            self.percentile = reference.percentile(self.raw)
+        return self
 
     @property
     def n_dropped(self) -> int:

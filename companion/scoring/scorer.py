@@ -113,6 +113,11 @@ class RewardScorer:
         return next(self.reward_model.model.parameters()).device
 
     @property
+    def tokenizer(self) -> Any:
+        """The reward model's tokenizer."""
+        return self.reward_model.tokenizer
+
+    @property
     def formatter(self) -> RewardFormatter:
         """The formatter of the model, with its counts."""
         return self.reward_model.formatter
@@ -191,12 +196,7 @@ class RewardScorer:
             [item] if isinstance(item, Encoded) else item for item in encoded
         ]
         values, lengths, reasons = self._score_groups(groups, 1, names, on_error, progress)
-        scores = Scores(values[:, 0], lengths[:, 0], reasons)
-        if self.reference is not None:
-            scores.centered = self.reference.centered(scores.raw)
-            scores.z = self.reference.z(scores.raw)
-            scores.percentile = self.reference.percentile(scores.raw)
-        return scores
+        return Scores(values[:, 0], lengths[:, 0], reasons).against(self.reference)
 
     def score_pairs(
         self,

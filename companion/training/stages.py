@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset, disable_progress_bars
+from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from companion.data.loading import load_rows_with_report
@@ -118,7 +119,7 @@ def start_run(
     if not main:
         disable_progress_bars()
     _check_arguments(model, data)
-    resume = _checkpoint(config)
+    resume = checkpoint_of(config)
     sets = load_sets(data, kind.name)
     if main and sets.train_source != sets.held_out_source:
         overlap = overlap_report(sets.train, sets.held_out)
@@ -278,7 +279,7 @@ def _check_arguments(model: ModelArguments, data: RowArguments) -> None:
             raise CompanionError(f"--{flag} is {share}", "give a share between 0 and 1")
 
 
-def _checkpoint(config: PairwiseRewardConfig) -> str | None:
+def checkpoint_of(config: TrainingArguments) -> str | None:
     """The checkpoint to go on from: a path as given, or the last one for 'true' and 'last'."""
     asked = config.resume_from_checkpoint
     if asked is None or str(asked).lower() in ("false", "none", "no"):

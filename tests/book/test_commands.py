@@ -37,7 +37,7 @@ def check_companion(arguments: list[str], output_dir: Path) -> None:
         words = rest[1:]
         if "--output_dir" in words:  # the settings make the folder
             words[words.index("--output_dir") + 1] = str(output_dir)
-        module.parse(words)
+        module.parse(words, rest[0])
         return
     parser = argparse.ArgumentParser(exit_on_error=True)
     module.add_arguments(parser)

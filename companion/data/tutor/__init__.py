@@ -14,7 +14,15 @@ accuracy, loss and calibration that any reward model can reach are known too (:f
 ==============  ===============================================================================
 """
 
-from companion.data.tutor.gold import GOLD, GoldReward, Grade, gold_reward, grade
+from companion.data.tutor.gold import (
+    GOLD,
+    GoldReward,
+    Grade,
+    gold_reward,
+    gold_rewards,
+    grade,
+    right_answers,
+)
 from companion.data.tutor.labelling import Dials, Limits, limits, preference_probability
 from companion.data.tutor.rows import KINDS, make_rows
 from companion.data.tutor.world import Problem, Step, parse_problem
@@ -29,9 +37,11 @@ __all__ = [
     "Problem",
     "Step",
     "gold_reward",
+    "gold_rewards",
     "grade",
     "limits",
     "make_rows",
     "parse_problem",
     "preference_probability",
+    "right_answers",
 ]

@@ -8,8 +8,9 @@ the training data. Chapter 1.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from companion.data.tutor.solutions import GREETINGS, POLITE, RUDE
 from companion.data.tutor.world import Problem, Step, parse_problem
@@ -129,3 +130,33 @@ def _tone(completion: str) -> int:
 def gold_reward(prompt: str, completion: str) -> float:
     """r*(x, y) in logits; see :class:`GoldReward` for the formula and :func:`grade` for errors."""
     return grade(prompt, completion).reward
+
+
+def gold_rewards(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    """r* of completions in the form of a reward function of TRL, to hold a policy against.
+
+    Parameters
+    ----------
+    prompts, completions : sequence
+        ``[B]`` texts, or lists of messages of which the last counts.
+    **columns
+        What else TRL hands over; not used.
+    """
+    return [gold.reward for gold in _grades(prompts, completions)]
+
+
+def right_answers(
+    prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+) -> list[float]:
+    """1 for each completion with the right answer, else 0; called as :func:`gold_rewards`.
+
+    Its mean over completions is the share of right answers.
+    """
+    return [float(gold.correct) for gold in _grades(prompts, completions)]
+
+
+def _grades(prompts: Sequence[Any], completions: Sequence[Any]) -> list[Grade]:
+    return [
+        grade(*(text if isinstance(text, str) else str(text[-1]["content"]) for text in pair))
+        for pair in zip(prompts, completions, strict=True)
+    ]

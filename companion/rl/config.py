@@ -1,0 +1,225 @@
+"""Settings of ``companion train grpo``: every field is a flag, or a line of a YAML file.
+
+Chapter 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import GRPOConfig
+
+from companion.errors import CompanionError
+
+
+@dataclass
+class GRPORunConfig(GRPOConfig):
+    """TRL's ``GRPOConfig`` with the rewards, the watch on them, and the budget.
+
+    What differs from TRL's defaults: ``bf16`` is on only where the device is CUDA with bf16;
+    without a GPU ``use_cpu`` is set, so that several processes talk over gloo;
+    ``activation_checkpointing`` is off (TRL switches it on by its former name); ``logging_steps``
+    is a share of the run; ``save_total_limit`` is 2.
+
+    Raises :class:`companion.errors.CompanionError` for settings that cannot be honoured.
+    """
+
+    reward_model: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "One or more rewards: a reward model's folder or hub id, "
+            "http://host:port#MODEL for a server that runs MODEL, or module:function. "
+            "--reward_weights says what each counts; a completion that lacks one has none."
+        },
+    )
+    reward_transform: str = field(
+        default="raw",
+        metadata={
+            "help": "What becomes of a reward model's score; other than raw needs a manifest.",
+            "choices": ["raw", "centered", "z", "sigmoid"],
+        },
+    )
+    reward_clip: float | None = field(
+        default=None, metadata={"help": "Bound on its absolute value, after the transform."}
+    )
+    reward_truncated: str = field(
+        default="score",
+        metadata={
+            "help": "Reward of a completion that was cut off: 'score' of the text as it stands, "
+            "'none', which leaves it out, or a number."
+        },
+    )
+    reward_protocol: str = field(
+        default="classify",
+        metadata={
+            "help": "What servers speak: vLLM's /classify, or the companion's /score.",
+            "choices": ["classify", "companion"],
+        },
+    )
+    held_out_scorer: str | None = field(
+        default=None,
+        metadata={
+            "help": "A scorer that the policy is not trained on, named as a reward is; the run "
+            "stops when it falls, and keeps the policy at its best."
+        },
+    )
+    also_measure: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further scorers to report, named as a reward is."},
+    )
+    monitor_steps: float = field(
+        default=0.1,
+        metadata={
+            "help": "Look at the held-out prompts every N steps, or below 1: share of the run."
+        },
+    )
+    monitor_completions: int = field(
+        default=4, metadata={"help": "Completions of each held-out prompt at each look."}
+    )
+    fall_alpha: float = field(
+        default=0.05,
+        metadata={
+            "help": "Chance of stopping, by mistake, a run whose held-out score never falls."
+        },
+    )
+    kl_budget: float | None = field(
+        default=None,
+        metadata={"help": "Nats a completion that the policy may move from where it began."},
+    )
+    on_budget: str = field(
+        default="stop",
+        metadata={
+            "help": "When the KL budget is spent: stop, or raise beta until the KL is back.",
+            "choices": ["stop", "raise_beta"],
+        },
+    )
+    kl_estimator: str = field(
+        default="k1",
+        metadata={"help": "Estimator of the KL at a look.", "choices": ["k1", "k3"]},
+    )
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Former name of activation_checkpointing. Default: off."},
+    )
+    logging_steps: float = field(
+        default=0.02, metadata={"help": "Log every N steps, or below 1: every share of the run."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Keep this many training checkpoints."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            usable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = usable and not self.fp16 and not self.use_cpu
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_model):
+            raise CompanionError(
+                f"{len(self.reward_weights)} reward_weights for {len(self.reward_model)} rewards",
+                "give one weight for each, in their order",
+            )
+        if self.monitor_steps <= 0:
+            raise CompanionError(
+                f"monitor_steps is {self.monitor_steps}", "give a number of steps, or a share"
+            )
+        if self.on_budget == "raise_beta" and not (self.beta > 0 and self.kl_budget is not None):
+            raise CompanionError(
+                "on_budget is 'raise_beta', without a kl_budget or with a beta of 0",
+                "set kl_budget, and beta (0.01, say)",
+            )
+        _ = self.truncated  # refuses what it cannot read
+
+    @property
+    def truncated(self) -> Any:
+        """``reward_truncated`` as :class:`companion.rl.RewardFunction` takes it."""
+        if self.reward_truncated == "score":
+            return "score"
+        if self.reward_truncated.lower() in ("none", "null"):
+            return None
+        try:
+            return float(self.reward_truncated)
+        except ValueError as error:
+            raise CompanionError(
+                f"reward_truncated is {self.reward_truncated!r}", "use score, none or a number"
+            ) from error
+
+
+@dataclass
+class PolicyArguments:
+    """Which policy, and whether to train all of it."""
+
+    _argument_group_name = "policy"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Policy to start from: a folder or a hub id."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit on the hub."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Number format of the weights. With bf16 on, float32 weights are computed "
+            "with in bf16.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2, …"}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers to adapt; default: all linear ones."}
+    )
+
+
+@dataclass
+class PromptArguments:
+    """Which prompts to train on, and which to hold out."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Prompts: a file (.jsonl, .parquet, .csv, …), a folder, or a hub id."},
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a hub dataset."}
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a hub dataset."}
+    )
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split to train on; slices such as train[:1000] work."}
+    )
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to hold out. Default: a part of the train split's prompts."},
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out prompts from another source."}
+    )
+    monitor_prompts: int = field(
+        default=128,
+        metadata={"help": "Held-out prompts that are looked at during training, to stop by."},
+    )
+    test_prompts: int = field(
+        default=256,
+        metadata={"help": "Further held-out prompts, for the figures at the end of the run."},
+    )
+    split_seed: int = field(default=0, metadata={"help": "Another seed, another split."})
+    limit: int | None = field(default=None, metadata={"help": "Take this many rows at most."})
+    on_error: str = field(
+        default="raise",
+        metadata={
+            "help": "Bad rows: stop with all of them named, or skip and count them.",
+            "choices": ["raise", "skip"],
+        },
+    )

@@ -1,0 +1,357 @@
+"""``train_grpo``: prompts and a reward in, a policy out that is no worse than its best. Chapter 5.
+
+TRL's ``GRPOTrainer`` does the training, unmodified. Around it: rewards that score as the reward
+model was trained, held-out prompts that the monitor looks at, the policy kept at its best by the
+held-out scorer, and figures on further prompts, which nothing was chosen by.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, disable_progress_bars
+from transformers import GenerationConfig, PrinterCallback, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import GRPOTrainer
+
+from companion.data.loading import load_rows_with_report
+from companion.data.splits import prompt_key, split_by_prompt
+from companion.errors import CompanionError, DataError
+from companion.models.causal import load_causal
+from companion.models.pieces import load_tokenizer, resolve
+from companion.rl.config import GRPORunConfig, PolicyArguments, PromptArguments
+from companion.rl.looks import Look, Viewer
+from companion.rl.monitor import OveroptimizationMonitor
+from companion.rl.result import GRPOResult
+from companion.rl.result import summary as summary
+from companion.rl.several import RewardCallable, joint_rewards, reward_name, weighted_sum
+from companion.rl.sources import open_reward
+from companion.search.sampling import Policy
+from companion.training.result import whole_parameters
+from companion.training.stages import Say, checkpoint_of
+
+
+def train_grpo(
+    config: GRPORunConfig,
+    model: PolicyArguments,
+    data: PromptArguments,
+    *,
+    say: Say | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> GRPOResult:
+    """Train a policy with GRPO against one or more reward models, watched.
+
+    Parameters
+    ----------
+    config : GRPORunConfig
+        ``output_dir`` gets the policy at its best by ``held_out_scorer`` (without one, at the end;
+        a run that was never better than its start gets the start), ``last/`` the policy at the end
+        if that is another, ``monitor.jsonl`` a line for each look, ``grpo_result.json`` the
+        figures; training checkpoints lie in it as ``checkpoint-N``.
+    model : PolicyArguments
+        The policy, and whether to train a LoRA adapter.
+    data : PromptArguments
+        The prompts, and which to hold out.
+    say : callable, optional
+        Gets lines of text on rank 0; default: ``print``.
+    callbacks : list of TrainerCallback, optional
+
+    Returns
+    -------
+    GRPOResult
+
+    Raises
+    ------
+    CompanionError
+        For settings, rows or models that cannot be used, with the cure.
+    """
+    main = config.process_index == 0
+    tell: Say = (say or print) if main else (lambda line: None)
+    if not main:
+        disable_progress_bars()
+    _check_arguments(config, model, data)
+    train, monitored, tested, notes = hold_out(data)
+    for note in notes:
+        tell(f"note: {note}")
+    tell(
+        f"{len(train):,} prompts to train on; held out: {len(monitored):,} to stop by, "
+        f"{len(tested):,} for the figures at the end"
+    )
+    name = resolve(str(model.model_name_or_path))
+    shared: dict[str, Any] = {
+        "revision": model.model_revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    tokenizer = load_tokenizer(name, **shared)
+    rewards, proxy, gold, further = _scorers(config, _eos_ids(name, tokenizer, shared))
+
+    config.model_init_kwargs = {
+        **(config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}),
+        "dtype": model.dtype,
+        "revision": model.model_revision,
+    }
+    if model.attn_implementation is not None:
+        config.model_init_kwargs["attn_implementation"] = model.attn_implementation
+    trainer = GRPOTrainer(
+        model=name,
+        reward_funcs=rewards,  # type: ignore[arg-type]
+        args=config,
+        train_dataset=train,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        peft_config=_lora(model),
+    )
+    if config.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+    reference = None
+    if not model.use_peft and (config.beta == 0 or config.sync_ref_model or _zero3()):
+        with whole_parameters():
+            reference = load_causal(name, device=config.device, dtype=model.dtype, **shared)[0]
+    output = str(config.output_dir)
+    monitor = OveroptimizationMonitor(
+        monitored,
+        proxy,
+        gold,
+        every=config.monitor_steps,
+        completions=config.monitor_completions,
+        max_completion_length=int(config.max_completion_length or 256),
+        temperature=config.temperature,
+        kl_budget=config.kl_budget,
+        on_budget=config.on_budget,  # type: ignore[arg-type]
+        alpha=config.fall_alpha,
+        further=further,
+        reference=reference,
+        kl_estimator=config.kl_estimator,  # type: ignore[arg-type]
+        record=Path(output) / "monitor.jsonl",
+        on_best=lambda: trainer.save_model(output),
+        seed=config.seed,
+    ).attach(trainer)
+    trained = trainer.train(resume_from_checkpoint=checkpoint_of(config))
+    if monitor.reason is not None:
+        tell(f"stopped at step {trainer.state.global_step}: {monitor.reason}")
+
+    looks = _test_figures(trainer, monitor, tested, config, name, tokenizer, model.dtype, shared)
+    best = monitor.best
+    assert best is not None
+    if best.step != trainer.state.global_step:
+        trainer.save_model(str(Path(output) / "last"))
+    result = GRPOResult(
+        output_dir=Path(output),
+        reason=monitor.reason,
+        steps=trainer.state.global_step,
+        best_step=best.step,
+        start=looks["start"],
+        best=looks["best"],
+        end=looks["end"],
+        monitor=monitor,
+        log_history=trainer.state.log_history,
+        train_metrics=dict(trained.metrics),
+        counts=_counts(rewards),
+        notes=notes,
+    )
+    if main:
+        result.save()
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def hold_out(
+    data: PromptArguments,
+) -> tuple[Dataset, list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """Prompts to train on, held-out prompts to stop by and for the figures, and notes.
+
+    Each held-out prompt stands there once, and none of them among those to train on.
+
+    Raises
+    ------
+    DataError
+        For rows that cannot be used, or too few prompts.
+    """
+    common: dict[str, Any] = {"kind": "prompts", "on_error": data.on_error}
+    train, report = load_rows_with_report(
+        data.dataset_name,
+        split=data.dataset_train_split,
+        name=data.dataset_config,
+        revision=data.dataset_revision,
+        limit=data.limit,
+        **common,
+    )
+    notes = [f"{text} ({count:,} rows)" for text, count in report.notes.items()]
+    for word, counter in (("skipped", report.skipped), ("left out", report.left_out)):
+        notes += [f"{count:,} rows {word}: {why}" for why, count in counter.items()]
+    wanted = data.monitor_prompts + data.test_prompts
+    if data.eval_dataset_name is not None or data.dataset_test_split is not None:
+        other = data.eval_dataset_name is not None
+        held, _ = load_rows_with_report(
+            data.eval_dataset_name if other else data.dataset_name,
+            split=data.dataset_test_split or "train",
+            name=None if other else data.dataset_config,
+            revision=None if other else data.dataset_revision,
+            **common,
+        )
+        distinct = list({prompt_key(row): dict(row) for row in held}.values())
+    else:
+        rows = list({prompt_key(row): dict(row) for row in train}.values())
+        if wanted >= len(rows):
+            raise DataError(
+                f"{wanted:,} prompts are to be held out, and there are {len(rows):,} different "
+                "ones",
+                "lower --monitor_prompts and --test_prompts, or give --eval_dataset_name",
+            )
+        _, distinct = split_by_prompt(rows, wanted / len(rows), seed=data.split_seed, exact=True)
+    theirs = set(map(prompt_key, distinct))
+    keep = [i for i, row in enumerate(train) if prompt_key(row) not in theirs]
+    if len(train) - len(keep) > len(distinct):
+        notes.append(
+            f"{len(train) - len(keep):,} rows are not trained on: their prompts are held out"
+        )
+    cut = data.monitor_prompts
+    if len(distinct) < wanted:
+        notes.append(f"{len(distinct):,} held-out prompts, fewer than the {wanted:,} asked for")
+        cut = round(len(distinct) * cut / wanted)
+    if not keep or not 0 < cut < len(distinct):
+        raise DataError(
+            f"{len(keep):,} prompts to train on and {len(distinct):,} held out: too few",
+            "give more prompts",
+        )
+    return train.select(keep), distinct[:cut], distinct[cut:wanted], notes
+
+
+def _check_arguments(config: GRPORunConfig, model: PolicyArguments, data: PromptArguments) -> None:
+    for flag, value in (
+        ("model_name_or_path", model.model_name_or_path),
+        ("dataset_name", data.dataset_name),
+        ("reward_model", config.reward_model),
+    ):
+        if not value:
+            raise CompanionError(f"--{flag} is missing", "give it as a flag or in the YAML file")
+    if data.monitor_prompts < 1 or data.test_prompts < 1:
+        raise CompanionError(
+            "--monitor_prompts and --test_prompts must be at least 1", "give a hundred or more each"
+        )
+
+
+def _scorers(
+    config: GRPORunConfig, eos_token_ids: list[int]
+) -> tuple[list[Any], RewardCallable, RewardCallable | None, dict[str, RewardCallable]]:
+    """Rewards for TRL, their weighted sum, the held-out scorer, and what is measured besides."""
+
+    def plain(source: str) -> RewardCallable:
+        return open_reward(
+            source,
+            eos_token_ids=eos_token_ids,
+            protocol=config.reward_protocol,  # type: ignore[arg-type]
+        )
+
+    opened = [
+        open_reward(
+            source,
+            transform=config.reward_transform,  # type: ignore[arg-type]
+            clip=config.reward_clip,
+            truncated=config.truncated,
+            eos_token_ids=eos_token_ids,
+            protocol=config.reward_protocol,  # type: ignore[arg-type]
+        )
+        for source in config.reward_model
+    ]
+    proxy = weighted_sum(opened, config.reward_weights)
+    gold = None if config.held_out_scorer is None else plain(config.held_out_scorer)
+    further: dict[str, RewardCallable] = {}
+    for source in config.also_measure:
+        scorer = plain(source)
+        further[reward_name(scorer)] = scorer
+    rewards: list[Any] = list(opened if len(opened) == 1 else joint_rewards(opened))
+    return rewards, proxy, gold, further
+
+
+def _test_figures(
+    trainer: Any,
+    monitor: OveroptimizationMonitor,
+    rows: list[dict[str, Any]],
+    config: GRPORunConfig,
+    name: str,
+    tokenizer: Any,
+    dtype: str,
+    shared: dict[str, Any],
+) -> dict[str, Look]:
+    """Looks at the start, the best and the end, on prompts that nothing was chosen by."""
+    seen = monitor.viewer
+    viewer = Viewer(
+        rows,
+        seen.scorers,
+        completions=seen.completions,
+        max_completion_length=seen.max_completion_length,
+        temperature=seen.temperature,
+        kl_estimator=seen.kl_estimator,
+        seed=seen.seed + 1,
+    )
+    best, last = monitor.best, trainer.state.global_step
+    assert best is not None
+    looks: dict[str, Look] = {}
+    with monitor.policy(trainer.model) as policy:
+        adapter = monitor.reference is None
+        as_reference = policy.disable_adapter if adapter else nullcontext
+        now = Policy(policy, tokenizer)
+        before = now if adapter else Policy(monitor.reference, tokenizer)
+        with as_reference():
+            looks["start"] = viewer.look(before, before, 0)
+        looks["end"] = viewer.look(now, before, last, as_reference=as_reference)
+        if best.step in (0, last):
+            looks["best"] = looks["end" if best.step == last else "start"]
+            return looks
+        trainer.accelerator.wait_for_everyone()
+        output = str(config.output_dir)
+        with whole_parameters():
+            kept = load_causal(
+                name if adapter else output, device=config.device, dtype=dtype, **shared
+            )[0]
+        if adapter:
+            from peft import PeftModel
+
+            kept = PeftModel.from_pretrained(kept, output)
+        looks["best"] = viewer.look(
+            Policy(kept, tokenizer), before, best.step, as_reference=as_reference
+        )
+    return looks
+
+
+def _eos_ids(name: str, tokenizer: Any, shared: dict[str, Any]) -> list[int]:
+    """Tokens that end the policy's completions: the tokenizer's EOS and those of the checkpoint."""
+    try:
+        said: Any = GenerationConfig.from_pretrained(name, revision=shared["revision"]).eos_token_id
+    except OSError:  # no generation_config.json
+        said = None
+    more = said if isinstance(said, (list, tuple)) else [] if said is None else [said]
+    return sorted({int(tokenizer.eos_token_id), *map(int, more)})
+
+
+def _lora(model: PolicyArguments) -> Any:
+    if not model.use_peft:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise CompanionError("LoRA needs the package peft", "pip install peft") from error
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules or "all-linear",
+    )
+
+
+def _zero3() -> bool:
+    return bool(is_deepspeed_zero3_enabled())
+
+
+def _counts(rewards: list[Any]) -> dict[str, dict[str, int]]:
+    """What each reward function counted; of rank 0 alone."""
+    counts: dict[str, dict[str, int]] = {}
+    for function in rewards:
+        counted = getattr(function, "counts", None)
+        if counted:
+            counts[reward_name(function)] = dict(counted)
+    return counts

@@ -1,0 +1,183 @@
+"""Several rewards of one completion: all of them, or none. Chapter 5.
+
+TRL weighs and adds several reward functions itself (``reward_funcs`` and ``reward_weights``), which
+is right as long as every completion has every reward. One that lacks a reward is added up without
+it (``nansum``, trl 1.16): it is treated as if that model had given it a 0, which may be the best
+score of its group or the worst. Here a completion that lacks one reward has none, and TRL leaves it
+out of the mean of its group and gives it no advantage.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from companion.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+RewardCallable = Callable[..., Sequence[float | None]]
+
+
+class _Rewards:
+    """What the functions gave for the batch at hand; the first to be asked has all of them run."""
+
+    def __init__(self, functions: Sequence[RewardCallable]) -> None:
+        self.functions = list(functions)
+        self.counts: Counter[str] = Counter()
+        self._batch: tuple[Any, Any] = (None, None)
+        self._rewards: list[list[float | None]] = []
+        self._asked: set[int] = set()
+
+    def of(self, index: int, prompts: Any, completions: Any, arguments: Any) -> list[float | None]:
+        same = self._batch[0] is prompts and self._batch[1] is completions
+        if not same or index in self._asked:
+            self._batch, self._asked = (prompts, completions), set()
+            self._rewards = self._run(prompts, completions, arguments)
+        self._asked.add(index)
+        if len(self._asked) == len(self.functions):
+            self._batch = (None, None)  # keep no texts
+        return self._rewards[index]
+
+    def _run(self, prompts: Any, completions: Any, arguments: Any) -> list[list[float | None]]:
+        columns = []
+        for function in self.functions:
+            given = list(function(prompts=prompts, completions=completions, **arguments))
+            if len(given) != len(completions):
+                raise DataError(
+                    f"{reward_name(function)} gave {len(given)} rewards for {len(completions)} "
+                    "completions"
+                )
+            columns.append([value if is_reward(value) else None for value in given])
+        whole = [all(value is not None for value in row) for row in zip(*columns, strict=True)]
+        lacking = sum(
+            not kept and any(value is not None for value in row)
+            for kept, row in zip(whole, zip(*columns, strict=True), strict=True)
+        )
+        if lacking and not self.counts["incomplete"]:
+            logger.warning("completions that lack one of their rewards are left without any")
+        self.counts["incomplete"] += lacking
+        return [
+            [value if kept else None for value, kept in zip(column, whole, strict=True)]
+            for column in columns
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_batch": (None, None), "_rewards": [], "_asked": set()}
+
+
+class JointReward:
+    """One of several rewards that stand or fall together; made by :func:`joint_rewards`.
+
+    Attributes
+    ----------
+    counts : Counter
+        ``incomplete``: completions that lost their other rewards because one was missing.
+    """
+
+    def __init__(self, rewards: _Rewards, index: int, name: str) -> None:
+        self._rewards = rewards
+        self._index = index
+        self.__name__ = name
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Shared by the functions that were made together."""
+        return self._rewards.counts
+
+    def __call__(self, prompts: Any, completions: Any, **arguments: Any) -> list[float | None]:
+        """This reward of each completion; None for all of them if any reward is missing."""
+        return self._rewards.of(self._index, prompts, completions, arguments)
+
+
+def joint_rewards(functions: Sequence[RewardCallable]) -> list[JointReward]:
+    """Reward functions for TRL's ``reward_funcs`` that leave no completion with half its rewards.
+
+    Weights stay TRL's (``reward_weights`` of its configuration), and so does its choice to add
+    before or after normalising (``multi_objective_aggregation``).
+
+    Parameters
+    ----------
+    functions : sequence of callable
+        Each as TRL calls it: ``f(prompts=, completions=, **columns)`` to a list of floats or None.
+        NaN and infinite values count as None.
+
+    Returns
+    -------
+    list of JointReward
+        In the same order. Names that are given twice get a number, since TRL logs by name.
+
+    Raises
+    ------
+    DataError
+        Without functions; when called, if a function gives another number of rewards.
+    """
+    if not functions:
+        raise DataError("no reward function", "give at least one")
+    rewards = _Rewards(functions)
+    names = Counter(map(reward_name, functions))
+    seen: Counter[str] = Counter()
+    out = []
+    for index, function in enumerate(functions):
+        name = reward_name(function)
+        seen[name] += 1
+        out.append(
+            JointReward(rewards, index, name if names[name] == 1 else f"{name}_{seen[name]}")
+        )
+    return out
+
+
+def reward_name(function: RewardCallable) -> str:
+    """What TRL logs a reward function as."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def is_reward(value: float | None) -> bool:
+    """Whether this is a finite number."""
+    return value is not None and math.isfinite(value)
+
+
+def weighted_sum(
+    functions: Sequence[RewardCallable], weights: Sequence[float] | None = None
+) -> RewardCallable:
+    """One reward function from several: the weighted sum, None where any part is missing.
+
+    Parameters
+    ----------
+    functions : sequence of callable
+        As in :func:`joint_rewards`.
+    weights : sequence of float, optional
+        Default: all 1.
+
+    Raises
+    ------
+    DataError
+        Without functions, or with another number of weights.
+    """
+    weights = [1.0] * len(functions) if weights is None else list(weights)
+    if not functions or len(weights) != len(functions):
+        raise DataError(f"{len(functions)} reward functions and {len(weights)} weights")
+    return _WeightedSum(list(functions), weights)
+
+
+class _WeightedSum:
+    __name__ = "weighted_sum"
+
+    def __init__(self, functions: list[RewardCallable], weights: list[float]) -> None:
+        self.functions = functions
+        self.weights = weights
+
+    def __call__(self, prompts: Any, completions: Any, **arguments: Any) -> list[float | None]:
+        columns = [
+            function(prompts=prompts, completions=completions, **arguments)
+            for function in self.functions
+        ]
+        return [
+            sum(w * value for w, value in zip(self.weights, row, strict=True))  # type: ignore[operator]
+            if all(map(is_reward, row))
+            else None
+            for row in zip(*columns, strict=True)
+        ]
