@@ -43,3 +43,7 @@ class ModelError(CompanionError, ValueError):
 
 class ServiceError(CompanionError, RuntimeError):
     """A server that cannot be reached, or whose answer is not what its protocol says."""
+
+
+class JudgeError(CompanionError, RuntimeError):
+    """A judge that cannot be asked: a server is away, a key is refused, a cache is in use."""

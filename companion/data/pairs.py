@@ -47,6 +47,7 @@ _VERDICTS: Final = {
     **dict.fromkeys(("a", "model_a", "response_a", "completion_a"), "a"),
     **dict.fromkeys(("b", "model_b", "response_b", "completion_b"), "b"),
     **dict.fromkeys(("tie", "tie (bothbad)", "both", "neither", "equal"), "tie"),
+    "none": "none",  # a judge whose answer could not be read
 }
 
 
@@ -210,23 +211,28 @@ def _one_number_each(value: Any, size: int) -> bool:
     )
 
 
+def verdict_side(verdict: Any, name: str) -> str:
+    """``a``, ``b``, ``tie`` or ``none`` from the names that files have for them."""
+    side = _VERDICTS.get(verdict.strip().lower()) if isinstance(verdict, str) else None
+    if side is None:
+        raise RowError("unknown preference", name, f"{verdict!r}")
+    return side
+
+
 def judged_pair(
     row: Mapping[str, Any], margins: str, notes: Counter[str], left_out: Counter[str]
 ) -> list[Row]:
-    """A row with two sides and a verdict ``a``, ``b`` or ``tie``; a tie gives no pair.
+    """A row with two sides and a verdict ``a``, ``b`` or ``tie``; a tie, or none, gives no pair.
 
     The verdict's column stays, so that position bias can still be looked at.
     """
     named = (pair for pair in SIDE_COLUMNS if pair[0] in row or pair[1] in row)
     sides = next(named, SIDE_COLUMNS[0])
     name = next((column for column in VERDICT_COLUMNS if column in row), VERDICT_COLUMNS[0])
-    verdict = require(row, name)
-    side = _VERDICTS.get(verdict.strip().lower()) if isinstance(verdict, str) else None
-    if side is None:
-        raise RowError("unknown preference", name, f"{verdict!r}")
+    side = verdict_side(require(row, name), name)
     first, second = require(row, sides[0]), require(row, sides[1])
-    if side == "tie":
-        left_out["ties"] += 1
+    if side in ("tie", "none"):
+        left_out["ties" if side == "tie" else "pairs without a verdict"] += 1
         return []
     chosen, rejected = (first, second) if side == "a" else (second, first)
     rest = {key: value for key, value in row.items() if key not in sides}

@@ -1,0 +1,132 @@
+"""``companion judge``: ask a language model which of two completions is better, or for a grade."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from companion.errors import DataError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    add("--model", required=True, help="folder or hub id; with --base_url the server's name for it")
+    add("--input", required=True, help="pairs (or completions): .jsonl, .json, .csv, .parquet")
+    add("--output", required=True, help=".jsonl; trains a reward model as it is")
+    add(
+        "--template",
+        default="pairwise",
+        help="pairwise, pointwise, tutor, a .yaml or .txt file, or the prompt itself",
+    )
+    add("--cache", help="file of answers; default: the output's name and .cache")
+    add("--report", type=Path, metavar="FILE", help="write the bias report (JSON) here")
+    add("--own_model", help="what model_a and model_b call the judge's own texts")
+    add("--max_tokens", type=int, help="of an answer; default: as the template says")
+    add("--limit", type=int, help="take the first rows only")
+    add("--keep_answers", action="store_true", help="write what the judge said into each row")
+    add("--on_error", choices=("raise", "skip"), default="raise", help="what a bad row does")
+    add("--overwrite", action="store_true", help="replace the output; the cache stays")
+    add(
+        "--chat_template_kwargs", type=_json, metavar="JSON", help='e.g. {"enable_thinking": false}'
+    )
+    server = parser.add_argument_group("behind a server")
+    server.add_argument("--base_url", help="of an OpenAI-compatible server, up to and with /v1")
+    server.add_argument("--api_key_env", default="OPENAI_API_KEY", help="variable with the key")
+    server.add_argument("--concurrency", type=int, default=8, help="requests at one time")
+    server.add_argument("--requests_per_minute", type=float, help="upper bound")
+    server.add_argument("--timeout", type=float, default=120.0, help="seconds for one answer")
+    server.add_argument("--max_retries", type=int, default=6, help="of one request")
+    server.add_argument("--request", type=_json, metavar="JSON", help="fields of each request")
+    local = parser.add_argument_group("in this process")
+    local.add_argument("--max_tokens_per_batch", type=int, help="tokens of a batch")
+    local.add_argument("--device", help="default: the GPU if there is one")
+    local.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    local.add_argument("--revision", help="of a hub id")
+    local.add_argument("--trust_remote_code", action="store_true", help="run the hub's model code")
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("no JSON object")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Judge the file; 0 if at least one row has a verdict."""
+    if args.report is not None and args.report.is_dir():
+        raise DataError(f"{args.report} is a folder", "name a file in it")
+    from tqdm.auto import tqdm
+
+    from companion.judge import Judge, judge_file, judge_report, load_template
+
+    template = load_template(args.template)
+    if args.report is not None and template.mode != "pairwise":
+        raise DataError("--report is for pairs", "leave it out with a pointwise template")
+    shared: dict[str, Any] = {
+        "cache": args.cache or f"{args.output}.cache",
+        "max_tokens": args.max_tokens,
+        "chat_template_kwargs": args.chat_template_kwargs,
+    }
+    if args.base_url is not None:
+        judge = Judge.from_server(
+            args.model,
+            args.base_url,
+            template,
+            api_key_env=args.api_key_env,
+            concurrency=args.concurrency,
+            requests_per_minute=args.requests_per_minute,
+            timeout=args.timeout,
+            max_retries=args.max_retries,
+            request=args.request,
+            **shared,
+        )
+    else:
+        judge = Judge.from_pretrained(
+            args.model,
+            template,
+            max_tokens_per_batch=args.max_tokens_per_batch,
+            device=args.device,
+            dtype=args.dtype,
+            revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+            **shared,
+        )
+    with judge, tqdm(desc="judging", unit=" answers", file=sys.stderr) as bar:
+        report = judge_file(
+            judge,
+            args.input,
+            args.output,
+            limit=args.limit,
+            keep_answers=args.keep_answers,
+            on_error=args.on_error,
+            overwrite=args.overwrite,
+            progress=bar.update,
+            on_total=lambda total: bar.reset(total=total),
+        )
+    _say(judge, report, args.output)
+    if args.report is not None:
+        rows = [json.loads(line) for line in Path(args.output).read_text("utf-8").splitlines()]
+        figures = judge_report(rows, own_model=args.own_model)
+        print(f"{figures.table()}\n\nreport: {figures.save(args.report)}")
+    return 0 if set(report.outcomes) - {"none"} else 1
+
+
+def _say(judge: Any, report: Any, output: str) -> None:
+    parts = [f"{report.rows} rows"]
+    parts += [f"{count} {outcome}" for outcome, count in sorted(report.outcomes.items())]
+    parts += [f"{count} rows: {reason}" for reason, count in sorted(report.reasons.items())]
+    parts += [f"{judge.counts['asked']} asked", f"{judge.counts['from cache']} from the cache"]
+    if judge.backend.retries:
+        parts.append(f"{judge.backend.retries} sent again")
+    print(f"{output}: {', '.join(parts)}", file=sys.stderr)
+    if report.bad_rows:
+        print(f"{len(report.bad_rows)} bad rows left out, first: {report.bad_rows[0]}",
+              file=sys.stderr)  # fmt: skip

@@ -1,0 +1,43 @@
+"""``companion judge-report``: biases of a judge, and its agreement with people, from a file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from companion.errors import DataError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument(
+        "--input",
+        required=True,
+        help="what 'companion judge' wrote, or rows with id, a, b, preference, annotator, kind",
+    )
+    parser.add_argument("--own_model", help="what model_a and model_b call the judge's own texts")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compute, print, write; return 0."""
+    if args.json is not None and args.json.is_dir():
+        raise DataError(f"{args.json} is a folder", "name a file in it")
+    from companion.data.readers import read_file
+    from companion.judge import annotator_report, judge_report, load_annotations
+
+    source = Path(args.input)
+    first = next(read_file(source), None)
+    if first is not None and first.row is not None and "annotator" in first.row:
+        report = annotator_report(load_annotations(source))
+    else:
+        rows = []
+        for record in read_file(source):
+            if record.row is None:
+                raise DataError(str(record.problem))
+            rows.append(record.row)
+        report = judge_report(rows, own_model=args.own_model)
+    print(report.table())
+    if args.json is not None:
+        print(f"\nfigures: {report.save(args.json)}")
+    return 0

@@ -1,0 +1,137 @@
+"""Answers on disk, so that a run that was stopped goes on and nothing is paid for twice. Chapter 3.
+
+One JSON line an answer, appended as soon as it comes. A run that is killed may leave half a line at
+the end; it is cut off and counted, and so are lines that something else damaged: those questions
+are asked again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from companion.errors import JudgeError
+from companion.judge.asking import Answer
+
+logger = logging.getLogger(__name__)
+
+
+class AnswerCache:
+    """A file of answers by key; held by one process at a time. Chapter 3.
+
+    Parameters
+    ----------
+    path : str or path
+        Made if it is not there.
+
+    Attributes
+    ----------
+    n_damaged : int
+        Lines that could not be read.
+
+    Raises
+    ------
+    JudgeError
+        If another process holds the file, or it holds something else than answers.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.n_damaged = 0
+        self._answers: dict[str, Answer] = {}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = open(self.path, "a+b")  # noqa: SIM115 (closed by close)
+        except OSError as error:
+            raise JudgeError(f"{self.path}: cannot be opened ({error.strerror})") from error
+        try:
+            self._lock()
+            self._load()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # not on Windows: there two runs are the user's to avoid
+            pass
+        except OSError as error:
+            raise JudgeError(
+                f"{self.path}: another process is using it", "wait for it, or use another cache"
+            ) from error
+
+    def _load(self) -> None:
+        self._file.seek(0)
+        end = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                self.n_damaged += 1  # torn by a kill
+                break
+            end += len(line)
+            entry = _entry(line)
+            if entry is None:
+                self.n_damaged += 1
+            else:
+                self._answers[entry[0]] = entry[1]
+        if self.n_damaged and not self._answers and end:
+            raise JudgeError(
+                f"{self.path}: holds no answers, so it is no cache", "give another file"
+            )
+        self._file.truncate(end)
+        self._file.seek(0, os.SEEK_END)
+        if self.n_damaged:
+            logger.warning(
+                "%s: %d damaged lines are passed over; their questions are asked again",
+                self.path,
+                self.n_damaged,
+            )
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def get(self, key: str) -> Answer | None:
+        """The answer that was kept under this key."""
+        return self._answers.get(key)
+
+    def put(self, key: str, answer: Answer) -> None:
+        """Keep an answer; once this returns, a killed process does not lose it."""
+        self._answers[key] = answer
+        entry: dict[str, Any] = {"key": key, "text": answer.text, "finished": answer.finished}
+        if answer.probabilities is not None:
+            entry["probabilities"] = list(answer.probabilities.items())
+        self._file.write(json.dumps(entry, ensure_ascii=True).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Make all answers durable and let the file go."""
+        if not self._file.closed:
+            self._file.flush()
+            with contextlib.suppress(OSError):  # a pipe or a special file
+                os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> AnswerCache:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+
+def _entry(line: bytes) -> tuple[str, Answer] | None:
+    try:
+        value = json.loads(line)
+        key, text, finished = value["key"], value["text"], value["finished"]
+        pairs = value.get("probabilities")
+        if not (isinstance(key, str) and isinstance(text, str) and isinstance(finished, bool)):
+            return None
+        probabilities = None if pairs is None else {o: float(p) for o, p in pairs}
+    except (ValueError, KeyError, TypeError):
+        return None
+    return key, Answer(text, finished, probabilities)

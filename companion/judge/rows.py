@@ -1,0 +1,118 @@
+"""Rows for a judge: pairs and single completions from the forms that files have. Chapter 3."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from companion.data.messages import Text, clean_text, plain, require
+from companion.data.pairs import SIDE_COLUMNS, VERDICT_COLUMNS, preference_pair, verdict_side
+from companion.data.problems import CURES, RowError, RowProblem
+from companion.errors import DataError
+
+Row = Mapping[str, Any]
+
+#: Where the verdict goes that a row had before it was judged.
+GIVEN: Final = "given_preference"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row, ready to be asked about.
+
+    Attributes
+    ----------
+    row : dict
+        ``prompt`` with ``a`` and ``b``, or with ``completion``, and the row's other fields; a
+        preference that it had is ``given_preference``.
+    texts : dict of str to str
+        The same as plain text, for the placeholders of a template.
+    """
+
+    row: dict[str, Any]
+    texts: dict[str, str]
+
+
+def read_item(row: Any, mode: str, where: str) -> Item:
+    """Check one row and bring it to the judge's form.
+
+    Parameters
+    ----------
+    row : mapping
+        Pairwise: ``prompt`` with ``a`` and ``b`` (or ``response_a`` …; ``preference`` or ``winner``
+        if there is a verdict), or with ``chosen`` and ``rejected``. Pointwise: ``prompt`` and
+        ``completion``.
+    mode : {"pairwise", "pointwise"}
+    where : str
+        The place, for errors.
+
+    Returns
+    -------
+    Item
+        Chosen and rejected become ``a`` and ``b`` by a hash of the two texts, so that ``a`` says
+        nothing about which was chosen; ``given_preference`` does.
+
+    Raises
+    ------
+    DataError
+        Names the place, the field and the cure.
+    """
+    try:
+        if not isinstance(row, Mapping):
+            raise RowError("not a row", None, type(row).__name__)
+        fields = {key: value for key, value in row.items() if value is not None}
+        return _pair(fields) if mode == "pairwise" else _single(fields)
+    except RowError as error:
+        problem = RowProblem(where, error.reason, error.field, error.detail)
+        raise DataError(str(problem), CURES[error.reason]) from error
+
+
+def _single(row: dict[str, Any]) -> Item:
+    prompt = clean_text(require(row, "prompt"), "prompt", empty="empty prompt")
+    completion = clean_text(require(row, "completion"), "completion", empty="empty completion")
+    texts = {"prompt": spoken(prompt), "completion": spoken(completion)}
+    return Item({**row, "prompt": prompt, "completion": completion}, texts)
+
+
+def _pair(row: dict[str, Any]) -> Item:
+    rest, given = dict(row), row.get(GIVEN)
+    if "chosen" in row or "rejected" in row:
+        rest = preference_pair(row, "given", Counter())
+        chosen, rejected = rest.pop("chosen"), rest.pop("rejected")
+        first = _chosen_first(spoken(chosen), spoken(rejected))
+        a, b = (chosen, rejected) if first else (rejected, chosen)
+        given = "a" if first else "b"
+    else:
+        sides = next(
+            (pair for pair in SIDE_COLUMNS if pair[0] in row or pair[1] in row), ("a", "b")
+        )
+        a, b = (clean_text(require(row, side), side, empty="empty completion") for side in sides)
+        name = next((column for column in VERDICT_COLUMNS if column in row), None)
+        if name is not None:
+            given = verdict_side(row[name], name)
+        for key in (*sides, *VERDICT_COLUMNS):
+            rest.pop(key, None)
+    prompt = clean_text(require(rest, "prompt"), "prompt", empty="empty prompt")
+    texts = {"prompt": spoken(prompt), "a": spoken(a), "b": spoken(b)}
+    kept = {**rest, "prompt": prompt, "a": a, "b": b}
+    return Item(kept if given is None else {**kept, GIVEN: given}, texts)
+
+
+def _chosen_first(chosen: str, rejected: str) -> bool:
+    digest = hashlib.sha256(f"{chosen}\x1e{rejected}".encode("utf-8", "surrogatepass"))
+    return digest.digest()[0] % 2 == 0
+
+
+def spoken(value: Text) -> str:
+    """A text as it is, one message as its content, several as a transcript with their roles."""
+    if isinstance(value, str) or len(value) == 1:
+        return plain(value)
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in value)
+
+
+def read_items(rows: Iterable[Any], mode: str, names: Iterable[str]) -> list[Item]:
+    """:func:`read_item` for each row with its name."""
+    return [read_item(row, mode, name) for row, name in zip(rows, names, strict=True)]

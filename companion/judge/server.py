@@ -1,0 +1,237 @@
+"""A judge's model behind an OpenAI-compatible server: vLLM, SGLang, transformers, OpenAI.
+
+The ``openai`` client sends the requests; it repeats what failed for a passing reason (no
+connection, 408, 409, 429, 5xx) with growing pauses, and waits as long as the server asks. A reply
+that is no chat completion is asked for again here. Chapter 3.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from companion.errors import JudgeError
+from companion.judge.asking import Answer, Question
+from companion.judge.probabilities import verdict_probabilities
+
+_KEPT = "what was answered is in the cache: the same command goes on from there"
+
+
+class ServerBackend:
+    """A model behind ``POST {base_url}/chat/completions``. Chapter 3.
+
+    Parameters
+    ----------
+    model : str
+        The name that the server knows it by. Cached answers go by this name: a server that serves
+        another model under the same name needs another cache.
+    base_url : str
+        Up to and with ``/v1``.
+    api_key_env : str
+        Environment variable with the key; a server on your own machine needs none.
+    timeout : float
+        Seconds to wait for one answer.
+    max_retries : int
+        How often a request is repeated.
+    concurrency : int
+        Requests on their way at one time.
+    requests_per_minute : float, optional
+        Upper bound on how often a request is begun.
+    chat_template_kwargs : mapping, optional
+        Sent along, for servers that apply a chat template: ``{"enable_thinking": False}``.
+    request : mapping, optional
+        Fields to put into each request's body; None takes a field out. Models that do not take
+        ``temperature`` or ``logprobs`` need ``{"temperature": None, "logprobs": None,
+        "top_logprobs": None}``; newer OpenAI models want ``max_completion_tokens``.
+
+    Raises
+    ------
+    JudgeError
+        If the ``openai`` package is missing.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        *,
+        api_key_env: str = "OPENAI_API_KEY",
+        timeout: float = 120.0,
+        max_retries: int = 6,
+        concurrency: int = 8,
+        requests_per_minute: float | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        request: Mapping[str, Any] | None = None,
+    ) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise JudgeError(
+                "a judge behind a server needs the package 'openai'",
+                "pip install 'reward-model-companion[judge]'",
+            ) from error
+        if concurrency < 1 or max_retries < 0 or timeout <= 0:
+            raise JudgeError(
+                f"concurrency {concurrency}, max_retries {max_retries}, timeout {timeout}",
+                "use at least 1, 0 and a positive number",
+            )
+        self.name, self.base_url, self.api_key_env = model, base_url, api_key_env
+        self.max_retries, self.concurrency = max_retries, concurrency
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.request = dict(request or {})
+        self.retries = 0
+        self._pace = _Pace(requests_per_minute)
+        self._lock = threading.Lock()
+        self._client = openai.OpenAI(
+            base_url=base_url,
+            api_key=os.environ.get(api_key_env) or "none",
+            timeout=timeout,
+            max_retries=max_retries,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Name and settings. Not the address: a job that starts again may sit on another node."""
+        return {
+            "server_model": self.name,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "request": self.request,
+        }
+
+    def answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
+        """See :class:`companion.judge.asking.Backend`. What the server rejects is refused."""
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            waiting = {pool.submit(self._ask, q): place for place, q in enumerate(questions)}
+            try:
+                for done in as_completed(waiting):
+                    yield waiting[done], done.result()
+            finally:  # an error, or a caller that stops: what has not begun never does
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _body(self, question: Question) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "temperature": 0,
+            "max_tokens": question.max_tokens,
+            "logprobs": True,
+            "top_logprobs": 20,
+        }
+        if self.chat_template_kwargs:
+            body["chat_template_kwargs"] = self.chat_template_kwargs
+        body |= self.request
+        return {key: value for key, value in body.items() if value is not None}
+
+    def _ask(self, question: Question) -> Answer:
+        import openai
+
+        for attempt in range(self.max_retries + 1):
+            self._pace.wait()
+            try:
+                raw = self._client.chat.completions.with_raw_response.create(
+                    model=self.name,
+                    messages=list(question.messages),  # type: ignore[arg-type]
+                    extra_body=self._body(question),
+                )
+            except openai.APIStatusError as error:
+                return self._rejected(error)
+            except openai.APIConnectionError as error:  # timeouts too
+                raise JudgeError(
+                    f"{self.base_url}: no answer after {self.max_retries + 1} tries: "
+                    f"{type(error.__cause__ or error).__name__}",
+                    f"see whether the server is up; {_KEPT}",
+                ) from error
+            with self._lock:
+                self.retries += raw.retries_taken
+            answer = _read(raw.text, question)
+            if answer is not None:
+                return answer
+            if attempt < self.max_retries:
+                with self._lock:
+                    self.retries += 1
+                time.sleep(min(0.5 * 2**attempt, 8.0))
+        raise JudgeError(
+            f"{self.base_url}: the reply is no chat completion: {raw.text[:80]!r}",
+            "does the address end in /v1, and is it a chat server?",
+        )
+
+    def _rejected(self, error: Any) -> Answer:
+        """A fault of the question is an answer; one of server, key or address is an error."""
+        said = f"{error.status_code}: {_message(error)}"
+        if error.status_code in (400, 413, 422):
+            return Answer("", False, refused=f"the server rejects the request, {said}")
+        cures = {
+            401: f"set {self.api_key_env} to a key that this server knows",
+            403: f"set {self.api_key_env} to a key that may use this model",
+            404: "check the model's name, and that the address ends in /v1",
+        }
+        raise JudgeError(
+            f"{self.base_url}: {said}",
+            cures.get(error.status_code, f"tried {self.max_retries + 1} times; {_KEPT}"),
+        ) from error
+
+
+class _Pace:
+    """Lets requests begin no faster than so many a minute, evenly spaced."""
+
+    def __init__(self, per_minute: float | None) -> None:
+        if per_minute is not None and per_minute <= 0:
+            raise JudgeError(f"requests_per_minute is {per_minute}", "use a positive number")
+        self._gap = 0.0 if per_minute is None else 60.0 / per_minute
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        with self._lock:
+            now = time.monotonic()
+            begin = max(now, self._next)
+            self._next = begin + self._gap
+        if begin > now:
+            time.sleep(begin - now)
+
+
+def _message(error: Any) -> str:
+    body = error.body
+    said = body.get("message") or body.get("detail") if isinstance(body, dict) else body
+    return str(said or error.message)[:300]
+
+
+def _read(reply: str, question: Question) -> Answer | None:
+    """The answer in a reply; None if it is no chat completion."""
+    import json
+
+    try:
+        choice = json.loads(reply)["choices"][0]
+        text = choice["message"].get("content") or ""
+        finished = choice.get("finish_reason") != "length"
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None
+    if not isinstance(text, str):
+        return None
+    return Answer(text, finished, _probabilities(choice, text, question) if finished else None)
+
+
+def _probabilities(choice: Mapping[str, Any], text: str, question: Question) -> Any:
+    """From the likeliest tokens that the server sends along, if it does."""
+    try:
+        tokens = (choice.get("logprobs") or {}).get("content") or []
+        pieces = [str(token["token"]) for token in tokens]
+        begin = "".join(pieces).find(text)
+        if not pieces or begin < 0:  # none were sent, or a parser took the text apart
+            return None
+        starts = [-begin]
+        for piece in pieces:
+            starts.append(starts[-1] + len(piece))
+        return verdict_probabilities(
+            question.template,
+            text,
+            len(pieces),
+            starts.__getitem__,
+            lambda place: [
+                (str(other["token"]), float(other["logprob"]))
+                for other in tokens[place].get("top_logprobs") or [tokens[place]]
+            ],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None  # an answer without usable probabilities is an answer still
