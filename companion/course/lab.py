@@ -49,8 +49,13 @@ _GLUE = "from myst_nb import glue"
 _glued: dict[str, object] = {}
 
 
-class _Shown:
-    """A text that a notebook shows without quotation marks."""
+class Shown:
+    """A text that a notebook shows without quotation marks.
+
+    Parameters
+    ----------
+    text : str
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -74,7 +79,7 @@ def glue(name: str, variable: object, display: bool = False) -> None:
         print(variable)
 
 
-def glued(name: str, form: str = "") -> _Shown:
+def glued(name: str, form: str = "") -> Shown:
     """What a sentence shows of a value that a cell has kept: a text, or '…' before the cell ran.
 
     Parameters
@@ -84,7 +89,7 @@ def glued(name: str, form: str = "") -> _Shown:
     form : str
         A format, such as ``".2f"``.
     """
-    return _Shown(format(_glued[name], form) if name in _glued else "…")
+    return Shown(format(_glued[name], form) if name in _glued else "…")
 
 
 def show(path: str) -> Any:
