@@ -151,6 +151,48 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def measured_best_of_n_kl(scores: Tensor, n: int) -> Tensor:
+    """KL divergence of best-of-n from its policy, measured on M samples of each prompt, in nats.
+
+    Best-of-n with ties to the first drawn multiplies the probability of every completion of one
+    score by the same factor: with q the policy's probability of that score and F that of it or a
+    lower one, by (Fⁿ − (F − q)ⁿ)/q. So the divergence is that between two distributions of the
+    *score*, and no log-probability of a text is needed. q and F are the samples' shares.
+
+    It converges to the truth as M grows with n fixed, and never exceeds :func:`best_of_n_kl`. If
+    no scores tie and M = n it falls short of that by 0.04 (0.06 for n = 2): then the closed form is
+    the better figure, and this one tells how much ties take off. Chapter 5.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[..., M]``, of independent samples of the policy.
+    n : int
+        At least 1; above M the shares say little.
+
+    Returns
+    -------
+    Tensor
+        ``[...]`` float64.
+
+    Raises
+    ------
+    DataError
+        If n is below 1 or a score is NaN.
+    """
+    scores = _candidates(scores)
+    if n < 1:
+        raise DataError(f"best-of-N with N = {n}: N must be at least 1")
+    if bool(scores.isnan().any()):
+        raise DataError("a score is NaN", "drop completions that could not be scored")
+    size = scores.shape[-1]
+    up_to = (scores[..., None, :] <= scores[..., :, None]).sum(-1).double() / size
+    below = (scores[..., None, :] < scores[..., :, None]).sum(-1).double() / size
+    ratio = (up_to**n - below**n) / (up_to - below)
+    # each sample stands for 1/M of the policy; 0·log 0 is 0
+    return torch.special.xlogy(ratio, ratio).mean(dim=-1)
+
+
 def majority_vote(
     answers: Sequence[Hashable | None], weights: Sequence[float] | None = None
 ) -> int | None:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,6 +34,8 @@ _OURS = frozenset(
         *("token_scores", "step_scores", "step_wrong", "first_error"),
     }
 )
+#: index of a row, and the number and bytes of its line
+Line = tuple[int, tuple[int, bytes]]
 _OVERWRITE = "give another output, or --overwrite to begin anew"
 
 
@@ -90,19 +92,10 @@ def score_file(
     DataError
         For a bad row (file and line), or an output that belongs to another run.
     """
-    source, target = Path(input_path), Path(output_path)
-    if target.suffix == ".gz":
-        raise DataError(f"{target}: the output is plain text, so that a stopped run can go on")
-    if source.resolve() == target.resolve():
-        raise DataError(f"{source}: input and output are the same file")
-    if chunk_rows < 1:
-        raise DataError(f"chunk_rows is {chunk_rows}", "use a positive number")
-    digest, rows = _input_digest(source)
+    source = Path(input_path)
     manifest = scorer.reward_model.manifest
     reference = None if manifest is None else manifest.reference
     state = {
-        "version": _STATE_VERSION,
-        "input": {"sha256": digest, "rows": rows},
         "model": model_fingerprint(scorer.reward_model.model),
         "formatter": scorer.formatter.fingerprint(),
         "reference": None if reference is None else vars(reference),
@@ -114,9 +107,55 @@ def score_file(
             "on_error": on_error,
         },
     }
+    return write_in_chunks(
+        source,
+        output_path,
+        lambda chunk: _score_chunk(
+            scorer, source, chunk, fields, completion_field, terminated, on_error
+        ),
+        state,
+        overwrite=overwrite,
+        chunk_rows=chunk_rows,
+        progress=progress,
+        on_total=on_total,
+    )
+
+
+def write_in_chunks(
+    input_path: str | os.PathLike[str],
+    output_path: str | os.PathLike[str],
+    records_of: Callable[[list[Line]], list[dict[str, Any]]],
+    state: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    chunk_rows: int = 1024,
+    progress: Progress | None = None,
+    on_total: Progress | None = None,
+) -> FileReport:
+    """Write one record for each row of a JSONL file, in order; go on where a run was stopped.
+
+    Parameters
+    ----------
+    records_of : callable
+        From a chunk of lines to as many records, each with its ``index``, and with an ``error`` if
+        the row has no score.
+    state : mapping
+        What the records depend on besides the input, as JSON; a run goes on only if it is the same.
+    input_path, output_path, overwrite, chunk_rows, progress, on_total
+        As for :func:`score_file`, with its errors.
+    """
+    source, target = Path(input_path), Path(output_path)
+    if target.suffix == ".gz":
+        raise DataError(f"{target}: the output is plain text, so that a stopped run can go on")
+    if source.resolve() == target.resolve():
+        raise DataError(f"{source}: input and output are the same file")
+    if chunk_rows < 1:
+        raise DataError(f"chunk_rows is {chunk_rows}", "use a positive number")
+    digest, rows = _input_digest(source)
+    whole = {"version": _STATE_VERSION, "input": {"sha256": digest, "rows": rows}, **state}
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target) as out:
-        done = _resume(out, target, state, overwrite)
+        done = _resume(out, target, whole, overwrite)
         if done > rows:
             raise DataError(f"{target}: has {done} rows, the input {rows}", _OVERWRITE)
         report = FileReport(rows=rows, resumed_at=done)
@@ -126,13 +165,11 @@ def score_file(
             progress(done)
         numbered = islice(enumerate(_lines(source)), done, None)
         while chunk := list(islice(numbered, chunk_rows)):
-            records = _score_chunk(
-                scorer, source, chunk, fields, completion_field, terminated, on_error
-            )
+            records = records_of(chunk)
             out.write("".join(_to_json(record) for record in records).encode())
             out.flush()
             os.fsync(out.fileno())
-            failed = sum(record["score"] is None for record in records)
+            failed = sum("error" in record for record in records)
             report.without_score += failed
             report.scored += len(records) - failed
             if progress is not None:
@@ -186,7 +223,7 @@ def _input_digest(path: Path) -> tuple[str, int]:
     return digest.hexdigest(), rows
 
 
-def _parse(path: Path, number: int, line: bytes) -> Any:
+def parse_line(path: Path, number: int, line: bytes) -> Any:
     where = f"{path} line {number}"
     try:
         row = json.loads(line)
@@ -213,7 +250,7 @@ def _score_chunk(
     errors: list[str | None] = []
     for _, (number, line) in chunk:
         try:
-            rows.append(_parse(source, number, line))
+            rows.append(parse_line(source, number, line))
             errors.append(None)
         except DataError as error:
             if on_error == "raise":

@@ -111,7 +111,7 @@ class Policy:
         temperature: float = 1.0,
         top_p: float = 1.0,
         max_new_tokens: int = 256,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         prefixes: Sequence[Sequence[int]] | None = None,
         stop: str | None = None,
     ) -> list[list[Sample]]:
@@ -130,8 +130,8 @@ class Policy:
             In (0, 1]. 1 draws from the whole distribution.
         max_new_tokens : int
             A completion that has not ended by then is cut off (``terminated`` False).
-        seed : int
-            See the notes.
+        seed : int or sequence of int
+            One for all prompts, or one for each; see the notes.
         prefixes : sequence of sequences of int, optional
             Token ids that each prompt's completions begin with, such as steps that stand already.
         stop : str, optional
@@ -157,11 +157,14 @@ class Policy:
         """
         check_settings(n, temperature, top_p, max_new_tokens, stop)
         begun = self._begun(encode_prompts(self.formatter, prompts), prefixes, max_new_tokens)
+        seeds = [seed] * len(begun) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(begun):
+            raise DataError(f"{len(begun)} prompts, {len(seeds)} seeds")
         seen: Counter[tuple[int, ...]] = Counter()
         rows: list[tuple[int, int]] = []  # a prompt, and the number of its sample
         for place, (ids, _) in enumerate(begun):
-            first = n * seen[tuple(ids)]
-            seen[tuple(ids)] += 1
+            first = n * seen[(seeds[place], *ids)]
+            seen[(seeds[place], *ids)] += 1
             rows += [(place, first + i) for i in range(n)]
         drawn: list[Sample | None] = [None] * len(rows)
         draw: dict[str, Any] = {
@@ -173,7 +176,7 @@ class Policy:
         with self._ready():
             lengths = [len(begun[place][0]) + max_new_tokens for place, _ in rows]
             for batch in token_budget_batches(lengths, self._budget(_CPU_TOKENS, _GPU_TOKENS)):
-                samples = self._draw(begun, [rows[i] for i in batch], seed, **draw)
+                samples = self._draw(begun, [rows[i] for i in batch], seeds, **draw)
                 for i, sample in zip(batch, samples, strict=True):
                     drawn[i] = sample
         done = [sample for sample in drawn if sample is not None]
@@ -205,7 +208,7 @@ class Policy:
         self,
         begun: Sequence[tuple[list[int], int]],
         rows: Sequence[tuple[int, int]],
-        seed: int,
+        seeds: Sequence[int],
         *,
         temperature: float,
         top_p: float,
@@ -219,7 +222,7 @@ class Policy:
         pad = self._pad()
         batch = pad_batch([begun[place][0] for place in places], pad, "left")
         index = torch.tensor([places.index(place) for place, _ in rows], device=self.device)
-        streams = [uniforms(seed, begun[p][0], i, max_new_tokens) for p, i in rows]
+        streams = [uniforms(seeds[p], begun[p][0], i, max_new_tokens) for p, i in rows]
         dice = Dice(
             torch.from_numpy(np.stack(streams)).to(self.device),
             temperature=temperature,

@@ -47,9 +47,16 @@ class Oracle(TokenScorer):
             labels = grade(row["prompt"][0]["content"], "\n".join(steps)).labels
             bad = sum(label < 0 for label in labels) / len(labels)
             values.append(0.5 + self.sign * (0.5 - bad))
-        n = len(rows)
+        nothing = [None] * len(rows)
         return TokenScores(
-            np.array(values), [None] * n, [None] * n, [None] * n, np.full(n, 10), [None] * n
+            raw=np.array(values),
+            values=nothing,
+            wrong=nothing,
+            logits=nothing,
+            places=nothing,
+            n_tokens=np.full(len(rows), 10),
+            reasons=nothing,
+            readout=self.readout,
         )
 
 

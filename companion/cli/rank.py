@@ -1,0 +1,108 @@
+"""``companion rank``: best-of-N over a file of prompts; the best as data for fine-tuning."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("--model", required=True, help="folder or hub id of a reward model")
+    parser.add_argument(
+        "--input",
+        required=True,
+        help=".jsonl or .jsonl.gz; each line an object with prompt and, without --policy, "
+        "completions (a list)",
+    )
+    parser.add_argument(
+        "--output", required=True, help="the best, as rows of prompt and completion for fine-tuning"
+    )
+    parser.add_argument("--ranks", help="all, best first (default: OUTPUT.ranks.jsonl)")
+    parser.add_argument("--pairs", help="best and worst as chosen and rejected")
+    parser.add_argument("--policy", help="folder or hub id of a model that draws completions")
+    parser.add_argument("--n", type=int, default=16, help="completions that the policy draws")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the policy")
+    parser.add_argument("--top_p", type=float, default=1.0, help="of the policy")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="of a completion")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--top_k", type=int, default=1, help="how many of each prompt to write")
+    parser.add_argument(
+        "--on_error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="a bad row stops the run, or gets an 'error' in the ranks",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="begin anew")
+    parser.add_argument("--chunk_rows", type=int, default=64, help="prompts done at a time")
+    parser.add_argument("--device", help="default: the GPU if there is one")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights of both models",
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the hub's model code")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Rank the file; 0 if at least one row was ranked, or there was nothing to do."""
+    from tqdm.auto import tqdm
+
+    from companion.scoring import load_scorer
+    from companion.search import Policy, rank_file
+
+    shared = {
+        "device": args.device,
+        "dtype": args.dtype,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    scorer = load_scorer(args.model, **shared)
+    policy = Policy.from_pretrained(args.policy, **shared) if args.policy else None
+    for note in scorer.notes:
+        print(f"note: {note}", file=sys.stderr)
+    with tqdm(desc="ranking", unit=" prompts", file=sys.stderr) as bar:
+        report = rank_file(
+            scorer,
+            args.input,
+            args.output,
+            ranks_path=args.ranks,
+            pairs_path=args.pairs,
+            policy=policy,
+            n=args.n,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+            top_k=args.top_k,
+            on_error=args.on_error,
+            overwrite=args.overwrite,
+            chunk_rows=args.chunk_rows,
+            progress=bar.update,
+            on_total=lambda rows: bar.reset(total=rows),
+        )
+    ranked = report.rows - report.failed
+    print(
+        f"{args.output}: {report.best} rows, the best {args.top_k} of {report.candidates} "
+        f"completions of {ranked} prompts"
+        + (f", {report.resumed_at} done before" if report.resumed_at else "")
+    )
+    if args.pairs:
+        print(f"{args.pairs}: {report.pairs} pairs of best and worst")
+    if ranked and report.kl_interval is not None:
+        print(f"score: {report.score_best:+.3f} of the best, {report.score_mean:+.3f} of all")
+        print(
+            f"KL from the policy: {report.kl_measured:.3f} nats measured "
+            f"[{report.kl_interval.low:.3f}, {report.kl_interval.high:.3f}], "
+            f"at most {report.kl_bound:.3f} (closed form)"
+        )
+        print(f"ties for the best: {report.tied} prompts (the first one is taken)")
+    for count, text in (
+        (report.cut_off, "completions were cut off: ranked last, never written"),
+        (report.without_score, "completions without a score (see their 'error')"),
+        (report.not_written, "prompts without a finished completion that has a score"),
+        (report.failed, "rows without a ranking (see their 'error')"),
+    ):
+        if count:
+            print(f"{count} {text}")
+    return 1 if report.failed and not ranked else 0

@@ -1,0 +1,288 @@
+"""Rank the completions of each prompt of a file, and write the best as data for fine-tuning.
+
+Every row of the input gets a line in a file of ranks, which a stopped run goes on with. From it,
+once it is whole, come the rows for fine-tuning (rejection sampling) and pairs. Chapter 5.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from companion.data.writing import write_rows
+from companion.errors import CompanionError, DataError
+from companion.formatting.conversation import check_messages, is_messages
+from companion.scoring.scorer import OnError, Progress, RewardScorer
+from companion.scoring.streaming import Line, model_fingerprint, parse_line, write_in_chunks
+from companion.scoring.token_scorer import TokenScorer
+from companion.search.choosing import Candidate, order, score_rows
+from companion.search.ranks import RankReport, best_rows, measure_ranks, pair_rows
+from companion.search.sampling import Policy
+from companion.selection import best_of_n_kl, measured_best_of_n_kl
+
+
+def rank_file(
+    scorer: RewardScorer | TokenScorer,
+    input_path: str | os.PathLike[str],
+    output_path: str | os.PathLike[str],
+    *,
+    ranks_path: str | os.PathLike[str] | None = None,
+    pairs_path: str | os.PathLike[str] | None = None,
+    policy: Policy | None = None,
+    n: int = 16,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 512,
+    seed: int = 0,
+    top_k: int = 1,
+    on_error: OnError = "raise",
+    overwrite: bool = False,
+    chunk_rows: int = 64,
+    progress: Progress | None = None,
+    on_total: Progress | None = None,
+) -> RankReport:
+    """Rank N completions of each prompt, and write the best.
+
+    Parameters
+    ----------
+    scorer : RewardScorer or TokenScorer
+    input_path : path
+        .jsonl or .jsonl.gz. Each row has a ``prompt`` and, without a policy, ``completions``: a
+        list of N texts or lists of messages; optionally ``terminated``, a list of N booleans.
+    output_path : path
+        The best as rows of ``prompt`` and ``completion``, as TRL's ``SFTTrainer`` takes them, in
+        the form (text or messages) of the input. A completion that was cut off is never among
+        them: it would teach the policy to end there.
+    ranks_path : path, optional
+        One line a row of the input: its completions best first, with scores, ties and KL. Default:
+        the output's name with ``.ranks.jsonl`` behind it.
+    pairs_path : path, optional
+        Best and worst finished completion as ``prompt``, ``chosen``, ``rejected``, for DPO or
+        pairwise training; none where the two scores are equal.
+    policy : Policy, optional
+        Draws the completions.
+    n, temperature, top_p, max_new_tokens, seed
+        Of the policy's sampling. A row's samples depend on its prompt, its index and the seed.
+    top_k : int
+        How many of each prompt to write.
+    on_error : {"raise", "skip"}
+        A row that cannot be ranked stops the run, or gets an ``error`` in the ranks.
+    overwrite, chunk_rows, progress, on_total
+        As in :func:`companion.scoring.streaming.score_file`.
+
+    Raises
+    ------
+    DataError
+        For a bad row (file and line), a setting, or ranks that belong to another run.
+
+    Notes
+    -----
+    Finished completions come before those that were cut off, then the higher score, then the one
+    that came first.
+    """
+    source, output = Path(input_path), Path(output_path)
+    ranks = (
+        Path(ranks_path)
+        if ranks_path is not None
+        else output.with_name(f"{output.name}.ranks.jsonl")
+    )
+    if top_k < 1 or n < 1:
+        raise DataError(f"n={n}, top_k={top_k}", "both must be at least 1")
+    if on_error not in ("raise", "skip"):
+        raise DataError(f"on_error is {on_error!r}", "use 'raise' or 'skip'")
+    paths = [p.resolve() for p in (source, output, ranks)]
+    if pairs_path is not None:
+        paths.append(Path(pairs_path).resolve())
+    if len(set(paths)) < len(paths):
+        raise DataError("input, output, ranks and pairs must be different files")
+    sampling = {
+        "n": n,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    state = {
+        "model": model_fingerprint(scorer.reward_model.model),
+        "formatter": scorer.formatter.fingerprint(),
+        "readout": scorer.readout.to_dict() if isinstance(scorer, TokenScorer) else None,
+        "policy": None if policy is None else [model_fingerprint(policy.model), sampling],
+        "on_error": on_error,
+    }
+    done = write_in_chunks(
+        source,
+        ranks,
+        lambda chunk: _rank_chunk(scorer, source, chunk, policy, sampling, on_error),
+        state,
+        overwrite=overwrite,
+        chunk_rows=chunk_rows,
+        progress=progress,
+        on_total=on_total,
+    )
+    report = RankReport(done.rows, done.resumed_at)
+    measure_ranks(ranks, report)
+    report.best = write_rows(best_rows(ranks, top_k), output)
+    if pairs_path is not None:
+        report.pairs = write_rows(pair_rows(ranks), pairs_path)
+    return report
+
+
+# ---------------------------------------------------------------------- one chunk
+
+
+def _rank_chunk(
+    scorer: RewardScorer | TokenScorer,
+    source: Path,
+    chunk: Sequence[Line],
+    policy: Policy | None,
+    sampling: Mapping[str, Any],
+    on_error: OnError,
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any] | DataError] = []
+    for _, (number, line) in chunk:
+        try:
+            rows.append(_row(parse_line(source, number, line), f"{source} line {number}", policy))
+        except DataError as error:
+            if on_error == "raise":
+                raise
+            rows.append(error)
+    good = [place for place, row in enumerate(rows) if isinstance(row, dict)]
+    if policy is not None:
+        good = _draw(policy, rows, good, [chunk[i][0] for i in good], sampling, on_error)
+    flat = [
+        {"prompt": rows[place]["prompt"], "completion": text, "terminated": end}  # type: ignore[index]
+        for place in good
+        for text, end in zip(rows[place]["completions"], rows[place]["terminated"], strict=True)  # type: ignore[index]
+    ]
+    values, reasons, _ = score_rows(scorer, flat)
+    records, begin = [], 0
+    for place, (index, (number, _)) in enumerate(chunk):
+        row = rows[place]
+        if isinstance(row, DataError):
+            records.append({"index": index, "error": row.what})
+            continue
+        part = slice(begin, begin + len(row["completions"]))
+        begin = part.stop
+        record = _record(index, row, values[part], reasons[part])
+        if "error" in record and on_error == "raise":
+            raise DataError(f"{source} line {number}: {record['error']}")
+        records.append(record)
+    return records
+
+
+def _row(row: Any, where: str, policy: Policy | None) -> dict[str, Any]:
+    """Prompt, completions and whether each was ended; checked."""
+    if not isinstance(row, dict) or row.get("prompt") is None:
+        raise DataError(f"{where}: the field 'prompt' is missing or null")
+    prompt, completions = row["prompt"], row.get("completions")
+    base: dict[str, Any] = {"prompt": prompt, "where": where}
+    if "id" in row:
+        base["id"] = row["id"]
+    if not isinstance(prompt, str):
+        if not is_messages(prompt) or not prompt:
+            raise DataError(f"{where}, 'prompt': neither text nor a list of messages")
+        base["prompt"] = check_messages(prompt, f"{where}, 'prompt'")
+    if policy is not None:
+        if completions is not None:
+            raise DataError(
+                f"{where}: has completions, and a policy is to draw them",
+                "leave out --policy, or take the field 'completions' off the rows",
+            )
+        return base
+    if not isinstance(completions, list) or not completions:
+        raise DataError(
+            f"{where}: the field 'completions' is no list of completions",
+            "give N completions in each row, or a --policy that draws them",
+        )
+    kinds = {isinstance(item, str) for item in completions}
+    if len(kinds) > 1 or (isinstance(prompt, str) and False in kinds):
+        raise DataError(f"{where}: texts and messages are mixed", "use one form for all")
+    for number, item in enumerate(completions):
+        if not isinstance(item, str) and (not is_messages(item) or not item):
+            raise DataError(f"{where}, completion {number}: neither text nor messages")
+    ended = row.get("terminated", [True] * len(completions))
+    if (
+        not isinstance(ended, list)
+        or len(ended) != len(completions)
+        or not all(isinstance(item, bool) for item in ended)
+    ):
+        raise DataError(f"{where}: 'terminated' is no list of {len(completions)} true or false")
+    return {**base, "completions": completions, "terminated": ended}
+
+
+def _draw(
+    policy: Policy,
+    rows: list[dict[str, Any] | DataError],
+    good: list[int],
+    indices: Sequence[int],
+    sampling: Mapping[str, Any],
+    on_error: OnError,
+) -> list[int]:
+    """Let the policy complete the prompts, in place; the places of rows that it could complete."""
+    settings = {key: value for key, value in sampling.items() if key != "seed"}
+    # the index is part of the seed, so a chunk's size makes no difference
+    seeds = [sampling["seed"] * 2**32 + index for index in indices]
+    prompts = [rows[place]["prompt"] for place in good]  # type: ignore[index]
+    try:
+        drawn = policy.sample(prompts, seed=seeds, **settings)
+    except CompanionError as error:
+        if len(good) == 1:
+            where = rows[good[0]]["where"]  # type: ignore[index]
+            named = DataError(f"{where}: {error.what}", error.cure)
+            if on_error == "raise":
+                raise named from error
+            rows[good[0]] = named
+            return []
+        return [  # one by one, so that a bad prompt fails alone
+            place
+            for at in range(len(good))
+            for place in _draw(
+                policy, rows, good[at : at + 1], indices[at : at + 1], sampling, on_error
+            )
+        ]
+    for place, group in zip(good, drawn, strict=True):
+        row = rows[place]
+        assert isinstance(row, dict)
+        row["completions"] = [sample.text for sample in group]
+        row["terminated"] = [sample.terminated for sample in group]
+        row["n_tokens"] = sum(sample.n_tokens for sample in group)
+    return good
+
+
+def _record(
+    index: int, row: Mapping[str, Any], values: np.ndarray, reasons: Sequence[str | None]
+) -> dict[str, Any]:
+    completions = row["completions"]
+    candidates = [
+        Candidate(str(place), [], ended, float(value), reason)
+        for place, (ended, value, reason) in enumerate(
+            zip(row["terminated"], values, reasons, strict=True)
+        )
+    ]
+    record: dict[str, Any] = {"index": index}
+    record |= {key: row[key] for key in ("id", "prompt", "n_tokens") if key in row}
+    ranked = order(candidates)
+    scored = [item for item in ranked if item.reason is None]
+    if not scored:
+        return {**record, "error": f"no completion has a score: {ranked[0].reason}"}
+    record["completions"] = [
+        {
+            "place": int(item.text),
+            "completion": completions[int(item.text)],
+            "score": item.score if item.reason is None else None,
+            "terminated": item.terminated,
+            **({} if item.reason is None else {"error": item.reason}),
+        }
+        for item in ranked
+    ]
+    keys = [(item.terminated, item.score) for item in scored]
+    levels = torch.tensor([float(sorted(set(keys)).index(key)) for key in keys])
+    record["n_tied"] = keys.count(keys[0])
+    record["kl_bound"] = best_of_n_kl(len(scored))
+    record["kl_measured"] = float(measured_best_of_n_kl(levels, len(scored)))
+    return record
