@@ -49,7 +49,9 @@ class Entry:
 CHAPTERS: dict[int, tuple[str, str]] = {
     1: ("Bradley–Terry", "ch01_bradley_terry"),
     2: ("The scalar head and the read-out", "ch02_readout"),
+    3: ("Kinds of reward model", "ch03_kinds"),
     4: ("Training with TRL", "ch04_training"),
+    5: ("From scores to behaviour", "ch05_use"),
 }
 
 #: every exercise, in the order of the course
@@ -68,12 +70,24 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("ch02.position_ids", "Positions under left padding", "write it", 10, 2),
     Entry("ch02.read_scores", "From hidden states to a score", "write it", 15, 2),
     Entry("ch02.is_padding_invariant", "A test that catches it", "write it", 30, 3),
+    Entry("ch03.outcome_labels", "An outcome on every token", "write it", 10, 1),
+    Entry("ch03.pairs_or_outcomes", "Pairs are no outcomes", "predict, then run", 10, 1),
+    Entry("ch03.aggregates", "From tokens to one score", "write it", 15, 1),
+    Entry("ch03.first_error_f1", "Where does it go wrong?", "write it", 15, 2),
+    Entry("ch03.count_verdicts", "A judge asked in both orders", "find the bug", 20, 2),
+    Entry("ch03.step_labels", "The label of a step", "find the bug", 30, 3),
     Entry("ch04.epoch_accuracy", "Accuracy, ties and a short batch", "write it", 10, 1),
     Entry("ch04.best_shift", "Where centring puts the scores", "derive it", 10, 1),
     Entry("ch04.one_epoch_or_many", "One epoch or many", "predict, then run", 10, 1),
     Entry("ch04.training_settings", "A configuration with six traps", "find the bug", 20, 2),
     Entry("ch04.split_rows", "A held-out set that is held out", "write it", 20, 2),
     Entry("ch04.train_epoch", "A training loop with three bugs", "find the bug", 30, 3),
+    Entry("ch05.best_of_n_kl", "How far best-of-n goes", "derive it", 10, 1),
+    Entry("ch05.group_scaling", "What GRPO makes of a reward", "predict, then run", 10, 1),
+    Entry("ch05.kl_estimate", "Estimating the KL divergence", "write it", 15, 2),
+    Entry("ch05.expected_best", "All of best-of-n from one pool", "write it", 20, 2),
+    Entry("ch05.when_to_stop", "When to stop", "find the bug", 20, 2),
+    Entry("ch05.reward_function", "A reward function with eight bugs", "find the bug", 30, 3),
 )
 
 BY_ID: dict[str, Entry] = {entry.id: entry for entry in CATALOGUE}

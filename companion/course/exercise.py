@@ -65,6 +65,45 @@ THREADS: dict[str, Thread] = {
     "RLHF-Reward-Modeling #16": Thread(
         _HUB + "RLHFlow/RLHF-Reward-Modeling/issues/16", "the template's BOS replaced by nothing"
     ),
+    "trl #2127": Thread(
+        _HUB + "huggingface/trl/pull/2127", "labels cast to booleans, so that −100 became True"
+    ),
+    "OpenRLHF #683": Thread(
+        _HUB + "OpenRLHF/OpenRLHF/issues/683",
+        "a step's placeholder joined with its neighbour by the tokenizer: no step was labelled",
+    ),
+    "NeMo Gym #2103": Thread(
+        _HUB + "NVIDIA-NeMo/Gym/pull/2103",
+        "a judge's reply that cannot be parsed, counted as a tie",
+    ),
+    "verl #7240": Thread(
+        _HUB + "verl-project/verl/pull/7240", "best@k by drawing with replacement"
+    ),
+    "trl #3240": Thread(
+        _HUB + "huggingface/trl/pull/3240", "an estimate of the KL divergence that can be negative"
+    ),
+    "rocket-learn #12": Thread(
+        _HUB + "Rolv-Arild/rocket-learn/pull/12", "the KL estimate with its ratio upside down"
+    ),
+    "transformers #40221": Thread(
+        _HUB + "huggingface/transformers/pull/40221",
+        "the last checkpoint loaded where the best was asked for",
+    ),
+    "trl #2685": Thread(
+        _HUB + "huggingface/trl/issues/2685", "is a reward model in eval mode within GRPO?"
+    ),
+    "slime #2120": Thread(
+        _HUB + "THUDM/slime/pull/2120", "a prompt that is a list of messages, joined with `+`"
+    ),
+    "UniRL #335": Thread(
+        _HUB + "Tencent-Hunyuan/UniRL/pull/335", "one infinite reward spoils a batch's advantages"
+    ),
+    "trl #5224": Thread(
+        _HUB + "huggingface/trl/issues/5224", "token ids that change when text is tokenised anew"
+    ),
+    "OpenRLHF #938": Thread(
+        _HUB + "OpenRLHF/OpenRLHF/issues/938", "a reward server with tensors on two devices"
+    ),
 }
 
 

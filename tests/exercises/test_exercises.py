@@ -153,7 +153,8 @@ def test_catalogue_and_modules_are_one_to_one():
         if chapter.ispkg
         for module in pkgutil.iter_modules([str(Path(package.__path__[0]) / chapter.name)])
     }
-    assert modules - {"ch02.toys"} == set(IDS)
+    helpers = {"ch02.toys", "ch03.toys", "ch05.toys", "ch05.wiring"}
+    assert modules - helpers == set(IDS)
     assert all(load_exercise(name).id == name for name in IDS)
 
 
@@ -196,7 +197,9 @@ def test_nothing_of_a_solution_is_left_in_the_exercises():
 def test_links_lead_to_sections_that_exist(chapter):
     text = path_of("solutions", chapter).read_text(encoding="utf-8")
     links = re.findall(r"\[Chapter \d, '(.+?)'\]\(\.\./(book/\w+\.md)#([\w-]+)\)", text)
-    assert len(links) == len(entries_of(chapter))
+    # a chapter without a page yet: its exercises link the glossary
+    written = (ROOT / "book" / f"{CHAPTERS[chapter][1]}.md").exists()
+    assert len(links) == (len(entries_of(chapter)) if written else 0)
     for title, page, anchor in links:
         assert re.search(
             rf"^##+ {re.escape(title)}$", (ROOT / page).read_text("utf-8"), re.MULTILINE
