@@ -30,7 +30,7 @@ class Fall:
     Attributes
     ----------
     look, best : int
-        This look, and the one with the highest mean so far (this one included).
+        This look, and the best so far: the last that was better than the best before it.
     change : float
         Mean of this look minus mean of the best, on the prompts that have both; at most 0.
     p_value : float
@@ -80,6 +80,7 @@ class FallTest:
         self.looks = looks
         self.alpha = alpha
         self.history: list[Array] = []
+        self.best = 0
 
     @property
     def level(self) -> float:
@@ -117,11 +118,14 @@ class FallTest:
             )
         self.history.append(scores)
         look = len(self.history) - 1
-        best = int(np.argmax([np.nanmean(earlier) for earlier in self.history]))
-        if best == look:
-            return Fall(look, best, 0.0, 1.0, self.level, False)
-        change, p_value = paired_fall(self.history[best], scores)
-        return Fall(look, best, change, p_value, self.level, p_value < self.level)
+        if look == 0:
+            return Fall(0, 0, 0.0, 1.0, self.level, False)
+        # prompt by prompt: a mean over what is left rises where bad completions lose their score
+        change, p_value = paired_fall(self.history[self.best], scores)
+        if change > 0:
+            self.best = look
+            return Fall(look, look, 0.0, 1.0, self.level, False)
+        return Fall(look, self.best, change, p_value, self.level, p_value < self.level)
 
 
 def paired_fall(before: Array, after: Array) -> tuple[float, float]:
