@@ -1,7 +1,8 @@
 """Train an epoch under DeepSpeed ZeRO on CPU processes; write the figures and the final weights.
 
-Usage: ``torchrun --nproc_per_node 2 deepspeed_worker.py STAGE|run OUTPUT`` (environment:
-``DS_ACCELERATOR=cpu ACCELERATE_USE_DEEPSPEED=true``); stage 0 is plain PyTorch.
+Usage: ``torchrun --nproc_per_node 2 deepspeed_worker.py STAGE|run OUTPUT [KIND]`` (environment:
+``DS_ACCELERATOR=cpu ACCELERATE_USE_DEEPSPEED=true``); stage 0 is plain PyTorch. KIND is one of
+``kinds_worker.KINDS``; without it pairs are trained on.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from accelerate import PartialState
 from datasets import Dataset
 from tokenizers import pre_tokenizers
 
-spec = importlib.util.spec_from_file_location(
-    "exact_worker", Path(__file__).with_name("exact_worker.py")
-)
-assert spec is not None
-assert spec.loader is not None
-base = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(base)
+
+def neighbour(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+base = neighbour("exact_worker")
 
 from companion.training.config import PairwiseRewardConfig  # noqa: E402
 from companion.training.pairwise import PairwiseRewardTrainer  # noqa: E402
@@ -52,16 +57,24 @@ def settings(stage: int, ranks: int) -> dict[str, Any]:
     }
 
 
-def main(stage: int, output: str) -> None:
+def main(stage: int, output: str, name: str | None = None) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if stage:
         PartialState(backend="gloo")
-    start = dict(base.make_model().state_dict())  # before DeepSpeed partitions every new module
-    rows = Dataset.from_list(base.make_rows(N_PAIRS, margin=True))
+    if name is None:
+        make_model, rows = base.make_model, base.make_rows(N_PAIRS, margin=True)
+        trainer_class, config_class = PairwiseRewardTrainer, PairwiseRewardConfig
+        own: dict[str, Any] = {"center_rewards_coefficient": base.CENTERING}
+    else:
+        kind = neighbour("kinds_worker").KINDS[name]()
+        make_model, rows, own = kind.model, kind.rows(N_PAIRS), kind.settings
+        trainer_class, config_class = kind.trainer, kind.config
+    start = dict(make_model().state_dict())  # before DeepSpeed partitions every new module
+    rows = Dataset.from_list(rows)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = PairwiseRewardTrainer(
-            model=base.make_model(),
-            args=PairwiseRewardConfig(
+        trainer = trainer_class(
+            model=make_model(),
+            args=config_class(
                 folder,
                 per_device_train_batch_size=STEP_MICRO // ranks,
                 per_device_eval_batch_size=2,
@@ -70,13 +83,13 @@ def main(stage: int, output: str) -> None:
                 lr_scheduler_type="constant",
                 optim="sgd",
                 max_grad_norm=0.0,
-                center_rewards_coefficient=base.CENTERING,
                 save_strategy="no",
                 eval_strategy="no",
                 logging_steps=1,
                 report_to="none",
                 disable_tqdm=True,
                 **settings(stage, ranks),
+                **own,
             ),
             train_dataset=rows,
             processing_class=base.make_tokenizer(),
@@ -153,6 +166,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "run":
         whole_run(sys.argv[2])
     else:
-        main(int(sys.argv[1]), sys.argv[2])
+        main(int(sys.argv[1]), sys.argv[2], *sys.argv[3:])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

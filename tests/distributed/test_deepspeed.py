@@ -59,6 +59,45 @@ def test_zero_gives_the_weights_of_one_process(
     np.testing.assert_allclose(theirs["predictions"], ours["predictions"], atol=1e-4)
 
 
+KINDS = ("kwise, Plackett–Luce", "outcome, token", "process, three classes")
+
+
+@pytest.fixture(scope="module")
+def plain_kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    found = {}
+    for kind in KINDS:
+        output = tmp_path_factory.mktemp("plain") / "weights.pt"
+        _launch([WORKER, "0", str(output), kind], ranks=1)
+        found[kind] = torch.load(output)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_trains_the_other_kinds_as_one_process_does(
+    stage: int, kind: str, plain_kinds: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """9 rows of unequal weight; of the steps' rows some have no label at all."""
+    output, plain = tmp_path / "weights.pt", plain_kinds[kind]
+    _launch([WORKER, str(stage), str(output), kind], ranks=2, **CPU)
+    sharded = torch.load(output)
+    moved, gap = 0.0, 0.0
+    for name, value in plain["weights"].items():
+        moved += float((value - plain["start"][name]).square().sum())
+        gap += float((value - sharded["weights"][name]).square().sum())
+    assert moved > 0
+    assert gap**0.5 < 1e-5 * moved**0.5
+    ours, theirs = json.loads(plain["figures"]), json.loads(sharded["figures"])
+    assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-5)
+    assert theirs["eval"]["eval_loss"] == pytest.approx(ours["eval"]["eval_loss"], rel=1e-4)
+    assert len(theirs["predictions"]) == 5
+    np.testing.assert_allclose(
+        np.array(theirs["predictions"], dtype=float),
+        np.array(ours["predictions"], dtype=float),
+        atol=1e-4,  # NaN stands in the same places
+    )
+
+
 def test_a_whole_run_under_zero_3_saves_a_plain_checkpoint(tmp_path: Path) -> None:
     """The shards are gathered, the manifest is written, and the model loads without DeepSpeed."""
     from companion.models import load_reward_model
