@@ -20,6 +20,7 @@ from companion.cli.main import _VERBATIM, COMMANDS, main
 from companion.course.progress import VARIABLE
 from companion.data.tutor import make_rows
 from companion.errors import CompanionError
+from companion.quickstart import TUTOR_BASE
 
 COMMANDS_ON_PAGES = all_commands()
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -112,7 +113,7 @@ def in_small(words: list[str], base: Path, reward: Path) -> list[str]:
         if flag in words and re.fullmatch(r"[\w.-]+/[\w.-]+", words[words.index(flag) + 1]):
             _set(words, flag, local)
     if "--model" in words and "/" in words[words.index("--model") + 1]:
-        _set(words, "--model", str(reward))
+        _set(words, "--model", str(TUTOR_BASE if words[0] == "judge" else reward))
     if words[0] == "train":
         _set(words, "--model_name_or_path", str(base))
         _set(words, "--per_device_train_batch_size", "4")
