@@ -1,7 +1,7 @@
 """Ways to wire a reward model into RL that run and are wrong, each caught by a check.
 
-The checks hold for the companion's reward function, and each mutant fails the one of its bug. (A wrong
-device is not among them: it takes a second one to show.)
+The checks hold for the companion's reward function, and each mutant fails the one of its bug. (A
+wrong device is not among them: it takes a second one to show.)
 """
 
 from __future__ import annotations
