@@ -44,10 +44,13 @@ MARKER = re.compile(r"^ *# </?(?:solution|only)>\n", re.MULTILINE)
 
 
 def chapter_documents(book: Path) -> dict[int, str]:
-    """Chapter number -> document name, of the chapters in the table of contents."""
+    """Chapter number -> document name, of the chapters in the table of contents.
+
+    Of several pages of one chapter the first is meant.
+    """
     toc = (book / "_toc.yml").read_text(encoding="utf-8")
     found = re.findall(rf"^ *- file: ({book.name}/ch(\d\d)_\w+)$", toc, re.MULTILINE)
-    return {int(number): f"/{document}" for document, number in found}
+    return {int(number): f"/{document}" for document, number in reversed(found)}
 
 
 def chapters_named(text: str | None) -> set[int]:
