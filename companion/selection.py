@@ -280,27 +280,14 @@ def expected_best_of_n(scores: Tensor, n: int, values: Tensor | None = None) -> 
 
 @dataclass(frozen=True)
 class BestOfNCurve:
-    """Best-of-n over n, as :func:`best_of_n_curve` makes it. Chapter 5.
+    """Best-of-n over n, as :func:`best_of_n_curve` makes it; arrays are ``[K]``. Chapter 5."""
 
-    Attributes
-    ----------
-    n : ndarray ``[K]`` int64
-    kl : ndarray ``[K]``
-        Bound on the divergence from the policy, in nats (:func:`best_of_n_kl`).
-    mean : ndarray ``[K]``
-        Mean over prompts of what the chosen completion is worth.
-    low, high : ndarray ``[K]``
-        Ends of its interval.
-    per_prompt : ndarray ``[P, K]``
-        What the mean is of; two curves over the same prompts are compared by its differences.
-    """
-
-    n: np.ndarray
-    kl: Array
-    mean: Array
-    low: Array
+    n: np.ndarray  #: int64
+    kl: Array  #: bound on the divergence from the policy in nats (:func:`best_of_n_kl`)
+    mean: Array  #: over prompts, of what the chosen completion is worth
+    low: Array  #: end of its interval
     high: Array
-    per_prompt: Array
+    per_prompt: Array  #: ``[P, K]``, what the mean is of: compare curves by its differences
 
 
 def best_of_n_curve(
@@ -360,15 +347,13 @@ def ensemble_scores(
 ) -> Tensor:
     """One score from those of several reward models, to be optimised in place of a single one.
 
-    A completion that fools one model seldom fools all. The three ways are those of Coste et al.
-    (2024, arXiv 2310.02743). Chapter 5.
+    The three ways are those of Coste et al. (2024, arXiv 2310.02743). Chapter 5.
 
     Parameters
     ----------
     scores : Tensor
-        ``[K, ...]`` of K models *on one scale*, such as z scores of the same reference set: two
-        reward models differ by a shift at least, and the smallest of raw scores is then always
-        that of the same model.
+        ``[K, ...]`` of K models *on one scale*, such as z scores of one reference set: raw scores
+        of two reward models differ by a shift at least.
     how : {"mean", "worst", "uncertainty"}
         The mean; the smallest; or the mean minus `weight` times the variance over the models.
     weight : float, default 1.0
