@@ -101,6 +101,7 @@ _EXPORTS: dict[str, str] = {
     "load_token_model": "companion.models.token_models",
     "save_token_model": "companion.models.token_models",
     "token_logits": "companion.models.token_models",
+    "packed_token_logits": "companion.models.token_models",
     "TokenReadout": "companion.models.token_readout",
     "load_causal": "companion.models.causal",
     "encode_prompts": "companion.formatting.prompts",

@@ -59,6 +59,10 @@ def test_batches_hold_every_row_once_within_the_budget(
         assert batch.computed <= budget or len(rows) == 1
         assert max_rows is None or len(rows) <= max_rows
         assert texts_of(batch) == {r: ids[r] for r in rows}
+        for row, places in zip(batch.rows, batch.text_places(), strict=True):
+            text = batch.input_ids[0, places].tolist()
+            assert text[: len(ids[row])] == ids[row]
+            assert set(places[len(ids[row]) :].tolist()) <= {int(places[len(ids[row]) - 1])}
         assert batch.needed == sum(len(ids[r]) for r in rows)
 
 

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from companion.cli.main import main
 from companion.errors import DataError, ModelError, ReadoutError
-from companion.scoring import RewardScorer, running
+from companion.models.token_models import load_token_base
+from companion.models.token_readout import TokenReadout
+from companion.scoring import RewardScorer, TokenScorer, running
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
 
@@ -97,12 +100,15 @@ def test_unknown_packing_and_unsafe_texts_are_refused(tiny_reward: Path) -> None
     assert scorer.score_encoded([]).shape == (0,)
 
 
+SCALAR = ("packed_scores", "reward_scores")
+
+
 class Memory:
     """Stands before the forward and fails for batches above its size, as a GPU does."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, holds: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, holds: int, names: Any = SCALAR) -> None:
         self.holds, self.sizes = holds, []  # type: tuple[int, list[int]]
-        for name in ("packed_scores", "reward_scores"):
+        for name in names:
             monkeypatch.setattr(running, name, self.guard(getattr(running, name)))
 
     def guard(self, forward: Any) -> Any:
@@ -164,3 +170,47 @@ def test_the_budget_on_cuda_comes_from_the_free_memory(monkeypatch: pytest.Monke
     assert running.default_token_budget(Model()) == 4096
     assert asked == [(13, "config", 2)]
     assert running.default_token_budget(torch.nn.Linear(1, 1)) == running.CPU_TOKENS
+
+
+@pytest.mark.parametrize("command", ["score", "evaluate"])
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_the_commands_hand_packing_on(
+    command: str, packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    rows = {
+        "score": ["--input", str(source), "--output", str(tmp_path / "out.jsonl")],
+        "evaluate": ["--dataset_name", str(source)],
+    }
+    given: list[Any] = []
+
+    def load(*_: Any, **settings: Any) -> Any:
+        given.append(settings["packing"])
+        raise ModelError("seen")
+
+    monkeypatch.setattr(RewardScorer, "from_pretrained", load)
+    flags = [] if packing == "auto" else ["--packing", packing]
+    assert main([command, "--model", "m", *rows[command], *flags]) == 2
+    assert given == [packing]
+
+
+def test_a_token_scorer_packs_and_reads_the_same(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_token_base(tiny_base, labels=1)
+    texts = rows()
+    found = {}
+    for packing in ("off", "auto"):
+        scorer = TokenScorer(loaded, TokenReadout("outcome", 1, chat=False), packing=packing)  # type: ignore[arg-type]
+        found[packing] = scorer.score(texts)
+        needed, computed = scorer.tokens
+        assert (computed < needed) == (packing == "auto")
+    np.testing.assert_allclose(found["auto"].raw, found["off"].raw, atol=1e-5)
+    for a, b in zip(found["auto"].values, found["off"].values, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)  # type: ignore[arg-type]
+    assert np.std(found["off"].raw) > 1e-3
+    memory = Memory(monkeypatch, holds=100, names=("packed_token_logits", "token_logits"))
+    again = TokenScorer(loaded, TokenReadout("outcome", 1, chat=False)).score(texts)
+    np.testing.assert_allclose(again.raw, found["off"].raw, atol=1e-5)
+    assert any(size > 100 for size in memory.sizes)

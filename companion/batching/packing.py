@@ -6,16 +6,18 @@ prefix ended, and sees the prefix and itself, never a sibling. Nothing is padded
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from companion.batching.plan import Tree
 from companion.errors import DataError
+
+_T = TypeVar("_T")
 
 
 class Segment(NamedTuple):
@@ -85,14 +87,21 @@ class Segments:
             window = None
         if segment.prefix == 0 and window is None:
             return None
-        name = ("mask", segment.prefix, segment.length, window, device)
-        if name not in self._made:
+
+        def make() -> Tensor:
             key = torch.arange(keys, device=device)
             query = key[segment.prefix :, None]
             seen = key <= query
             if window is not None:
                 seen &= query - key < window
-            self._made[name] = seen
+            return seen
+
+        return self.kept(("mask", segment.prefix, segment.length, window, device), make)
+
+    def kept(self, name: Any, make: Callable[[], _T]) -> _T:
+        """What `make` gives; made once for all layers."""
+        if name not in self._made:
+            self._made[name] = make()
         return self._made[name]  # type: ignore[no-any-return]
 
     def varlen_index(self, device: torch.device | str = "cpu") -> VarlenIndex:
@@ -101,8 +110,8 @@ class Segments:
         Queries stay where they are. Keys and values are gathered: for each segment its prefix, then
         its own tokens, so that causal attention aligned at the last query and key is the right one.
         """
-        name = ("varlen", torch.device(device))
-        if name not in self._made:
+
+        def make() -> VarlenIndex:
             runs = [item.prefix + item.length for item in self.items]
             gather = [
                 torch.arange(first, first + count)
@@ -116,14 +125,15 @@ class Segments:
                 torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
                 for counts in (self.lengths, runs)
             )
-            self._made[name] = VarlenIndex(
+            return VarlenIndex(
                 query.to(device),
                 key.to(device),
                 torch.cat(gather).to(device),
                 max(self.lengths),
                 max(runs),
             )
-        return self._made[name]  # type: ignore[no-any-return]
+
+        return self.kept(("varlen", torch.device(device)), make)
 
 
 @dataclass
@@ -154,6 +164,21 @@ class PackedBatch:
     def computed(self) -> int:
         """Tokens that are computed, ``T``."""
         return self.input_ids.shape[1]
+
+    def text_places(self) -> Tensor:
+        """Where each text's tokens lie in the packed row, ``[N, longest]`` int64.
+
+        In the order of ``rows``, the shared prefix first; what is beyond a text's own length
+        repeats its last token.
+        """
+        starts = {item.start + item.length - 1: item for item in self.segments.items}
+        places = []
+        for end in self.readout.tolist():
+            item = starts[end]
+            trunk = range(item.prefix_start, item.prefix_start + item.prefix)
+            places.append([*trunk, *range(item.start, item.start + item.length)])
+        longest = max(map(len, places))
+        return torch.tensor([each + each[-1:] * (longest - len(each)) for each in places])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on a device; data loaders call it as they would a tensor's."""

@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="tokens computed in a batch; the scorer's own choice if not given",
     )
+    add(
+        "--packing",
+        choices=("auto", "off"),
+        default="auto",
+        help="auto: no padding, and a pair's prompt computed once, where that is exact for the "
+        "model (if not, the log says why); off: padded batches",
+    )
     add("--max_length", type=int, default=None, help="in tokens, in place of the model's own")
     add(
         "--dtype",
@@ -80,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         max_tokens_per_batch=args.max_tokens_per_batch,
+        packing=args.packing,
         max_length=args.max_length,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,

@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to do with longer rows",
     )
     parser.add_argument("--max_tokens_per_batch", type=int, help="tokens of a batch")
+    parser.add_argument(
+        "--packing",
+        choices=("auto", "off"),
+        default="auto",
+        help="auto: no padding, and a shared prompt computed once, where that is exact for the "
+        "model (if not, the log says why); off: padded batches",
+    )
     parser.add_argument("--chunk_rows", type=int, default=1024, help="rows written at a time")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument(
@@ -66,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         max_tokens_per_batch=args.max_tokens_per_batch,
+        packing=args.packing,
         max_length=args.max_length,
         overlong=args.overlong,
         revision=args.revision,

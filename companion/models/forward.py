@@ -94,6 +94,12 @@ def packed_scores(model: Any, batch: PackedBatch) -> Tensor:
         If the attention meets something that it cannot pack.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = as_float("hidden states", packed_hidden(inner, batch)[0, batch.readout])
+    return apply_head(find_head(inner), hidden)
+
+
+def packed_hidden(inner: Any, batch: PackedBatch) -> Tensor:
+    """Hidden states ``[1, T, D]`` of a packed batch, from a model without its LoRA wrapper."""
     backbone = getattr(inner, inner.base_model_prefix)
     computed_again = torch.is_grad_enabled() and bool(inner.is_activation_checkpointing)
     with packed_mode(inner, keep=computed_again):
@@ -103,8 +109,8 @@ def packed_scores(model: Any, batch: PackedBatch) -> Tensor:
             use_cache=False,
             packed_segments=batch.segments,
         )
-    hidden = as_float("hidden states", output.last_hidden_state[0, batch.readout])
-    return apply_head(find_head(inner), hidden)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
 
 
 def apply_head(head: nn.Module, hidden: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from companion.batching.grouping import AttentionGroups, attention_groups
 from companion.batching.packing import Segments
 from companion.errors import ModelError
 
@@ -24,6 +25,9 @@ from companion.errors import ModelError
 PACKED = "companion_packed"
 #: Where a model keeps the name of the attention that it had.
 _PLAIN = "_companion_plain_attention"
+#: What a call of attention costs, in query-key products times the width of all heads: measured on a
+#: CPU, about 0.2 ms forward and backward; for CUDA computed from a launch of 0.1 ms.
+_CALL_COST = {"cpu": 1.5e6, "cuda": 1e8}
 
 
 def packed_attention(
@@ -114,9 +118,13 @@ def _by_segment(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    copies = query.shape[1] // key.shape[1]
+    call_cost = _CALL_COST.get(query.device.type, 1e8) / (query.shape[1] * query.shape[3])
+    groups = attention_groups(segments, call_cost, window, query.dtype, query.device)
+    if groups is not None:
+        return _by_group(query, key, value, groups, copies, scaling)
+    if copies > 1:
+        key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
     lengths = segments.lengths
     # `split` has one backward for all its parts; a slice each would fill a whole gradient each
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
@@ -140,6 +148,37 @@ def _by_segment(
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _by_group(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    groups: AttentionGroups,
+    copies: int,
+    scaling: float | None,
+) -> Tensor:
+    """Segments of like size in one call each; see :mod:`companion.batching.grouping`."""
+    # [1, H, T, D] to [T, H, D]: a token is then one run of memory
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    outputs = []
+    for group in groups.groups:
+        own_query, own_key, own_value = (
+            x.index_select(0, places).view(group.rows, -1, *x.shape[1:]).transpose(1, 2)
+            for x, places in ((query, group.queries), (key, group.keys), (value, group.keys))
+        )
+        if copies > 1:
+            own_key, own_value = (x.repeat_interleave(copies, dim=1) for x in (own_key, own_value))
+        output = nn.functional.scaled_dot_product_attention(
+            own_query,
+            own_key,
+            own_value,
+            attn_mask=group.mask,
+            is_causal=group.mask is None,
+            scale=scaling,
+        )
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, groups.order)[None]
 
 
 def _by_varlen(

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from companion.batching.packing import PackedBatch
 from companion.errors import ModelError
 from companion.formatting import Overlong, RewardFormatter
 from companion.models.checkpoint import checkpoint_keys, find_file, is_adapter
-from companion.models.forward import is_causal
+from companion.models.forward import is_causal, packed_hidden
 from companion.models.guards import check_batch, check_tokenizer_and_config, precision_notes
 from companion.models.head import find_head, head_name, install_head
 from companion.models.loading import HeadLayout, load_with_fresh_head
@@ -162,6 +163,28 @@ def token_logits(
             arguments["position_ids"] = position_ids_from_mask(attention_mask)
     hidden = backbone(input_ids, **arguments).last_hidden_state
     logits: Tensor = find_head(inner)(hidden)
+    return logits
+
+
+def packed_token_logits(model: Any, batch: PackedBatch) -> Tensor:
+    """Logits of every token of a packed batch, in fp32; gradients flow. Chapter 3.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+        A decoder with a token-classification head for which
+        :func:`companion.models.packed_attention.packing_obstacle` finds none.
+    batch : PackedBatch
+        On the model's device.
+
+    Returns
+    -------
+    Tensor
+        ``[T, labels]`` float32 (float64 for a float64 model);
+        :meth:`companion.batching.PackedBatch.text_places` says which belong to a text.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    logits: Tensor = find_head(inner)(packed_hidden(inner, batch)[0])
     return logits
 
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from companion.batching.budget import cuda_token_budget
-from companion.batching.packing import pack
+from companion.batching.packing import PackedBatch, pack
 from companion.batching.padded import pad_batch, token_budget_batches
 from companion.batching.plan import plan_batches
 from companion.errors import DataError, ModelError
 from companion.models.forward import packed_scores, reward_scores
 from companion.models.guards import check_texts
 from companion.models.packed_attention import packed_mode, packing_obstacle, without_adapter
+from companion.models.token_models import packed_token_logits, token_logits
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,13 @@ def default_token_budget(model: Any) -> int:
         parameter.device
     )
     return cuda_token_budget(free + unused, model.config, parameter.element_size())
+
+
+class _Forwards(NamedTuple):
+    """What runs a batch of some rows of the input: packed, or padded (ids and mask)."""
+
+    packed: Callable[[PackedBatch, list[int]], Any]
+    padded: Callable[[Tensor, Tensor, list[int]], Any]
 
 
 class BatchRunner:
@@ -117,9 +126,67 @@ class BatchRunner:
             If a text ends with the pad id or begins with two BOS.
         """
         scores = np.full(len(ids), np.nan)
+
+        def keep(rows: list[int], values: Tensor) -> None:
+            scores[rows] = values.double().cpu().numpy()
+
+        forwards = _Forwards(
+            lambda batch, rows: packed_scores(self.model, batch),
+            lambda input_ids, mask, rows: reward_scores(self.model, input_ids, mask),
+        )
+        self._run(ids, forwards, keep, progress)
+        return scores
+
+    def run_tokens(
+        self,
+        ids: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Tensor]:
+        """Logits of a token-level model at some places of each text. Chapter 3.
+
+        Parameters
+        ----------
+        ids : sequence of sequences of int
+        places : sequence of sequences of int
+            Of each text, which of its tokens to read.
+        progress : callable, optional
+            As for :meth:`run`, which also says what is raised.
+
+        Returns
+        -------
+        list of Tensor
+            ``[places, labels]`` float32 each, on the CPU, in input order.
+        """
+        found: list[Tensor] = [torch.zeros(0)] * len(ids)
+
+        def keep(rows: list[int], values: list[Tensor]) -> None:
+            for row, value in zip(rows, values, strict=True):
+                found[row] = value
+
+        def packed(batch: PackedBatch, rows: list[int]) -> list[Tensor]:
+            logits = packed_token_logits(self.model, batch).cpu()
+            texts = batch.text_places()
+            return [logits[texts[i, list(places[row])]] for i, row in enumerate(rows)]
+
+        def padded(input_ids: Tensor, mask: Tensor, rows: list[int]) -> list[Tensor]:
+            logits = token_logits(self.model, input_ids, mask).cpu()
+            first = mask.long().argmax(dim=1).tolist()  # 0 unless padding stands left
+            return [logits[i, [first[i] + at for at in places[row]]] for i, row in enumerate(rows)]
+
+        self._run(ids, _Forwards(packed, padded), keep, progress)
+        return found
+
+    def _run(
+        self,
+        ids: Sequence[Sequence[int]],
+        forwards: _Forwards,
+        keep: Callable[[list[int], Any], None],
+        progress: Callable[[int], None] | None,
+    ) -> None:
         self.tokens_needed, self.tokens_computed = sum(map(len, ids)), 0
         if not ids:
-            return scores
+            return
         check_texts(ids, self.model.config)
         was_training = self.model.training
         self.model.eval()
@@ -133,16 +200,16 @@ class BatchRunner:
                 packed = self.packing == "auto" and self._can_pack()
                 if packed:  # once for all batches: it walks through the model's modules
                     stack.enter_context(packed_mode(without_adapter(self.model)))
-                self._fill(scores, ids, device, progress, packed)
+                self._fill(ids, device, forwards, keep, progress, packed)
         finally:
             self.model.train(was_training)
-        return scores
 
     def _fill(
         self,
-        scores: np.ndarray,
         ids: Sequence[Sequence[int]],
         device: torch.device,
+        forwards: _Forwards,
+        keep: Callable[[list[int], Any], None],
         progress: Callable[[int], None] | None,
         packed: bool,
     ) -> None:
@@ -153,10 +220,15 @@ class BatchRunner:
         while waiting:
             done: set[int] = set()
             left = [ids[i] for i in waiting]
-            plan = self._packed(left, budget, tree_tokens) if packed else self._padded(left, budget)
+            plan = (
+                self._packed(left, budget, tree_tokens, forwards)
+                if packed
+                else self._padded(left, budget, forwards)
+            )
             for rows, tokens, call in plan:
+                places = [waiting[row] for row in rows]
                 try:
-                    values = call(device).double().cpu().numpy()
+                    keep(places, call(device, places))
                 except torch.OutOfMemoryError as error:
                     if len(rows) == 1:
                         raise ModelError(
@@ -167,8 +239,6 @@ class BatchRunner:
                     budget, tree_tokens = max(1, tokens // 2), None
                     logger.warning(f"out of memory with {tokens} tokens: going on with {budget}")
                     break
-                places = [waiting[row] for row in rows]
-                scores[places] = values
                 done.update(places)
                 self.tokens_computed += tokens
                 if progress is not None:
@@ -185,25 +255,29 @@ class BatchRunner:
         return why is None
 
     def _packed(
-        self, ids: Sequence[Sequence[int]], budget: int, tree_tokens: int | None
+        self,
+        ids: Sequence[Sequence[int]],
+        budget: int,
+        tree_tokens: int | None,
+        forwards: _Forwards,
     ) -> Iterator[tuple[Sequence[int], int, Any]]:
         for trees in plan_batches(ids, budget, self.max_rows, tree_tokens=tree_tokens):
             batch = pack(ids, trees)
             yield (
                 batch.rows,
                 batch.computed,
-                lambda device, b=batch: packed_scores(self.model, b.to(device)),
+                lambda device, places, b=batch: forwards.packed(b.to(device), places),
             )
 
     def _padded(
-        self, ids: Sequence[Sequence[int]], budget: int
+        self, ids: Sequence[Sequence[int]], budget: int, forwards: _Forwards
     ) -> Iterator[tuple[Sequence[int], int, Any]]:
         for rows in token_budget_batches([len(item) for item in ids], budget, self.max_rows):
             batch = pad_batch([ids[i] for i in rows], self.pad_token_id, self.padding_side)
             yield (
                 rows,
                 batch["input_ids"].numel(),
-                lambda device, b=batch: reward_scores(
-                    self.model, b["input_ids"].to(device), b["attention_mask"].to(device)
+                lambda device, places, b=batch: forwards.padded(
+                    b["input_ids"].to(device), b["attention_mask"].to(device), places
                 ),
             )

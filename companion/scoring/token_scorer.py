@@ -14,17 +14,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from companion.batching import pad_batch, token_budget_batches
 from companion.errors import CompanionError, DataError, ReadoutError
 from companion.formatting import Encoded, Overlong, RewardFormatter, Row
 from companion.formatting.steps import EncodedSteps, as_conversation, encode_steps, split_steps
 from companion.models.reward_model import RewardModel
-from companion.models.token_models import load_token_model, token_logits
+from companion.models.token_models import load_token_model
 from companion.models.token_readout import TokenReadout
 from companion.reduction import How, aggregate
-
-#: Padded tokens of a batch: small on a CPU, large on a GPU.
-_CPU_TOKENS, _GPU_TOKENS = 2048, 16384
+from companion.scoring.running import BatchRunner, Packing
 
 
 @dataclass
@@ -108,7 +105,10 @@ class TokenScorer:
     readout : TokenReadout
         Both from :func:`companion.models.token_models.load_token_model`.
     max_tokens_per_batch : int, optional
-        Budget for the padded tokens of a batch; default 2,048 on a CPU, 16,384 on a GPU.
+        Budget for the computed tokens of a batch; default 2,048 on a CPU, on CUDA what the free
+        memory holds. A batch that does not fit is tried again with half of them.
+    packing : {"auto", "off"}
+        As for :class:`companion.scoring.scorer.RewardScorer`.
     """
 
     def __init__(
@@ -117,11 +117,16 @@ class TokenScorer:
         readout: TokenReadout,
         *,
         max_tokens_per_batch: int | None = None,
+        packing: Packing = "auto",
     ) -> None:
         self.reward_model = reward_model
         self.readout = readout
-        on_cpu = self.device.type == "cpu"
-        self.max_tokens_per_batch = max_tokens_per_batch or (_CPU_TOKENS if on_cpu else _GPU_TOKENS)
+        self._runner = BatchRunner(
+            reward_model.model,
+            reward_model.pad_token_id,
+            max_tokens=max_tokens_per_batch,
+            packing=packing,
+        )
 
     @classmethod
     def from_pretrained(
@@ -135,6 +140,7 @@ class TokenScorer:
         max_tokens_per_batch: int | None = None,
         max_length: int | None = None,
         overlong: Overlong | None = None,
+        packing: Packing = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> TokenScorer:
@@ -166,12 +172,19 @@ class TokenScorer:
         if step_score is not None:
             readout = replace(readout, step_score=step_score)
         reward_model.limit_texts(max_length, overlong)
-        return cls(reward_model, readout, max_tokens_per_batch=max_tokens_per_batch)
+        return cls(
+            reward_model, readout, max_tokens_per_batch=max_tokens_per_batch, packing=packing
+        )
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.reward_model.model.parameters()).device
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Tokens of all texts of the last call, and tokens that were computed for them."""
+        return self._runner.tokens_needed, self._runner.tokens_computed
 
     @property
     def formatter(self) -> RewardFormatter:
@@ -279,31 +292,11 @@ class TokenScorer:
         progress: Callable[[int], None] | None = None,
     ) -> list[torch.Tensor]:
         """Logits ``[places, labels]`` (float32, on the CPU) at the places of encoded texts."""
-        model = self.reward_model.model
-        was_training = model.training
-        out: list[torch.Tensor] = [torch.zeros(0)] * len(solutions)
-        model.eval()
-        try:
-            with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-                for batch in token_budget_batches(
-                    [len(item.encoded) for item in solutions], self.max_tokens_per_batch
-                ):
-                    padded = pad_batch(
-                        [solutions[i].encoded.input_ids for i in batch],
-                        self.reward_model.pad_token_id,
-                    )
-                    logits = token_logits(
-                        model,
-                        padded["input_ids"].to(self.device),
-                        padded["attention_mask"].to(self.device),
-                    ).cpu()
-                    for row, index in enumerate(batch):
-                        out[index] = logits[row, solutions[index].ends].clone()
-                    if progress is not None:
-                        progress(len(batch))
-        finally:
-            model.train(was_training)
-        return out
+        return self._runner.run_tokens(
+            [item.encoded.input_ids for item in solutions],
+            [item.ends for item in solutions],
+            progress,
+        )
 
     def _encode(
         self, rows: Sequence[Row], names: Sequence[str], field: str, terminated: bool | None

@@ -16,6 +16,47 @@ from companion.selection import margin as pair_margin
 from companion.selection import pairwise_accuracy
 
 
+def make_batch(
+    ids: Sequence[list[int]],
+    pad_token_id: int,
+    *,
+    packing: bool,
+    pad_to_multiple_of: int | None = None,
+    config: Any = None,
+) -> dict[str, Any]:
+    """Texts as one batch, checked by the guards if there is a `config`. Chapter 4.
+
+    Returns
+    -------
+    dict
+        Padded: ``input_ids`` and ``attention_mask`` ``[N, T]``. Packed: ``input_ids`` ``[1, T]``,
+        ``packed`` (a :class:`companion.batching.PackedBatch`, its rows in the order of `ids`) and
+        ``lengths`` ``[N]``.
+    """
+    if packing:
+        if config is not None:
+            check_texts(ids, config)
+        packed = pack(ids, plan_trees(ids))
+        lengths = torch.tensor([len(text) for text in ids])
+        return {"input_ids": packed.input_ids, "packed": packed, "lengths": lengths}
+    padded = pad_batch(ids, pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+    if config is not None:
+        check_batch(padded["input_ids"], padded["attention_mask"], config)
+    return dict(padded)
+
+
+def text_lengths(inputs: Mapping[str, Any]) -> Tensor:
+    """Tokens of each text of a batch of :func:`make_batch`, ``[N]``."""
+    lengths: Tensor = inputs["lengths"] if "packed" in inputs else inputs["attention_mask"].sum(1)
+    return lengths
+
+
+def forward_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model's forward is given of a batch of :func:`make_batch`."""
+    name = "packed" if "packed" in inputs else "attention_mask"
+    return {"input_ids": inputs["input_ids"], name: inputs[name]}
+
+
 @dataclass
 class PairCollator:
     """Pairs to a batch, padded at the right or packed: the chosen first, then the rejected.
@@ -56,19 +97,13 @@ class PairCollator:
         """
         sides = [list(e["chosen_ids"]) for e in examples]
         sides += [list(e["rejected_ids"]) for e in examples]
-        batch: dict[str, Any]
-        if self.packing:
-            if self.config is not None:
-                check_texts(sides, self.config)
-            packed = pack(sides, plan_trees(sides))
-            lengths = torch.tensor([len(ids) for ids in sides])
-            batch = {"input_ids": packed.input_ids, "packed": packed, "lengths": lengths}
-        else:
-            batch = dict(
-                pad_batch(sides, self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
-            )
-            if self.config is not None:
-                check_batch(batch["input_ids"], batch["attention_mask"], self.config)
+        batch = make_batch(
+            sides,
+            self.pad_token_id,
+            packing=self.packing,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            config=self.config,
+        )
         batch["weight"] = torch.tensor([float(e.get("weight", 1.0)) for e in examples])
         batch["row"] = torch.tensor([int(e.get("row", -1)) for e in examples])
         if any("margin" in e for e in examples):

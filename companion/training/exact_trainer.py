@@ -39,6 +39,7 @@ from companion.training.setup import (
     require_rows,
     switch_evaluation_off,
     unpack_model,
+    use_packing,
 )
 
 logger = logging.getLogger(__name__)
@@ -143,6 +144,7 @@ class ExactTrainer(ExactBatches, ExactEvaluation, Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.data_collator.packing = use_packing(self.model, self.args)  # type: ignore[union-attr]
         if type(self.pop_callback(ProgressCallback)) is ProgressCallback:
             self.add_callback(TrainingProgress())
         refuse_shared_rows(self, self.items)
@@ -165,7 +167,10 @@ class ExactTrainer(ExactBatches, ExactEvaluation, Trainer):
         raise NotImplementedError
 
     def make_collator(self, pad_token_id: int, config: Any) -> Callable[[Sequence[Any]], Any]:
-        """From rows of token ids to a batch with ``weight`` and ``row`` ``[B]``."""
+        """From rows of token ids to a batch with ``weight`` and ``row`` ``[B]``.
+
+        Its attribute ``packing`` is set by the trainer.
+        """
         raise NotImplementedError
 
     def padding_row(self, row: Mapping[str, Any]) -> dict[str, Any]:

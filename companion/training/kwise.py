@@ -20,17 +20,17 @@ import torch
 from datasets import Dataset, List, Value
 from torch import Tensor, nn
 
-from companion.batching import pad_batch
 from companion.errors import CompanionError, DataError
 from companion.formatting import RewardFormatter
 from companion.losses import grouped_pair_loss
-from companion.models.guards import check_batch, check_head
+from companion.models.guards import check_head
 from companion.models.head import find_head, install_head
 from companion.models.loading import load_base
 from companion.models.reward_model import RewardModel
 from companion.rankings import best_is_best, ordered_pairs, ranking_loss
 from companion.reduction import SumCount
 from companion.training.config import PairwiseRewardConfig
+from companion.training.exact import forward_inputs, make_batch, text_lengths
 from companion.training.exact_trainer import ExactTrainer, is_real
 from companion.training.forward import install_forward
 from companion.training.kind_rows import OVERLONG, check_columns, format_all, ids_feature
@@ -161,9 +161,10 @@ def _rankings_to_ids(
 
 @dataclass
 class RankingCollator:
-    """Rankings to a batch: all texts of all prompts, one below the other, right-padded.
+    """Rankings to a batch: all texts of all prompts, right-padded one below the other,
+    or packed (:func:`companion.training.exact.make_batch`), a prompt once for all its completions.
 
-    Gives ``input_ids`` and ``attention_mask`` ``[N, T]``, N the number of all completions;
+    Gives, besides the texts, N the number of all completions:
     ``index`` ``[B, K]``, where each prompt's completions stand among the N, and -1 beyond its own;
     ``ranks`` ``[B, K]``; ``weight``, ``real`` and ``row`` ``[B]``.
     """
@@ -171,15 +172,18 @@ class RankingCollator:
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     config: Any = None
+    packing: bool = False
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make the batch."""
         texts = [list(ids) for e in examples for ids in e["completion_ids"]]
-        batch = dict(
-            pad_batch(texts, self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
+        batch = make_batch(
+            texts,
+            self.pad_token_id,
+            packing=self.packing,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            config=self.config,
         )
-        if self.config is not None:
-            check_batch(batch["input_ids"], batch["attention_mask"], self.config)
         sizes = [len(e["completion_ids"]) for e in examples]
         index = torch.full((len(examples), max(sizes)), -1)
         ranks = torch.zeros(index.shape)
@@ -268,7 +272,7 @@ class KwiseRewardTrainer(ExactTrainer):
 
     def item_table(self, model: Any, inputs: Any) -> Tensor:
         """Columns: those of ``Table``, ``nll``, pairs right, pairs, best is best, K scores."""
-        flat = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        flat = model(**forward_inputs(inputs))
         index, ranks = inputs["index"], inputs["ranks"]
         mask = index >= 0
         scores = flat.logits.squeeze(-1).float()[index.clamp(min=0)].masked_fill(~mask, 0.0)
@@ -282,7 +286,7 @@ class KwiseRewardTrainer(ExactTrainer):
             total = nll + self.args.center_rewards_coefficient * (2 * mean).square()
         right, pairs = ordered_pairs(scores.detach(), ranks, mask)
         top = best_is_best(scores.detach(), ranks, mask)
-        lengths = inputs["attention_mask"].sum(dim=1)[index.clamp(min=0)].masked_fill(~mask, 0)
+        lengths = text_lengths(inputs)[index.clamp(min=0)].masked_fill(~mask, 0)
         head = torch.stack(
             [inputs["real"], inputs["weight"], total, lengths.sum(dim=1), nll, right, pairs, top],
             dim=1,

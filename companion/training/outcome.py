@@ -17,21 +17,20 @@ import torch
 from datasets import Dataset, Value
 from torch import Tensor
 
-from companion.batching import pad_batch
 from companion.errors import CompanionError, DataError
 from companion.formatting import RewardFormatter
 from companion.formatting.steps import as_conversation
 from companion.labels import outcome_labels
 from companion.losses import IGNORE_INDEX, outcome_loss
-from companion.models.guards import check_batch
 from companion.models.token_readout import AGGREGATIONS
 from companion.reduction import How, SumCount, aggregate
 from companion.token_metrics import roc_auc
+from companion.training.exact import make_batch, text_lengths
 from companion.training.exact_trainer import is_real
 from companion.training.kind_rows import OVERLONG, check_columns, format_all, ids_feature
 from companion.training.rows import FormatReport
 from companion.training.setup import refuse_not_finite
-from companion.training.token_level import TokenRewardConfig, TokenTrainer
+from companion.training.token_level import TokenRewardConfig, TokenTrainer, text_logits
 
 REDUCTIONS = ("token", "sequence")
 #: aggregates that are computed of every text, in the order of the trainer's predictions
@@ -149,8 +148,9 @@ def _outcomes_to_ids(
 class OutcomeCollator:
     """Outcomes to a batch with the label on every completion token.
 
-    Gives ``input_ids``, ``attention_mask`` and ``labels`` ``[B, T]`` (0, 1, or -100 on prompt and
-    padding); ``weight`` ``[B]``: the number of labelled tokens (``reduction="token"``) or 1;
+    Gives the texts as :func:`companion.training.exact.make_batch` has them, padded or packed;
+    ``labels`` ``[B, T]`` (0, 1, or -100 on the prompt and beyond the text); ``weight`` ``[B]``: the
+    number of labelled tokens (``reduction="token"``) or 1;
     ``outcome``, ``real`` and ``row`` ``[B]``.
     """
 
@@ -158,8 +158,9 @@ class OutcomeCollator:
     reduction: str = "token"
     pad_to_multiple_of: int | None = None
     config: Any = None
+    packing: bool = False
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make the batch.
 
         Raises
@@ -168,12 +169,20 @@ class OutcomeCollator:
             If a row has no completion token.
         """
         ids = [list(e["input_ids"]) for e in examples]
-        batch = dict(pad_batch(ids, self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of))
-        if self.config is not None:
-            check_batch(batch["input_ids"], batch["attention_mask"], self.config)
+        batch = make_batch(
+            ids,
+            self.pad_token_id,
+            packing=self.packing,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            config=self.config,
+        )
         prompts = torch.tensor([int(e.get("prompt_length", 0)) for e in examples])
         outcome = torch.tensor([int(e.get("label", 0)) for e in examples])
-        labels = outcome_labels(batch["attention_mask"], prompts, outcome)
+        lengths = text_lengths(batch)
+        seen = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        width = seen.shape[1] if self.packing else batch["input_ids"].shape[1]
+        seen = torch.nn.functional.pad(seen, (0, width - seen.shape[1]))
+        labels = outcome_labels(seen, prompts, outcome)
         real = is_real(examples)
         count = (labels != IGNORE_INDEX).sum(dim=1)
         return {
@@ -222,16 +231,15 @@ class OutcomeRewardTrainer(TokenTrainer):
 
     def item_table(self, model: Any, inputs: Any) -> Tensor:
         """Columns: those of ``Table``, the outcome, and the four aggregates."""
-        mask, labels = inputs["attention_mask"], inputs["labels"]
-        output = model(input_ids=inputs["input_ids"], attention_mask=mask)
-        logits = output.logits.squeeze(-1).float()
+        labels = inputs["labels"]
+        logits = text_logits(model, inputs).squeeze(-1).float()
         counted = labels != IGNORE_INDEX
         finite = torch.isfinite(logits.detach()) | ~counted
         bad = ~finite.all(dim=1) & (inputs["real"] > 0)
         refuse_not_finite(bad, inputs["row"], self.state.global_step)
         loss = outcome_loss(logits, labels).sum(dim=1) / counted.sum(dim=1)
         probabilities = torch.sigmoid(logits.detach()).masked_fill(~counted, 0.0)
-        columns = [inputs["real"], inputs["weight"], loss, mask.sum(dim=1), inputs["outcome"]]
+        columns = [inputs["real"], inputs["weight"], loss, text_lengths(inputs), inputs["outcome"]]
         columns += [aggregate(probabilities, counted, how) for how in MEASURED]
         return torch.stack([column.to(loss.dtype) for column in columns], dim=1)
 

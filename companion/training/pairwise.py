@@ -40,11 +40,16 @@ from companion.losses import bradley_terry_loss, centering_penalty
 from companion.models.guards import check_head, check_tokenizer_and_config
 from companion.models.head import find_head, install_head
 from companion.models.loading import load_base
-from companion.models.packed_attention import packing_obstacle
 from companion.training.batches import ExactBatches
 from companion.training.config import PairwiseRewardConfig
 from companion.training.evaluation_loop import ExactEvaluation
-from companion.training.exact import PairCollator, PairMetrics, summarise
+from companion.training.exact import (
+    PairCollator,
+    PairMetrics,
+    forward_inputs,
+    summarise,
+    text_lengths,
+)
 from companion.training.forward import install_forward
 from companion.training.progress import TrainingProgress
 from companion.training.rows import FormatReport, check_formatted, format_pairs, is_formatted
@@ -54,6 +59,7 @@ from companion.training.setup import (
     require_rows,
     switch_evaluation_off,
     unpack_model,
+    use_packing,
 )
 
 logger = logging.getLogger(__name__)
@@ -149,7 +155,7 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
         )
         install_forward(self.model)
         if isinstance(self.data_collator, PairCollator):
-            self.data_collator.packing = self._can_pack()
+            self.data_collator.packing = use_packing(self.model, self.args)
         if type(self.pop_callback(ProgressCallback)) is ProgressCallback:
             self.add_callback(TrainingProgress())
         refuse_shared_rows(self, "pairs")
@@ -169,17 +175,6 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
                 "the head is frozen, so the reward stays random",
                 'wrap the model with modules_to_save=["score"], or by companion.models.apply_lora',
             )
-
-    def _can_pack(self) -> bool:
-        """Whether batches are packed; if not although they were to be, the log says why."""
-        if self.args.packing == "off":
-            return False
-        why = packing_obstacle(self.model, training=True)
-        if self.args.torch_compile:
-            why = "torch_compile would compile anew for every batch"
-        if why is not None and self.args.process_index == 0:
-            logger.warning(f"batches are padded, not packed: {why}")
-        return why is None
 
     # ------------------------------------------------------------------ rows
 
@@ -212,13 +207,7 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
         ModelError
             If a score is not finite; the message names the rows.
         """
-        if "packed" in inputs:
-            output = model(input_ids=inputs["input_ids"], packed=inputs["packed"])
-            lengths = inputs["lengths"]
-        else:
-            mask = inputs["attention_mask"]
-            output = model(input_ids=inputs["input_ids"], attention_mask=mask)
-            lengths = mask.sum(dim=1)
+        output, lengths = model(**forward_inputs(inputs)), text_lengths(inputs)
         scores = output.logits.squeeze(-1)
         chosen, rejected = scores.float().chunk(2)
         nll = bradley_terry_loss(chosen, rejected)

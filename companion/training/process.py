@@ -17,20 +17,19 @@ import torch
 from datasets import Dataset, List, Value
 from torch import Tensor
 
-from companion.batching import pad_batch
 from companion.errors import CompanionError, DataError
 from companion.formatting import RewardFormatter
 from companion.formatting.steps import encode_steps
 from companion.labels import LABEL_TYPES, NEUTRALS, step_target
 from companion.losses import IGNORE_INDEX, outcome_loss, process_loss
-from companion.models.guards import check_batch
 from companion.models.token_readout import AGGREGATIONS, STEP_SCORES
 from companion.reduction import SumCount
+from companion.training.exact import make_batch, text_lengths
 from companion.training.exact_trainer import is_real
 from companion.training.kind_rows import OVERLONG, check_columns, format_all, ids_feature
 from companion.training.rows import FormatReport
 from companion.training.setup import refuse_not_finite
-from companion.training.token_level import TokenRewardConfig, TokenTrainer
+from companion.training.token_level import TokenRewardConfig, TokenTrainer, text_logits
 
 
 @dataclass
@@ -203,7 +202,8 @@ def _steps_to_ids(
 class StepCollator:
     """Solutions to a batch with a label at the token that ends each labelled step.
 
-    Gives ``input_ids`` and ``attention_mask`` ``[B, T]``; ``labels`` ``[B, T]``: classes (int64,
+    Gives the texts as :func:`companion.training.exact.make_batch` has them, padded or packed;
+    ``labels`` ``[B, T]``: classes (int64,
     three labels) or probabilities (float32), and -100 elsewhere; ``ends`` ``[B, S]``, -1 beyond a
     row's own steps; ``weight``: the number of labelled steps, ``real`` and ``row`` ``[B]``.
     """
@@ -212,8 +212,9 @@ class StepCollator:
     num_labels: int = 3
     pad_to_multiple_of: int | None = None
     config: Any = None
+    packing: bool = False
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make the batch.
 
         Raises
@@ -222,10 +223,15 @@ class StepCollator:
             If a step ends outside of its text.
         """
         ids = [list(e["input_ids"]) for e in examples]
-        batch = dict(pad_batch(ids, self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of))
-        if self.config is not None:
-            check_batch(batch["input_ids"], batch["attention_mask"], self.config)
-        labels = torch.full(batch["input_ids"].shape, float(IGNORE_INDEX))
+        batch = make_batch(
+            ids,
+            self.pad_token_id,
+            packing=self.packing,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            config=self.config,
+        )
+        width = max(map(len, ids)) if self.packing else batch["input_ids"].shape[1]
+        labels = torch.full((len(ids), width), float(IGNORE_INDEX))
         most = max((len(e["ends"]) for e in examples if "ends" in e), default=0)
         ends = torch.full((len(examples), max(most, 1)), -1)
         for row, (example, text) in enumerate(zip(examples, ids, strict=True)):
@@ -297,8 +303,8 @@ class ProcessRewardTrainer(TokenTrainer):
 
     def item_table(self, model: Any, inputs: Any) -> Tensor:
         """Columns: those of ``Table``, labelled steps that are right, and the steps' logits."""
-        mask, labels, ends = inputs["attention_mask"], inputs["labels"], inputs["ends"]
-        logits = model(input_ids=inputs["input_ids"], attention_mask=mask).logits.float()
+        labels, ends = inputs["labels"], inputs["ends"]
+        logits = text_logits(model, inputs).float()
         counted = labels != IGNORE_INDEX
         detached = logits.detach()
         finite = torch.isfinite(detached).all(dim=-1) | ~counted
@@ -313,7 +319,7 @@ class ProcessRewardTrainer(TokenTrainer):
         count = counted.sum(dim=1)
         # a row without any label has loss 0 and weight 0, not 0/0
         loss = losses.sum(dim=1) / count.clamp(min=1)
-        columns = [inputs["real"], inputs["weight"], loss, mask.sum(dim=1)]
+        columns = [inputs["real"], inputs["weight"], loss, text_lengths(inputs)]
         columns.append((right & counted).sum(dim=1))
         head = torch.stack([column.to(loss.dtype) for column in columns], dim=1)
         at_ends = detached.gather(1, ends.clamp(min=0)[..., None].expand(-1, -1, self.labels))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from companion.errors import CompanionError, DataError, ModelError
 from companion.formatting import RewardFormatter
+from companion.models.packed_attention import packing_obstacle
 from companion.models.reward_model import RewardModel
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,18 @@ def refuse_shared_rows(trainer: Any, items: str) -> None:
             "start a process for each device (torchrun, accelerate launch: DDP, FSDP, DeepSpeed "
             "ZeRO), or show it one device (CUDA_VISIBLE_DEVICES=0)",
         )
+
+
+def use_packing(model: Any, args: Any) -> bool:
+    """Whether batches are packed; if not although they were to be, the log says why."""
+    if args.packing == "off":
+        return False
+    why = packing_obstacle(model, training=True)
+    if args.torch_compile:
+        why = "torch_compile would compile anew for every batch"
+    if why is not None and args.process_index == 0:
+        logger.warning(f"batches are padded, not packed: {why}")
+    return why is None
 
 
 def refuse_not_finite(bad: Tensor, rows: Tensor, step: int) -> None:

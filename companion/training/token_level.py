@@ -13,10 +13,17 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers.modeling_outputs import TokenClassifierOutput
 
+from companion.batching.packing import PackedBatch
 from companion.errors import CompanionError
 from companion.models.reward_model import RewardModel
-from companion.models.token_models import load_token_base, prepare_token_head, token_logits
+from companion.models.token_models import (
+    load_token_base,
+    packed_token_logits,
+    prepare_token_head,
+    token_logits,
+)
 from companion.training.config import PairwiseRewardConfig
+from companion.training.exact import forward_inputs
 from companion.training.exact_trainer import ExactTrainer
 from companion.training.kwise import refuse_offloading
 
@@ -51,13 +58,29 @@ class TokenRewardConfig(PairwiseRewardConfig):
 
 
 def forward_tokens(
-    self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    self: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    packed: PackedBatch | None = None,
+    **kwargs: Any,
 ) -> TokenClassifierOutput:
     """A model's ``forward`` while it trains: logits of every token, head in fp32, no dropout.
 
+    ``[B, T, labels]`` of a padded batch, ``[1, T, labels]`` of a packed one.
+
     It has to be the model's own ``forward``, as in :mod:`companion.training.forward`.
     """
+    if packed is not None:
+        return TokenClassifierOutput(logits=packed_token_logits(self, packed)[None])
     return TokenClassifierOutput(logits=token_logits(self, input_ids, attention_mask, check=False))
+
+
+def text_logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Logits ``[B, T, labels]`` of a batch, padded or packed; beyond a text they mean nothing."""
+    logits: Tensor = model(**forward_inputs(inputs)).logits
+    if "packed" in inputs:
+        return logits[0][inputs["packed"].text_places().to(logits.device)]
+    return logits
 
 
 class TokenTrainer(ExactTrainer):
