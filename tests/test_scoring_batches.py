@@ -175,7 +175,11 @@ def test_the_budget_on_cuda_comes_from_the_free_memory(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("command", ["score", "evaluate"])
 @pytest.mark.parametrize("packing", ["auto", "off"])
 def test_the_commands_hand_packing_on(
-    command: str, packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str,
+    packing: str,
+    tmp_path: Path,
+    tiny_reward: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
@@ -191,7 +195,7 @@ def test_the_commands_hand_packing_on(
 
     monkeypatch.setattr(RewardScorer, "from_pretrained", load)
     flags = [] if packing == "auto" else ["--packing", packing]
-    assert main([command, "--model", "m", *rows[command], *flags]) == 2
+    assert main([command, "--model", str(tiny_reward), *rows[command], *flags]) == 2
     assert given == [packing]
 
 
