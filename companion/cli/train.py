@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -189,8 +190,15 @@ def _near(name: str, known: set[str], help_line: str, prefix: str = "") -> str:
 
 
 def _leave_process_group() -> None:
-    """End the group of ranks, else torch complains at exit."""
+    """End the group of ranks, else torch complains at exit.
+
+    gloo's threads free the tensors of the last collective after it has returned, for which they
+    need the GIL; one that asks for it when the interpreter is already ending aborts the process
+    ("terminate called without an active exception", pytorch #179291). They live on where a model
+    was under DDP, so they are given the GIL once more here.
+    """
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.1)

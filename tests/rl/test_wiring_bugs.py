@@ -1,14 +1,15 @@
 """Ways to wire a reward model into RL that run and are wrong, each caught by a check.
 
-The checks hold for the companion's reward function, and each mutant fails the one of its bug. (A
-wrong device is not among them: it takes a second one to show.)
+The checks hold for the companion's reward function, and each mutant fails the one of its bug.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -128,6 +129,33 @@ def boundary(function: Function, scorer: RewardScorer) -> None:
     expect(function, scorer, "how many pen", "s Ana has")
 
 
+def device(function: Function, scorer: RewardScorer) -> None:
+    """On ``meta`` nothing is computed; where the inputs lie when they reach the model is seen."""
+    model = scorer.reward_model.model.to("meta")
+    seen: set[str] = set()
+
+    def look(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.update(
+            value.device.type
+            for value in (*args, *kwargs.values())
+            if isinstance(value, torch.Tensor)
+        )
+        raise Reached
+
+    hook = model.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        # autocast knows no meta device
+        with mock.patch("torch.autocast", return_value=nullcontext()), pytest.raises(Reached):
+            function(prompts=[USER] * 2, completions=CHAT)
+    finally:
+        hook.remove()
+    assert seen == {"meta"}, f"inputs lie on {seen}, the model on meta"
+
+
+class Reached(Exception):
+    """The inputs have reached the model."""
+
+
 def expect(
     function: Function, scorer: RewardScorer, prompt: Any, completion: Any, cut: bool = False
 ) -> None:
@@ -197,6 +225,7 @@ BUGS: dict[str, tuple[Callable[..., None], Callable[[RewardScorer], Function]]] 
     "no BOS": (one_bos, by_ids(no_bos)),
     "EOS put on texts that were cut off": (cut_off, by_ids(always_eos)),
     "infinite rewards": (finite, without("nothing")),
+    "wrong device": (device, without("nothing")),
     "boundary re-tokenisation": (boundary, by_ids(in_two_parts)),
 }
 
