@@ -115,7 +115,8 @@ def in_small(words: list[str], base: Path, reward: Path) -> list[str]:
     if "--model" in words and "/" in words[words.index("--model") + 1]:
         _set(words, "--model", str(TUTOR_BASE if words[0] == "judge" else reward))
     if words[0] == "train":
-        _set(words, "--model_name_or_path", str(base))
+        # the tiny base's tokenizer joins the separator of the steps with a full stop
+        _set(words, "--model_name_or_path", str(TUTOR_BASE if words[1] == "process" else base))
         _set(words, "--per_device_train_batch_size", "4")
         words += ["--max_steps", "2", "--use_cpu", "true", "--bf16", "false"]
         words += ["--disable_tqdm", "true", "--report_to", "none"]
