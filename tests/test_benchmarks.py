@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import best_of_n, comparing, scoring
+from benchmarks import best_of_n, comparing, overoptimization, scoring
 from benchmarks.measuring import Outcome, Timed, ratio, table, take_turns
 from benchmarks.shapes import candidates, make_model, needed_tokens, pairs, useful_flops
 
@@ -94,3 +95,61 @@ def test_scores_that_differ_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     args = comparing.arguments(None)
     with pytest.raises(SystemExit, match="b: the mean score differs by 1"):
         comparing.one_case(None, [[1]], args, torch.device("cpu"), torch.float32)
+
+
+# --- over-optimisation ------------------------------------------------------------------------
+
+
+def test_counts_have_the_distribution_of_single_draws() -> None:
+    """Against a policy whose every completion has a known probability."""
+    chances = torch.tensor([[0.2, 0.5, 0.3]])  # of EOS and two tokens, whatever came before
+
+    class Model:
+        def __call__(self, ids: torch.Tensor, **_: Any) -> Any:
+            rows = chances.log().expand(len(ids), ids.shape[1], 3)
+            return type("Output", (), {"logits": rows})
+
+    class Tokenizer:
+        eos_token_id = 0
+
+        def apply_chat_template(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+            return {"input_ids": torch.tensor([[1]])}
+
+        def decode(self, tokens: tuple[int, ...]) -> str:
+            return "".join(" ab"[t] for t in tokens)
+
+    n = 20_000
+    drawn = overoptimization.draw_counts(Model(), Tokenizer(), [], n, np.random.default_rng(0))
+    assert sum(count for _, count, _ in drawn) == n
+    assert len({text for text, _, ended in drawn if ended}) == sum(ended for *_, ended in drawn)
+    counts = {text: count for text, count, _ in drawn}
+    for text in ("", "a", "b", "ab", "ba", "aab"):
+        p = 0.2 * 0.5 ** text.count("a") * 0.3 ** text.count("b")
+        assert abs(counts.get(text, 0) - n * p) < 5 * (n * p * (1 - p)) ** 0.5
+
+
+def test_scores_on_the_scale_of_gold_and_without_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gold = torch.randn(5, 30, generator=generator, dtype=torch.float64) * 2 + 1
+    words = torch.randint(5, 40, (5, 30), generator=generator).double()
+    scores = 0.3 * gold + 0.2 * words - 7
+    moved = overoptimization.on_gold_scale(scores, gold)
+    assert moved.mean().item() == pytest.approx(gold.mean().item())
+    assert moved.std().item() == pytest.approx(gold.std().item())
+    assert torch.equal(moved.argsort(1), scores.argsort(1))
+    left = overoptimization.without_length(scores, words)
+    for row, length in zip(left - left.mean(1, keepdim=True), words, strict=True):
+        assert abs(torch.corrcoef(torch.stack([row, length]))[0, 1]) < 0.4
+    centred = words - words.mean(1, keepdim=True)
+    assert (left * centred).sum().item() == pytest.approx(0, abs=1e-6)
+    # what has nothing to do with length stays
+    assert torch.allclose(overoptimization.without_length(gold * 0 + 1, words), gold * 0 + 1)
+
+
+def test_a_stage_is_not_done_twice(tmp_path: Path) -> None:
+    calls: list[int] = []
+    for _ in range(2):
+        assert overoptimization.once(tmp_path / "a" / "x.json", lambda: calls.append(1) or [2]) == [
+            2
+        ]
+    assert calls == [1]

@@ -32,6 +32,7 @@ TYPED = {
         "0.93": "of a story in an exercise",
         "0.9": "where to become suspicious",
     },
+    "book/ch05_use.md": dict.fromkeys(("0.74", "0.73"), "of a story in an exercise"),
     "book/glossary.md": {"80%": "an example of a probability", "73%": "σ(1)"},
 }
 
