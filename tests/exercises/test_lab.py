@@ -14,9 +14,7 @@ from companion.errors import DataError
 
 PAGES = lab.pages()
 CHAPTER_PAGES = {
-    number: PAGES[place]
-    for number, (_, stem) in CHAPTERS.items()
-    if (place := Path("book") / f"{stem}.md") in PAGES  # a chapter may have no page yet
+    number: PAGES[Path("book") / f"{stem}.md"] for number, (_, stem) in CHAPTERS.items()
 }
 
 
