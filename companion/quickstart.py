@@ -194,7 +194,7 @@ def run_quickstart(
             output_dir=str(output / "model"),
             per_device_train_batch_size=config.batch_size,
             per_device_eval_batch_size=4 * config.batch_size,
-            eval_steps=0.5,  # a look at the held-out pairs takes as long as 20 steps
+            eval_steps=0.5,  # a look at the held-out pairs costs as much as many steps
             learning_rate=config.learning_rate,
             # The usual 0.01 pulls the scores of this short run together: T falls to about 0.8.
             center_rewards_coefficient=0.001,

@@ -25,8 +25,8 @@ from companion.errors import ModelError
 PACKED = "companion_packed"
 #: Where a model keeps the name of the attention that it had.
 _PLAIN = "_companion_plain_attention"
-#: What a call of attention costs, in query-key products times the width of all heads: measured on a
-#: CPU, about 0.2 ms forward and backward; for CUDA computed from a launch of 0.1 ms.
+#: What a call of attention costs, in query-key products times the width of all heads. Estimates: on
+#: a CPU from a profile (about 0.2 ms, forward and backward), on CUDA from a launch of 0.1 ms.
 _CALL_COST = {"cpu": 1.5e6, "cuda": 1e8}
 
 
