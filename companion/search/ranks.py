@@ -35,7 +35,7 @@ class RankReport:
     kl_bound, kl_measured : float
         Mean over prompts of :func:`companion.selection.best_of_n_kl` and of
         :func:`companion.selection.measured_best_of_n_kl`, in nats.
-    kl_interval : Interval
+    kl_interval : companion.resampling.Interval
         95% bootstrap interval over prompts of the measured one.
     """
 
