@@ -114,6 +114,11 @@ def in_small(words: list[str], base: Path, reward: Path) -> list[str]:
             _set(words, flag, local)
     if "--model" in words and "/" in words[words.index("--model") + 1]:
         _set(words, "--model", str(TUTOR_BASE if words[0] == "judge" else reward))
+    if words[0] == "rank":
+        _set(words, "--model", str(reward))
+        _set(words, "--policy", str(base))
+        _set(words, "--n", "4")
+        words += ["--max_new_tokens", "8"]
     if words[0] == "train":
         # the tiny base's tokenizer joins the separator of the steps with a full stop
         _set(words, "--model_name_or_path", str(TUTOR_BASE if words[1] == "process" else base))
@@ -149,6 +154,7 @@ def test_commands_of_a_page_run_one_after_the_other(
     own = [{"prompt": "Ana has 3 pens.", "completion": f"So {n} pens."} for n in range(3)]
     for name in ("completions.jsonl", "texts.jsonl"):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in own))
+    Path("prompts.jsonl").write_text(json.dumps({"prompt": own[0]["prompt"]}) + "\n")
     for words in _own_commands(page):
         small = in_small(words, tiny_base, tiny_reward)
         assert main(small) == 0, small
