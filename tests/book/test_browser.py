@@ -112,7 +112,7 @@ def test_formulas_are_drawn(visits):
 def test_figures_are_drawn(visits):
     assert _problems(visits, lambda v: v.seen["broken"]) == {}
     drawn = {v.page: v.seen["pictures"] for v in visits if v.page.startswith("ch")}
-    assert {page: count for page, count in drawn.items() if count < 2} == {}
+    assert {page: count for page, count in drawn.items() if count < 1} == {}
 
 
 def test_pages_follow_the_scheme_and_fit_the_screen(visits):
