@@ -16,7 +16,6 @@ from companion.selection import (
     best_of_n,
     best_of_n_curve,
     best_of_n_kl,
-    ensemble_scores,
     expected_best_of_n,
     margin,
     pairwise_accuracy,
@@ -153,28 +152,6 @@ def test_a_curve_refuses_what_is_no_pool() -> None:
         best_of_n_curve(torch.zeros(4), [1])
     with pytest.raises(ShapeError):
         best_of_n_curve(torch.zeros(2, 4), [5])
-
-
-# --- ensembles --------------------------------------------------------------------------------
-
-
-def test_ensembles_by_hand() -> None:
-    scores = torch.tensor([[1.0, 3.0], [2.0, -1.0], [6.0, 1.0]])
-    assert ensemble_scores(scores).tolist() == pytest.approx([3, 1])
-    assert ensemble_scores(scores, "worst").tolist() == [1, -1]
-    variances = [((1 - 3) ** 2 + (2 - 3) ** 2 + (6 - 3) ** 2) / 3, (4 + 4 + 0) / 3]
-    got = ensemble_scores(scores, "uncertainty", weight=0.5).tolist()
-    assert got == pytest.approx([3 - 0.5 * variances[0], 1 - 0.5 * variances[1]])
-    for how in ("mean", "worst", "uncertainty"):
-        assert torch.equal(ensemble_scores(scores[:1], how), scores[0])
-        assert ensemble_scores(torch.tensor([[NAN], [1.0]]), how).isnan().all()
-
-
-def test_ensembles_refuse() -> None:
-    with pytest.raises(ShapeError):
-        ensemble_scores(torch.zeros(0, 3))
-    with pytest.raises(DataError):
-        ensemble_scores(torch.zeros(2, 3), "best")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 64])

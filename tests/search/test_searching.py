@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from companion.data.tutor import grade, make_rows
-from companion.errors import DataError, ModelError, ShapeError
+from companion.errors import DataError, ModelError
 from companion.models.token_readout import TokenReadout
 from companion.resampling import bootstrap_interval
 from companion.scoring import TokenScorer
@@ -24,7 +24,7 @@ from companion.search import (
     step_beam_search,
     within_tokens,
 )
-from companion.selection import majority_vote
+from companion.votes import majority_vote
 
 TUTOR = "companion/assets/tutor-base"
 
@@ -172,17 +172,6 @@ def test_as_many_tokens_at_least():
     assert len(within_tokens(samples, 12)) == 3
     with pytest.raises(DataError, match="fewer than 13"):
         within_tokens(samples, 13)
-
-
-def test_the_majority_decides_and_silence_has_no_vote():
-    assert majority_vote(["7", "8", "8", "7"]) == 0
-    assert majority_vote([None, None, None, "7", "8", "8"]) == 4
-    assert majority_vote([None, None]) is None
-    assert majority_vote(["7", "8", "8"], [5.0, 1.0, 1.0]) == 0
-    with pytest.raises(ShapeError):
-        majority_vote(["7"], [1.0, 2.0])
-    with pytest.raises(DataError):
-        majority_vote(["7"], [math.nan])
 
 
 def test_only_a_process_model_guides(tutor, prompts):
