@@ -12,6 +12,7 @@ import torch
 from trl import GRPOConfig
 
 from companion.errors import CompanionError
+from companion.training.arguments import LoadArguments, SourceArguments
 
 
 @dataclass
@@ -149,63 +150,16 @@ class GRPORunConfig(GRPOConfig):
 
 
 @dataclass
-class PolicyArguments:
+class PolicyArguments(LoadArguments):
     """Which policy, and whether to train all of it."""
 
     _argument_group_name = "policy"
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Policy to start from: a folder or a hub id."}
-    )
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit on the hub."}
-    )
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Number format of the weights. With bf16 on, float32 weights are computed "
-            "with in bf16.",
-            "choices": ["float32", "bfloat16", "float16"],
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2, …"}
-    )
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers to adapt; default: all linear ones."}
-    )
-
 
 @dataclass
-class PromptArguments:
+class PromptArguments(SourceArguments):
     """Which prompts to train on, and which to hold out."""
 
-    _argument_group_name = "data"
-
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Prompts: a file (.jsonl, .parquet, .csv, …), a folder, or a hub id."},
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a hub dataset."}
-    )
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a hub dataset."}
-    )
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "Split to train on; slices such as train[:1000] work."}
-    )
-    dataset_test_split: str | None = field(
-        default=None,
-        metadata={"help": "Split to hold out. Default: a part of the train split's prompts."},
-    )
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out prompts from another source."}
-    )
     monitor_prompts: int = field(
         default=128,
         metadata={"help": "Held-out prompts that are looked at during training, to stop by."},
@@ -213,13 +167,4 @@ class PromptArguments:
     test_prompts: int = field(
         default=256,
         metadata={"help": "Further held-out prompts, for the figures at the end of the run."},
-    )
-    split_seed: int = field(default=0, metadata={"help": "Another seed, another split."})
-    limit: int | None = field(default=None, metadata={"help": "Take this many rows at most."})
-    on_error: str = field(
-        default="raise",
-        metadata={
-            "help": "Bad rows: stop with all of them named, or skip and count them.",
-            "choices": ["raise", "skip"],
-        },
     )

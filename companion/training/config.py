@@ -15,6 +15,7 @@ import torch
 from trl import RewardConfig
 
 from companion.errors import CompanionError
+from companion.training.arguments import LoadArguments, SourceArguments
 
 
 @dataclass
@@ -142,38 +143,14 @@ class PairwiseRewardConfig(RewardConfig):
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(LoadArguments):
     """Which base, and whether to train all of it."""
 
     _argument_group_name = "model"
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Base to start from: a folder or a hub id."}
-    )
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit on the hub."}
-    )
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Number format of the weights. With bf16 on, float32 weights are computed "
-            "with in bf16; the head is float32 in any case.",
-            "choices": ["float32", "bfloat16", "float16"],
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2, …"}
-    )
     keep_head: bool = field(
         default=False,
         metadata={"help": "Go on with the head of an earlier reward model, not a fresh one."},
-    )
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter and the head."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers to adapt; default: all linear ones."}
     )
     use_rslora: bool = field(
         default=False, metadata={"help": "Scale by alpha/sqrt(r) in place of alpha/r."}
@@ -181,31 +158,9 @@ class ModelArguments:
 
 
 @dataclass
-class RowArguments:
+class RowArguments(SourceArguments):
     """Which rows to train on, and which to hold out."""
 
-    _argument_group_name = "data"
-
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Rows: a file (.jsonl, .parquet, .csv, …), a folder, or a hub id."},
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a hub dataset."}
-    )
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a hub dataset."}
-    )
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "Split to train on; slices such as train[:1000] work."}
-    )
-    dataset_test_split: str | None = field(
-        default=None,
-        metadata={"help": "Split to hold out. Default: a part of the prompts of the train split."},
-    )
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out rows from another source."}
-    )
     eval_fraction: float = field(
         default=0.1,
         metadata={"help": "Share of the rows to hold out, whole prompts, if nothing else is."},
@@ -216,15 +171,6 @@ class RowArguments:
             "help": "Share of the held-out rows that is looked at during training and sets "
             "temperature, threshold and reference; the others give the final figures. 1: all do "
             "both."
-        },
-    )
-    split_seed: int = field(default=0, metadata={"help": "Another seed, another split."})
-    limit: int | None = field(default=None, metadata={"help": "Take this many rows at most."})
-    on_error: str = field(
-        default="raise",
-        metadata={
-            "help": "Bad rows: stop with all of them named, or skip and count them.",
-            "choices": ["raise", "skip"],
         },
     )
 
