@@ -69,6 +69,13 @@ def test_numbers_in_the_prose_came_from_cells(site):
         assert len(soup.select("figure img[alt]")) >= drawn >= 1
 
 
+def test_tables_are_tables(site):
+    for path, soup in _pages(site):
+        for code in soup.select("pre, code"):
+            code.extract()
+        assert not re.search(r"\|\s*(---|—)\s*\|", soup.get_text()), path.name
+
+
 def test_reference_and_chapters_link_each_other(site):
     """Each function links its chapter, and the chapter links the function."""
     pages = {path.name: soup for path, soup in _pages(site)}
