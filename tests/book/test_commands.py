@@ -11,6 +11,9 @@ import importlib
 import json
 import re
 import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -105,14 +108,43 @@ def _set(words: list[str], flag: str, value: str) -> None:
         words[words.index(flag) + 1] = value
 
 
-def in_small(words: list[str], base: Path, reward: Path) -> list[str]:
+class _FirstPlace(BaseHTTPRequestHandler):
+    """A judge behind an OpenAI-compatible address that always prefers what it sees first."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        message = {"role": "assistant", "content": "The first. [[A]]"}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        data = json.dumps({"id": "x", "choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def judge_server() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _FirstPlace)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def in_small(words: list[str], base: Path, reward: Path, server: str) -> list[str]:
     """The same command on a tiny model and a few rows. Local files that the page makes stay."""
     words = list(words)
     _set(words, "--n", "48")
     for flag, local in (("--dataset_name", "hub.jsonl"), ("--data", "hub.jsonl")):
         if flag in words and re.fullmatch(r"[\w.-]+/[\w.-]+", words[words.index(flag) + 1]):
             _set(words, flag, local)
-    if "--model" in words and "/" in words[words.index("--model") + 1]:
+    if "--base_url" in words:
+        _set(words, "--base_url", server)
+    elif "--model" in words and "/" in words[words.index("--model") + 1]:
         _set(words, "--model", str(TUTOR_BASE if words[0] == "judge" else reward))
     if words[0] == "rank":
         _set(words, "--model", str(reward))
@@ -144,7 +176,7 @@ def _own_commands(path: Path) -> list[list[str]]:
     "page", [p for p in PAGES if _own_commands(p)], ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_commands_of_a_page_run_one_after_the_other(
-    page, tmp_path, monkeypatch, tiny_base, tiny_reward
+    page, tmp_path, monkeypatch, tiny_base, tiny_reward, judge_server
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(VARIABLE, str(tmp_path / "progress.json"))
@@ -156,7 +188,7 @@ def test_commands_of_a_page_run_one_after_the_other(
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in own))
     Path("prompts.jsonl").write_text(json.dumps({"prompt": own[0]["prompt"]}) + "\n")
     for words in _own_commands(page):
-        small = in_small(words, tiny_base, tiny_reward)
+        small = in_small(words, tiny_base, tiny_reward, judge_server)
         assert main(small) == 0, small
         for flag in ("--output", "--output_dir", "--json"):
             if flag in small:
