@@ -36,10 +36,10 @@ class QuickstartConfig:
     """What the quickstart does. The defaults were chosen on other seeds than those it uses."""
 
     output_dir: str = "quickstart"
-    n_train: int = 8_000  #: pairs
+    n_train: int = 3_000  #: pairs
     n_eval: int = 1_000  #: held-out pairs that are watched in training and set the temperature
     n_test: int = 4_000  #: held-out pairs that nothing else sees
-    learning_rate: float = 4e-4
+    learning_rate: float = 6e-4
     batch_size: int = 16
     seed: int = 0
 

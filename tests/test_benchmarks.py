@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import best_of_n, comparing, overoptimization, scoring
+from benchmarks import best_of_n, comparing, curves, overoptimization, scoring
 from benchmarks.measuring import Outcome, Timed, ratio, table, take_turns
 from benchmarks.shapes import candidates, make_model, needed_tokens, pairs, useful_flops
 
@@ -84,6 +84,21 @@ def test_a_quick_run_writes_its_file(
     assert names[0] == "loop of 16, arrival order"
     assert "companion" in names
     assert all(0 < row["needed/computed"] <= 1 for row in case["methods"])
+
+
+@pytest.mark.slow
+def test_both_trainers_see_the_same_pairs_and_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["x", "--quick", "--output", str(target)])
+    curves.main()
+    record = json.loads(target.read_text(encoding="utf-8"))
+    runs = {run["method"]: run for run in record["runs"]}
+    ours, trl = runs["companion"], runs["TRL as shipped"]
+    assert ours["steps"] == trl["steps"]
+    assert ours["train_loss"] == pytest.approx(trl["train_loss"], abs=0.05)
+    assert ours["accuracy"] > 0.6
 
 
 def test_scores_that_differ_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

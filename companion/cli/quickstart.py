@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("--output_dir", default="quickstart", help="data, model and report go here")
-    parser.add_argument("--n_train", type=int, default=8_000, help="pairs to train on")
+    parser.add_argument("--n_train", type=int, default=3_000, help="pairs to train on")
     parser.add_argument("--n_eval", type=int, default=1_000, help="held-out pairs during training")
     parser.add_argument("--n_test", type=int, default=4_000, help="held-out pairs to judge it on")
-    parser.add_argument("--learning_rate", type=float, default=4e-4, help="peak of the cosine")
+    parser.add_argument("--learning_rate", type=float, default=6e-4, help="peak of the cosine")
     parser.add_argument("--batch_size", type=int, default=16, help="pairs a step")
     parser.add_argument("--seed", type=int, default=0, help="of data, order and head")
 
