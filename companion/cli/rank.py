@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a bad row stops the run, or gets an 'error' in the ranks",
     )
     parser.add_argument("--overwrite", action="store_true", help="begin anew")
+    parser.add_argument(
+        "--max_tokens_per_batch", type=int, help="tokens of a batch, of the model and of the policy"
+    )
     parser.add_argument("--chunk_rows", type=int, default=64, help="prompts done at a time")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument(
@@ -55,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     shared = {
         "device": args.device,
         "dtype": args.dtype,
+        "max_tokens_per_batch": args.max_tokens_per_batch,
         "trust_remote_code": args.trust_remote_code,
     }
     scorer = load_scorer(args.model, **shared)

@@ -242,6 +242,37 @@ def test_the_command_and_a_trainer_that_takes_its_output(tiny_reward, tiny_base,
     assert math.isfinite(trainer.train().training_loss)
 
 
+def test_a_budget_of_tokens_reaches_both_models_and_changes_no_rank(
+    tiny_reward, tiny_base, tmp_path, capsys, monkeypatch
+):
+    budgets = {}
+
+    def spy(kind):
+        real = kind.from_pretrained.__func__
+
+        def from_pretrained(cls, *arguments, **settings):
+            budgets.setdefault(kind, []).append(settings["max_tokens_per_batch"])
+            return real(cls, *arguments, **settings)
+
+        monkeypatch.setattr(kind, "from_pretrained", classmethod(from_pretrained))
+
+    spy(RewardScorer)
+    spy(Policy)
+    source = _write(tmp_path / "in.jsonl", [{"prompt": USER}] * 3)
+    arguments = ["--model", str(tiny_reward), "--input", str(source), "--policy", str(tiny_base)]
+    arguments += ["--n", "4", "--max_new_tokens", "12", "--device", "cpu"]
+    ranks = []
+    for name, budget in (("a", []), ("b", ["--max_tokens_per_batch", "40"])):
+        output = tmp_path / f"{name}.jsonl"
+        assert main(["rank", *arguments, *budget, "--output", str(output)]) == 0
+        ranks.append(_read(output.with_name(f"{name}.jsonl.ranks.jsonl")))
+    assert budgets == {RewardScorer: [None, 40], Policy: [None, 40]}
+    for one, other in zip(*ranks, strict=True):
+        for a, b in zip(one["completions"], other["completions"], strict=True):
+            assert (a["place"], a["completion"]) == (b["place"], b["completion"])
+            assert a["score"] == pytest.approx(b["score"], abs=1e-5)
+
+
 def test_files_must_differ(scorer, tmp_path):
     source = _write(tmp_path / "in.jsonl", [{"prompt": USER, "completions": ANSWERS}])
     with pytest.raises(DataError, match="different files"):
