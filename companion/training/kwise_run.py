@@ -24,7 +24,14 @@ from companion.training.kwise import (
 )
 from companion.training.result import ScoredSet, TrainingResult
 from companion.training.run import summary
-from companion.training.stages import RowKind, Say, finish_scalar, load_scalar, start_run
+from companion.training.stages import (
+    RowKind,
+    Say,
+    finish_scalar,
+    load_scalar,
+    start_run,
+    train_and_score,
+)
 
 __all__ = ["RANKINGS", "ScoredRankings", "summary", "train_kwise"]
 
@@ -65,19 +72,9 @@ def train_kwise(
     """
     run = start_run(RANKINGS, config, model, data, say=say)
     rows = run.formatted["held_out"]
-    trainer = KwiseRewardTrainer(
-        run.reward_model.model,
-        config,
-        train_dataset=run.formatted["train"],
-        eval_dataset=rows.select(run.calibration_rows),
-        formatter=run.reward_model.formatter,
-        processing_class=run.reward_model.tokenizer,
-        callbacks=callbacks,
-    )
-    output = trainer.train(resume_from_checkpoint=run.resume)
-    predictions: Any = trainer.predict(rows, metric_key_prefix="held_out").predictions
+    trainer, train_metrics, predictions = train_and_score(run, KwiseRewardTrainer, callbacks)
     scored = ScoredRankings(run.sets.held_out, rows, ranked_scores(predictions, rows))
-    return finish_scalar(run, trainer, output.metrics, scored)
+    return finish_scalar(run, trainer, train_metrics, scored)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from companion.training.outcome import (
     OutcomeRewardTrainer,
     format_outcomes,
 )
-from companion.training.stages import RowKind, Run, Say, start_run
+from companion.training.stages import RowKind, Run, Say, start_run, train_and_score
 from companion.training.token_run import (
     TokenTrainingResult,
     finish_token,
@@ -66,21 +66,10 @@ def train_outcome(
         lambda config, model: load_start(config, model, 1),
     )
     run = start_run(kind, config, model, data, say=say)
-    rows = run.formatted["held_out"]
-    trainer = OutcomeRewardTrainer(
-        run.reward_model.model,
-        config,
-        train_dataset=run.formatted["train"],
-        eval_dataset=rows.select(run.calibration_rows),
-        formatter=run.reward_model.formatter,
-        processing_class=run.reward_model.tokenizer,
-        callbacks=callbacks,
-    )
-    output = trainer.train(resume_from_checkpoint=run.resume)
-    predictions: Any = trainer.predict(rows, metric_key_prefix="held_out").predictions
+    trainer, train_metrics, predictions = train_and_score(run, OutcomeRewardTrainer, callbacks)
     metrics = _figures(run, config, predictions) if config.process_index == 0 else {}
     readout = TokenReadout("outcome", 1, config.aggregation, chat=config.as_chat)  # type: ignore[arg-type]
-    return finish_token(run, trainer, output.metrics, readout, metrics)
+    return finish_token(run, trainer, train_metrics, readout, metrics)
 
 
 def _figures(run: Run, config: OutcomeRewardConfig, predictions: np.ndarray) -> dict[str, Any]:

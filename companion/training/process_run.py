@@ -14,7 +14,7 @@ from companion.token_evaluation import LabelledSteps, labelled_steps, token_tabl
 from companion.token_metrics import fit_threshold, process_metrics
 from companion.training.config import ModelArguments, RowArguments
 from companion.training.process import ProcessRewardConfig, ProcessRewardTrainer, format_steps
-from companion.training.stages import RowKind, Run, Say, start_run
+from companion.training.stages import RowKind, Run, Say, start_run, train_and_score
 from companion.training.token_run import TokenTrainingResult, finish_token, load_start, prompts_of
 
 Array = np.ndarray
@@ -67,18 +67,7 @@ def train_process(
     )
     labels = config.num_labels
     run = start_run(kind, config, model, data, say=say)
-    rows = run.formatted["held_out"]
-    trainer = ProcessRewardTrainer(
-        run.reward_model.model,
-        config,
-        train_dataset=run.formatted["train"],
-        eval_dataset=rows.select(run.calibration_rows),
-        formatter=run.reward_model.formatter,
-        processing_class=run.reward_model.tokenizer,
-        callbacks=callbacks,
-    )
-    output = trainer.train(resume_from_checkpoint=run.resume)
-    predictions: Any = trainer.predict(rows, metric_key_prefix="held_out").predictions
+    trainer, train_metrics, predictions = train_and_score(run, ProcessRewardTrainer, callbacks)
     readout = TokenReadout(
         "process",
         labels,
@@ -101,7 +90,7 @@ def train_process(
             truth=_truth(run),
             groups=prompts_of(run, run.test_rows),
         )
-    return finish_token(run, trainer, output.metrics, readout, metrics)
+    return finish_token(run, trainer, train_metrics, readout, metrics)
 
 
 def _labelled(

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -26,9 +26,6 @@ from companion.models.reward_model import RewardModel
 from companion.models.saving import save_reward_model
 from companion.training.forward import remove_forward
 from companion.training.rows import FormatReport
-
-if TYPE_CHECKING:
-    from companion.training.pairwise import PairwiseRewardTrainer
 
 
 @dataclass
@@ -122,9 +119,8 @@ class TrainingResult:
     notes: list[str] = field(default_factory=list)
 
 
-def score_set(trainer: PairwiseRewardTrainer, given: Dataset, rows: Dataset) -> ScoredSet:
-    """Score formatted `rows` of the `given` pairs; every rank must call."""
-    predictions = np.asarray(trainer.predict(rows, metric_key_prefix="held_out").predictions)
+def scored_set(given: Dataset, rows: Dataset, predictions: np.ndarray) -> ScoredSet:
+    """The `given` pairs with the scores ``[n, 2]`` of their tokenised `rows`."""
     sizes = [np.array([len(ids) for ids in rows[side]]) for side in ("chosen_ids", "rejected_ids")]
     return ScoredSet(
         [given[i] for i in rows["row"][:]],

@@ -12,9 +12,16 @@ from transformers import TrainerCallback
 from companion.evaluation import format_table, summary_rows
 from companion.training.config import DataArguments, ModelArguments, PairwiseRewardConfig
 from companion.training.pairwise import PairwiseRewardTrainer
-from companion.training.result import TrainingResult, score_set
+from companion.training.result import TrainingResult, scored_set
 from companion.training.rows import format_pairs
-from companion.training.stages import RowKind, Say, finish_scalar, load_scalar, start_run
+from companion.training.stages import (
+    RowKind,
+    Say,
+    finish_scalar,
+    load_scalar,
+    start_run,
+    train_and_score,
+)
 
 PAIRS = RowKind("pairs", format_pairs, load_scalar)
 
@@ -52,18 +59,9 @@ def train_pairwise(
         For settings, rows or a base that cannot be used, with the cure.
     """
     run = start_run(PAIRS, config, model, data, say=say)
-    trainer = PairwiseRewardTrainer(
-        run.reward_model.model,
-        config,
-        train_dataset=run.formatted["train"],
-        eval_dataset=run.formatted["held_out"].select(run.calibration_rows),
-        formatter=run.reward_model.formatter,
-        processing_class=run.reward_model.tokenizer,
-        callbacks=callbacks,
-    )
-    output = trainer.train(resume_from_checkpoint=run.resume)
-    scored = score_set(trainer, run.sets.held_out, run.formatted["held_out"])
-    return finish_scalar(run, trainer, output.metrics, scored)
+    trainer, train_metrics, predictions = train_and_score(run, PairwiseRewardTrainer, callbacks)
+    scored = scored_set(run.sets.held_out, run.formatted["held_out"], predictions)
+    return finish_scalar(run, trainer, train_metrics, scored)
 
 
 def summary(result: TrainingResult) -> str:

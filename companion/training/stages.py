@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset, disable_progress_bars
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from companion.data.loading import load_rows_with_report
@@ -162,6 +162,32 @@ def start_run(
         calibration_rows,
         test_rows,
     )
+
+
+def train_and_score(
+    run: Run, trainer_class: Callable[..., Any], callbacks: list[TrainerCallback] | None
+) -> tuple[Any, dict[str, float], Any]:
+    """Train, and score all held-out rows; every rank must call.
+
+    Returns
+    -------
+    tuple
+        The trainer; what its ``train()`` reports; the predictions in the order of the tokenised
+        held-out rows.
+    """
+    rows = run.formatted["held_out"]
+    trainer = trainer_class(
+        run.reward_model.model,
+        run.config,
+        train_dataset=run.formatted["train"],
+        eval_dataset=rows.select(run.calibration_rows),
+        formatter=run.reward_model.formatter,
+        processing_class=run.reward_model.tokenizer,
+        callbacks=callbacks,
+    )
+    output = trainer.train(resume_from_checkpoint=run.resume)
+    predictions = trainer.predict(rows, metric_key_prefix="held_out").predictions
+    return trainer, output.metrics, predictions
 
 
 def finish_scalar(
