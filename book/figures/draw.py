@@ -7,6 +7,7 @@ SVG files are kept in the repository, and a test draws them again and compares.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -211,9 +212,69 @@ def draw_when(theme: str) -> str:
     return canvas.svg()
 
 
+def _tokens(canvas: Canvas, y: float, colour: str, texts: Sequence[str]) -> None:
+    """Rows of tokens side by side: ``p`` of the prompt, ``-`` without a label, ``x`` with one."""
+    step, between = 15, 14
+    widths = [step * len(text) + 8 for text in texts]
+    left = 533 - (sum(widths) + between * (len(texts) - 1)) / 2
+    for text, width in zip(texts, widths, strict=True):
+        for place, kind in enumerate(text):
+            x = left + step * place + (0 if kind == "p" else 8)
+            fill = canvas.colour[colour] if kind == "x" else "none"
+            dashes = ' stroke-dasharray="2 2"' if kind == "p" else ""
+            canvas.parts.append(
+                f'<rect x="{x:g}" y="{y:g}" width="12" height="12" rx="2" fill="{fill}" '
+                f'stroke="{canvas.colour["line"]}" stroke-width="1.3"{dashes}/>'
+            )
+        left += width + between
+
+
+def draw_kinds(theme: str) -> str:
+    """What the labels say on the left, the kind that learns from them on the right."""
+    rows: list[tuple[tuple[str, str], str, tuple[str, str], list[str]]] = [
+        (("A program that checks it", "tests, an exact match"), "rejected",
+         ("Use the program", "no reward model at all"), []),
+        (("Which of two is better", "pairs: chosen, rejected"), "model",
+         ("Pairwise", "one score · Bradley–Terry"), ["pp---x"] * 2),
+        (("An order of several", "K completions of a prompt"), "model",
+         ("K-wise", "one score · Plackett–Luce"), ["pp---x"] * 3),
+        (("Right or wrong", "one outcome for each text"), "model",
+         ("Outcome (ORM)", "P(right) at every token"), ["pppxxxxxxxx"]),
+        (("Which steps are good", "+1, 0 or −1 for each step"), "model",
+         ("Process (PRM)", "a class where a step ends"), ["ppp---x---x"]),
+        (("None, or too few", "but a capable language model"), "chosen",
+         ("A generative judge", "a verdict in words, not trained"), ["pp----"] * 2),
+    ]  # fmt: skip
+    height = 118 * len(rows) + 84
+    canvas = Canvas(
+        720, height, theme,
+        "Which kind of reward model for which signal",
+        "Six kinds of signal, one below the other, and to the right of each the kind of model that "
+        "learns from it, with the tokens that carry its labels.",
+    )  # fmt: skip
+    canvas.text(162, 32, "You have", 19, "soft")
+    canvas.text(533, 32, "so take", 19, "soft")
+    for number, (signal, colour, kind, texts) in enumerate(rows):
+        top = 46 + 118 * number
+        canvas.box(12, top, 300, 102)
+        canvas.text(162, top + 46, signal[0], 20, weight=600)
+        canvas.text(162, top + 76, signal[1], 17, "soft")
+        canvas.arrow(312, top + 51, 356, top + 51)
+        canvas.box(358, top, 350, 102, f"{colour}_box", colour)
+        lower = 0 if texts else 15
+        canvas.text(533, top + 31 + lower, kind[0], 20, colour, weight=700)
+        canvas.text(533, top + 59 + lower, kind[1], 18)
+        _tokens(canvas, top + 76, colour, texts)
+    canvas.text(
+        360, height - 14, "squares: tokens; dashed: the prompt; filled: where a label stands", 18,
+        "soft",
+    )  # fmt: skip
+    return canvas.svg()
+
+
 def drawings() -> dict[str, str]:
     """File name -> SVG, for both themes."""
-    makers = {"map": draw_map, "when": draw_when}
+    makers = {"map": draw_map, "when": draw_when, "kinds": draw_kinds}
     return {f"{name}-{theme}.svg": make(theme) for name, make in makers.items() for theme in THEMES}
 
 

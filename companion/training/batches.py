@@ -106,6 +106,7 @@ def epoch_order(
     seed: int,
     lengths: Sequence[int] | None = None,
     step: int = 1,
+    shuffle_steps: bool = False,
 ) -> Callable[[int], Sequence[int]]:
     """Epoch number to an order of the rows, the same on every rank and for a resumed run.
 
@@ -113,23 +114,36 @@ def epoch_order(
     ----------
     n_rows : int
     strategy : {"random", "sequential", "group_by_length"}
-        ``group_by_length`` puts pairs of like length into a step (`lengths` and the pairs of a
-        `step` are needed), at random otherwise.
+        ``group_by_length`` puts rows of like length into a step (`lengths` and the rows of a
+        `step` are needed); within each stretch of 50 steps the long ones come first.
     seed : int
         Epoch ``e`` is shuffled by ``seed + e``.
+    shuffle_steps : bool
+        Whether the steps of like length come at random, but for the first: it holds the longest
+        row, so that memory runs out at once if it does.
     """
 
     def order(epoch: int) -> Sequence[int]:
         generator = torch.Generator().manual_seed(seed + epoch)
         if strategy == "group_by_length":
-            return list(
+            rows = list(
                 LengthGroupedSampler(step, lengths=list(lengths or ()), generator=generator)
             )
+            return _shuffled(rows, step, generator) if shuffle_steps else rows
         if strategy == "random":
             return torch.randperm(n_rows, generator=generator).tolist()
         return range(n_rows)
 
     return order
+
+
+def _shuffled(rows: Sequence[int], step: int, generator: torch.Generator) -> list[int]:
+    """The same steps in random order; the first stays, and so does a short one at the end."""
+    steps = [list(rows[begin : begin + step]) for begin in range(0, len(rows), step)]
+    last = steps.pop() if len(steps[-1]) < step else []
+    order = torch.randperm(max(len(steps) - 1, 0), generator=generator).tolist()
+    shuffled = [*steps[:1], *(steps[1 + place] for place in order), last]
+    return [row for rows_of_step in shuffled for row in rows_of_step]
 
 
 class PairRows(TorchDataset[dict[str, Any]]):
@@ -160,6 +174,8 @@ class ExactBatches(_Base):
     """The part of the trainer that makes batches and counts their pairs."""
 
     _order: PaddedSampler | None = None
+    #: see :func:`epoch_order`
+    _shuffle_steps = False
     #: what the collator looks at
     _columns: tuple[str, ...] = ("chosen_ids", "rejected_ids", "margin", "row", "weight")
 
@@ -217,6 +233,7 @@ class ExactBatches(_Base):
             seed=args.seed if args.data_seed is None else args.data_seed,
             lengths=lengths,
             step=batch_size * ranks * args.gradient_accumulation_steps,
+            shuffle_steps=self._shuffle_steps,
         )
         drop_last = is_training and args.dataloader_drop_last
         left_out = n_rows % (batch_size * ranks) if drop_last else 0

