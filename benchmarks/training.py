@@ -133,7 +133,7 @@ def main() -> None:
     device = torch.device(args.device)
     cases = []
     for shape in args.shapes:
-        full = {"tiny": 160, "small": 48}[shape]
+        full = {"tiny": 160, "small": 24}[shape]
         examples = pairs(2 * args.batch_size if args.quick else full)
         case = one_shape(shape, examples, args, device)
         cases.append({"shape": shape, **case})
