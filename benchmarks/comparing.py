@@ -6,12 +6,14 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.measuring import matmul_peak, ratio, table, take_turns
 from benchmarks.methods import scoring_methods
 from benchmarks.results import add_arguments, save
-from benchmarks.shapes import SHAPES, TokenIds, make_model, needed_tokens, useful_flops
+from benchmarks.shapes import PAD, SHAPES, TokenIds, make_model, needed_tokens, useful_flops
+from companion.scoring.running import BatchRunner
 
 #: largest difference of the mean score that rounding explains
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
@@ -44,6 +46,9 @@ def compare(name: str, args: argparse.Namespace, texts: Callable[[str], TokenIds
             dtype = getattr(torch, dtype_name)
             model = make_model(shape, device, dtype).eval()
             case = one_case(model, texts(shape), args, device, dtype)
+            if dtype != torch.float32:
+                case["deviation"] = deviation(model, make_model(shape, device), texts(shape))
+                print(case["deviation"])
             cases.append({"shape": shape, "dtype": dtype_name, **case})
             print(f"\n{name}, {shape}, {dtype_name}, {case['texts']} texts")
             print(table(case["methods"]), "\n")
@@ -89,6 +94,17 @@ def one_case(
         "matmul_peak_flops": peak,
         "methods": rows,
         "seconds": {method: found.seconds for method, found in timed.items()},
+    }
+
+
+def deviation(model: Any, exact: Any, ids: TokenIds) -> dict[str, float]:
+    """How far the scores of a model lie from those of its float32 twin, beside their own spread."""
+    found, want = (BatchRunner(m, PAD).run(ids).astype(np.float64) for m in (model, exact.eval()))
+    gap = np.abs(found - want)
+    return {
+        "spread": float(want.std()),
+        "typical": float(np.sqrt((gap**2).mean())),
+        "largest": float(gap.max()),
     }
 
 

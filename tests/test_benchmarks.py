@@ -61,6 +61,15 @@ def test_work_is_the_same_every_time() -> None:
     assert row["chosen_ids"] != row["rejected_ids"]
 
 
+def test_the_deviation_of_a_rounded_model_is_that_of_its_scores() -> None:
+    cpu, ids = torch.device("cpu"), pairs(3)
+    texts = [row[side] for row in ids for side in ("chosen_ids", "rejected_ids")]
+    exact, rounded = make_model("tiny", cpu), make_model("tiny", cpu, torch.bfloat16).eval()
+    found = comparing.deviation(rounded, exact, texts)
+    assert 0 < found["typical"] <= found["largest"] < found["spread"]
+    assert comparing.deviation(exact, exact, texts)["largest"] == 0
+
+
 def test_a_table_is_aligned() -> None:
     text = table([{"method": "a", "x": 1234.5}, {"method": "long name", "x": None}])
     assert text.splitlines() == ["method         x", "a          1,234", "long name      -"]
