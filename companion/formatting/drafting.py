@@ -35,6 +35,7 @@ class Drafter:
     def __init__(self, tokenizer: Any, template_override: str | None) -> None:
         self.tokenizer = tokenizer
         self.template_override = template_override
+        self._last_opening: tuple[Any, str] | None = None
 
     @property
     def chat_template(self) -> Any:
@@ -150,7 +151,12 @@ class Drafter:
         text = self._render(whole, tools, kwargs, where, continue_final_message=not terminated)
         split = 0
         if opening:
-            head = self._render_opening(opening, tools, kwargs, where)
+            # the sides of a pair, or the candidates of a prompt, come one after the other
+            asked = (opening, tools, kwargs, self.chat_template)
+            last = self._last_opening
+            if last is None or last[0] != asked:
+                last = self._last_opening = asked, self._render_opening(*asked[:3], where)
+            head = last[1]
             split = len(head) if text.startswith(head) else _common_prefix(head, text)
         if split == len(text):
             raise DataError(f"{where}: the chat template leaves nothing of the completion")

@@ -12,12 +12,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from companion.errors import CompanionError, DataError, ModelError, ReadoutError
+from companion.errors import CompanionError, DataError, ModelError
 from companion.formatting.conversation import transcript_template
-from companion.formatting.drafting import Draft, Drafter, Row, Text
+from companion.formatting.drafting import Row, Text
 from companion.formatting.encoded import Encoded, FormatCounts
+from companion.formatting.encoding import Encoder, Overlong
 from companion.formatting.recipe import (
     RECIPE_FILE,
     RECIPE_VERSION,
@@ -25,12 +26,10 @@ from companion.formatting.recipe import (
     tokenizer_recipe,
 )
 
-Overlong = Literal["drop", "error", "truncate_prompt"]
-
 _OVERLONG = ("drop", "error", "truncate_prompt")
 
 
-class RewardFormatter(Drafter):
+class RewardFormatter(Encoder):
     """Turn rows into token ids; know BOS, EOS, the chat template, and what was cut off.
 
     Parameters
@@ -68,10 +67,7 @@ class RewardFormatter(Drafter):
             raise DataError(f"overlong is {overlong!r}", f"use one of: {', '.join(_OVERLONG)}")
         if max_length is not None and max_length < 1:
             raise DataError(f"max_length is {max_length}", "use a positive number or None")
-        super().__init__(tokenizer, chat_template)
-        self.max_length = max_length
-        self.overlong: Overlong = overlong
-        self.counts = FormatCounts()
+        super().__init__(tokenizer, chat_template, max_length, overlong)
         self.notes: list[str] = []
         if chat_template is None and tokenizer.chat_template is None:
             if tokenizer.eos_token is not None:
@@ -186,7 +182,7 @@ class RewardFormatter(Drafter):
         draft = self._draft(
             prompt, completion, terminated, tools, chat_template_kwargs, where="the row"
         )
-        return self._count_row([self._tokenize([draft])[0]], [draft])[0]
+        return _raised(self._encode_drafts([[draft]])[0])[0]  # type: ignore[no-any-return]
 
     def encode_row(
         self, row: Row, field: str = "completion", *, terminated: bool | None = None
@@ -259,142 +255,6 @@ class RewardFormatter(Drafter):
                 chosen, rejected = group
                 out.append(None if chosen is None or rejected is None else (chosen, rejected))
         return out
-
-    # ------------------------------------------------------------------ inside
-
-    def _encode_groups(
-        self,
-        rows: Sequence[Row],
-        names_of_fields: Sequence[str],
-        terminated: bool | None,
-        names: Sequence[str] | None,
-    ) -> list[list[Encoded | None] | CompanionError]:
-        drafts: list[list[Draft] | CompanionError] = []
-        for number, row in enumerate(rows):
-            where = names[number] if names is not None else f"row {number}"
-            try:
-                drafts.append([self._draft_row(row, f, terminated, where) for f in names_of_fields])
-            except CompanionError as error:
-                drafts.append(error)
-        flat = [draft for group in drafts if isinstance(group, list) for draft in group]
-        encoded = iter(self._tokenize(flat))
-        out: list[list[Encoded | None] | CompanionError] = []
-        for group in drafts:
-            if isinstance(group, CompanionError):
-                self.counts.rows += 1
-                out.append(group)
-                continue
-            results = [next(encoded) for _ in group]
-            try:
-                out.append(self._count_row(results, group))
-            except CompanionError as error:
-                out.append(error)
-        return out
-
-    def _tokenize(self, drafts: Sequence[Draft]) -> list[Encoded]:
-        """Ids and prompt lengths, in order: one call for plain texts and one for conversations."""
-        out: list[Encoded | None] = [None] * len(drafts)
-        for chat in (False, True):
-            chosen = [i for i, draft in enumerate(drafts) if draft.chat is chat]
-            if not chosen:
-                continue
-            batch = self.tokenizer(
-                [drafts[i].text for i in chosen],
-                add_special_tokens=not chat,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                return_offsets_mapping=self.tokenizer.is_fast,
-                verbose=False,
-            )
-            adds_eos = not chat and self._adds()[1]
-            for place, i in enumerate(chosen):
-                ids = list(batch["input_ids"][place])
-                if self.tokenizer.is_fast:
-                    ends = (end > drafts[i].split for _, end in batch["offset_mapping"][place])
-                    length = next((n for n, beyond in enumerate(ends) if beyond), len(ids))
-                else:
-                    length = self._common_ids(drafts[i], ids)
-                out[i] = self._special(ids, length, drafts[i], adds_eos)
-        return [encoded for encoded in out if encoded is not None]
-
-    def _common_ids(self, draft: Draft, ids: list[int]) -> int:
-        """Prompt length without offsets: ids that the prompt alone shares with the whole."""
-        prompt = self.tokenizer(draft.text[: draft.split], add_special_tokens=not draft.chat)
-        length = 0
-        for a, b in zip(prompt["input_ids"], ids, strict=False):
-            if a != b:
-                break
-            length += 1
-        return length
-
-    def _special(self, ids: list[int], length: int, draft: Draft, adds_eos: bool) -> Encoded:
-        """One BOS at most; plain text ends with one EOS, or with none if it was cut off."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        while bos is not None and len(ids) > 2 and ids[0] == ids[1] == bos:
-            del ids[0]
-            length = max(length - 1, 0)
-        if not draft.chat:
-            if adds_eos and ids and ids[-1] == eos:
-                ids.pop()
-            if draft.terminated and ids[-1:] != [eos]:
-                raise ReadoutError(
-                    f"the tokenizer does not turn its EOS {self.tokenizer.eos_token!r} into one "
-                    f"token: a finished text ends with the id {ids[-1]} in place of {eos}",
-                    "register the EOS as a special token of the tokenizer",
-                )
-        length = min(length, len(ids) - 1)
-        return Encoded(ids, max(length, 0), draft.terminated)
-
-    def _count_row(
-        self, encoded: Sequence[Encoded], drafts: Sequence[Draft]
-    ) -> list[Encoded | None]:
-        """Fit the sequences of one row into ``max_length`` and count what was done."""
-        self.counts.rows += 1
-        results: list[Encoded | None] = []
-        for item, draft in zip(encoded, drafts, strict=True):
-            pad = self.tokenizer.pad_token_id
-            if pad is not None and item.input_ids[-1] == pad != self.tokenizer.eos_token_id:
-                # transformers reads out at the last id that is not the pad id
-                raise DataError(
-                    f"{draft.where}: the text ends with the pad token "
-                    f"{self.tokenizer.pad_token!r}, so stock tools would read its score elsewhere",
-                    "take the pad tokens off the text",
-                )
-            results.append(self._fit(item, draft))
-        if any(item is None for item in results):
-            self.counts.dropped_overlong += 1
-            return [None] * len(results)
-        for kept in results:
-            assert kept is not None
-            self.counts.sequences += 1
-            self.counts.unterminated += not kept.terminated
-            self.counts.truncated += kept.cut_tokens > 0
-            self.counts.tokens_cut += kept.cut_tokens
-        return results
-
-    def _fit(self, item: Encoded, draft: Draft) -> Encoded | None:
-        if self.max_length is None or len(item) <= self.max_length:
-            return item
-        surplus = len(item) - self.max_length
-        if self.overlong == "error":
-            raise DataError(
-                f"{draft.where}: {len(item)} tokens, {surplus} more than max_length="
-                f"{self.max_length}",
-                "raise max_length, or use overlong='drop' or 'truncate_prompt'",
-            )
-        if self.overlong == "drop":
-            return None
-        ids = item.input_ids
-        bos = self.tokenizer.bos_token_id
-        keep = int(bos is not None and ids[0] == bos and item.prompt_length > 0)
-        if surplus > item.prompt_length - keep:
-            return None
-        return Encoded(
-            ids[:keep] + ids[keep + surplus :],
-            item.prompt_length - surplus,
-            item.terminated,
-            surplus,
-        )
 
 
 def _raised(result: Any) -> Any:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from companion.errors import CompanionError, DataError, ModelError
+from companion.formatting.drafting import Draft
 from companion.formatting.encoded import Encoded
+from companion.formatting.encoding import Raw
 from companion.formatting.formatter import RewardFormatter
 
 
@@ -86,26 +88,30 @@ def encode_steps(
     if not separator:
         raise DataError("the separator of steps is empty", r"give one, such as '\n'")
     names = names if names is not None else [f"row {i}" for i in range(len(rows))]
-    written: list[dict[str, Any] | CompanionError] = []
+    drafts: list[list[Draft] | CompanionError] = []
     for row, name in zip(rows, names, strict=True):
         try:
-            written.append(_write(row, separator, chat, name))
+            written = _write(row, separator, chat, name)
+            drafts.append([formatter._draft_row(written, "completion", None, name)])
         except CompanionError as error:
-            written.append(error)
-    good = [i for i, item in enumerate(written) if isinstance(item, dict)]
-    encoded = iter(
-        formatter.try_encode_many([written[i] for i in good], names=[names[i] for i in good])  # type: ignore[misc]
-    )
+            drafts.append(error)
+    raw: list[Raw] = []
+    encoded = formatter._encode_drafts(drafts, raw)
+    spans = iter(raw)
     out: list[EncodedSteps | CompanionError | None] = []
-    for row, item, name in zip(rows, written, names, strict=True):
-        found: Any = item if isinstance(item, CompanionError) else next(encoded)
-        if isinstance(found, Encoded) and isinstance(item, dict):
-            try:
-                ends = _ends(formatter, item, row["completions"], separator, found, name)
-                found = EncodedSteps(found, ends)
-            except CompanionError as error:
-                found = error
-        out.append(found)
+    for row, group, found, name in zip(rows, drafts, encoded, names, strict=True):
+        if isinstance(group, CompanionError):
+            out.append(group)
+            continue
+        given = next(spans)
+        if isinstance(found, CompanionError) or found[0] is None:
+            out.append(found if isinstance(found, CompanionError) else None)
+            continue
+        try:
+            ends = _ends(formatter, group[0], given, row["completions"], separator, found[0], name)
+            out.append(EncodedSteps(found[0], ends))
+        except CompanionError as error:
+            out.append(error)
     return out
 
 
@@ -143,13 +149,13 @@ def as_conversation(prompt: str, completion: str) -> dict[str, Any]:
 
 def _ends(
     formatter: RewardFormatter,
-    written: Mapping[str, Any],
+    draft: Draft,
+    raw: Raw,
     steps: Sequence[str],
     separator: str,
     encoded: Encoded,
     name: str,
 ) -> list[int]:
-    draft = formatter._draft_row(written, "completion", None, name)
     content = separator.join(steps) + ("" if encoded.terminated else separator)
     begin = draft.text.find(content, draft.split)
     if begin < 0:
@@ -157,15 +163,9 @@ def _ends(
             f"{name}: the chat template changes the text of the steps",
             "take white space off the ends of the steps, or use another separator or template",
         )
-    raw = formatter.tokenizer(
-        draft.text,
-        add_special_tokens=not draft.chat,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
+    raw_ids, spans = raw
     # what the formatter took off the front: a second BOS, a part of the prompt
-    shift = _shift(raw["input_ids"], encoded.input_ids, encoded.prompt_length, name)
-    spans = raw["offset_mapping"]
+    shift = _shift(raw_ids, encoded.input_ids, encoded.prompt_length, name)
     ends: list[int] = []
     place, at = begin, 0
     for number, step in enumerate(steps):
@@ -183,7 +183,7 @@ def _ends(
         if joined is None and at < len(spans) and spans[at][0] < stop:
             joined = at
         if joined is not None:
-            text = formatter.tokenizer.decode([raw["input_ids"][joined]])
+            text = formatter.tokenizer.decode([raw_ids[joined]])
             raise DataError(
                 f"{name}: after step {number} the tokenizer joins the separator {separator!r} "
                 f"with its neighbour to the token {text!r}, so the step has no end of its own",

@@ -5,7 +5,6 @@ Chapter 3.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from datasets import Dataset, Features, List, Value
 from companion.errors import DataError
 from companion.formatting import RewardFormatter
 from companion.training.rows import FormatReport
+from companion.training.tokenising import tokenise_rows
 
 Batch = dict[str, list[Any]]
 
@@ -98,23 +98,15 @@ def format_all(
     """
     features = {**columns, "row": Value("int64"), "length": Value("int32"), "cut": Value("int32")}
     features["fate"] = Value("string")
-    key = f"{dataset._fingerprint} {formatter.fingerprint()} {noun} {sorted(arguments.items())}"
-    rows = dataset.map(
+    rows = tokenise_rows(
+        dataset,
         _format_batch,
-        batched=True,
-        with_indices=True,
-        fn_kwargs={
-            "formatter": formatter,
-            "source": source,
-            "convert": convert,
-            "columns": list(columns),
-            "arguments": arguments,
-        },
-        remove_columns=dataset.column_names,
-        features=Features(features),
+        formatter,
+        Features(features),
+        kind=noun,
+        source=source,
         num_proc=num_proc,
-        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-        desc=f"Tokenising {source}",
+        arguments={"convert": convert, "columns": list(columns), "arguments": arguments},
     )
     fates = rows["fate"][:]
     report = KindReport(source, rows=len(rows), noun=noun)

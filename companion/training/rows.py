@@ -5,7 +5,6 @@ Chapter 4.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from datasets import Dataset, Features, List, Value
 
 from companion.errors import DataError
 from companion.formatting import RewardFormatter
+from companion.training.tokenising import tokenise_rows
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def format_pairs(
     source : str
         How to call the set in messages.
     num_proc : int, optional
-        Processes.
+        Processes; default :func:`companion.training.tokenising.default_processes`.
     allow_empty : bool
         Return no rows in place of an error if none is left.
 
@@ -121,17 +121,15 @@ def format_pairs(
     features |= {"cut": Value("int32"), "same_length": Value("bool")}
     if has_margin:
         features["margin"] = Value("float32")
-    key = f"{dataset._fingerprint} {formatter.fingerprint()}"
-    rows = dataset.map(
+    rows = tokenise_rows(
+        dataset,
         _format_batch,
-        batched=True,
-        with_indices=True,
-        fn_kwargs={"formatter": formatter, "source": source, "has_margin": has_margin},
-        remove_columns=dataset.column_names,
-        features=Features(features),
+        formatter,
+        Features(features),
+        kind="pairs",
+        source=source,
         num_proc=num_proc,
-        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-        desc=f"Tokenising {source}",
+        arguments={"has_margin": has_margin},
     )
     cut = rows["cut"][:]
     lengths = rows["length"][:]

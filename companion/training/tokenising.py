@@ -1,0 +1,219 @@
+"""One pass of the formatter over many rows: in several processes, and not twice for the same rows.
+
+What a trainer reads of a large file is the same on every run and every rank. So the token ids of
+many rows are kept in the cache of `datasets`, under a key of all that decides them: the rows, the
+tokenizer, the chat template, ``max_length``, what happens to long texts, and the versions of the
+code. Ranks of one machine share the work: the first one does it, the others wait and read.
+Chapter 4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import datasets
+import multiprocess
+import pyarrow as pa
+from datasets import Dataset, Features
+from filelock import FileLock, Timeout
+
+from companion.formatting import RewardFormatter
+
+logger = logging.getLogger(__name__)
+
+#: Ids of fewer rows are made faster than they are found again.
+CACHE_FROM: Final = 5_000
+#: Rows that a process must have to be worth its start.
+ROWS_A_PROCESS: Final = 4_000
+#: More processes wait for the one that gathers.
+MOST_PROCESSES: Final = 16
+#: Counts up when the formatter's rules change, so that ids made by older rules are not read.
+_RULES: Final = 1
+
+
+def tokenise_rows(
+    dataset: Dataset,
+    function: Callable[..., dict[str, list[Any]]],
+    formatter: RewardFormatter,
+    features: Features,
+    *,
+    kind: str,
+    source: str,
+    num_proc: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """Turn rows into rows of token ids, a batch at a time, by the one formatter.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    function : callable
+        ``function(batch, indices, formatter=…, source=…, **arguments)`` gives the columns of
+        `features`; it must be a function of a module, since processes are sent it.
+    formatter : RewardFormatter
+    features : Features
+        All columns of the result.
+    kind : str
+        What the rows are; a part of the key, as are the `arguments`.
+    source : str
+        How to call the set in messages.
+    num_proc : int, optional
+        Processes; default :func:`default_processes`.
+
+    Returns
+    -------
+    Dataset
+        From the cache, if there are :data:`CACHE_FROM` rows or more and `datasets` may cache
+        (``datasets.disable_caching()`` forbids it, ``HF_DATASETS_CACHE`` says where).
+
+    Raises
+    ------
+    DataError
+        For the first bad row, which it names.
+    """
+    arguments = arguments or {}
+    key = cache_key(dataset, formatter, kind, arguments, features)
+    with _cache_file(key, len(dataset), source) as file:
+        if num_proc is None:
+            num_proc = default_processes(len(dataset), alone=file is not None)
+        return dataset.map(
+            function,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"formatter": formatter, "source": source, **arguments},
+            remove_columns=dataset.column_names,
+            features=features,
+            num_proc=num_proc if num_proc > 1 else None,
+            new_fingerprint=key,
+            cache_file_name=None if file is None else str(file),
+            desc=f"Tokenising {source}",
+        )
+
+
+def default_processes(rows: int, *, alone: bool = True) -> int:
+    """Processes that tokenise so many rows: one for 4,000 of them, at most one a core.
+
+    Parameters
+    ----------
+    alone : bool
+        False where every rank of the machine tokenises for itself: each then has its share of the
+        cores.
+
+    Returns
+    -------
+    int
+        1 where new processes do not begin as a copy of this one (macOS, Windows): they would run
+        the user's script again.
+    """
+    if multiprocess.get_all_start_methods()[0] != "fork":
+        return 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    if not alone:
+        cores //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, min(cores, rows // ROWS_A_PROCESS, MOST_PROCESSES))
+
+
+def cache_key(
+    dataset: Dataset,
+    formatter: RewardFormatter,
+    kind: str,
+    arguments: Mapping[str, Any],
+    features: Features,
+) -> str:
+    """SHA-256 (32 hexadecimal digits) of all that decides the token ids."""
+    template = str(formatter.chat_template)
+    parts = {
+        "rules": _RULES,
+        "versions": [importlib.metadata.version(n) for n in ("transformers", "tokenizers")],
+        "recipe": formatter.fingerprint(),
+        "tokenizer": _tokenizer_digest(formatter.tokenizer),
+        # a template may write the date of today
+        "today": str(datetime.date.today()) if "strftime_now" in template else None,
+        "kind": kind,
+        "arguments": sorted((name, _as_text(value)) for name, value in arguments.items()),
+        "features": repr(features),
+        "rows": rows_digest(dataset),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _as_text(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}" if callable(value) else repr(value)
+
+
+def rows_digest(dataset: Dataset) -> str:
+    """SHA-256 over the rows themselves, wherever they were loaded from."""
+    digest = hashlib.sha256(repr(dataset.features).encode())
+    sink = pa.PythonFile(_Sink(digest), mode="w")
+    writer = None
+    for table in dataset.with_format("arrow").iter(batch_size=10_000):
+        table = table.replace_schema_metadata(None).combine_chunks()
+        writer = writer or pa.ipc.new_stream(sink, table.schema)
+        writer.write_table(table)
+    return digest.hexdigest()
+
+
+class _Sink:
+    """A file that is only hashed."""
+
+    closed = False
+
+    def __init__(self, digest: Any) -> None:
+        self._digest = digest
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _tokenizer_digest(tokenizer: Any) -> str | None:
+    """Of the whole tokenizer: vocabulary, merges, normaliser, and what it puts around a text."""
+    if not tokenizer.is_fast:
+        return None
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    for name in ("padding", "truncation"):  # as the last call left them; each call says its own
+        whole.pop(name, None)
+    own = [type(tokenizer).__name__, getattr(tokenizer, "split_special_tokens", None), whole]
+    return hashlib.sha256(json.dumps(own).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _cache_file(key: str, rows: int, source: str) -> Iterator[Path | None]:
+    """Where the ids lie or will lie, locked; None if they are not to be kept."""
+    if rows < CACHE_FROM or not datasets.is_caching_enabled():
+        yield None
+        return
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "reward-model-companion"
+    lock = FileLock(folder / f"{key}.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info(f"{source}: waiting for a process that tokenises the same rows")
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        logger.warning(f"{source}: token ids are not kept for the next run: {error}")
+        yield None
+        return
+    try:
+        yield folder / f"{key}.arrow"
+    finally:
+        lock.release()
