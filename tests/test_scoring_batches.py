@@ -199,10 +199,11 @@ def test_the_commands_hand_packing_on(
     assert given == [packing]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_token_scorer_packs_and_reads_the_same(
-    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tiny_bases: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load_token_base(tiny_base, labels=1)
+    loaded = load_token_base(tiny_bases(kind), labels=1)
     texts = rows()
     found = {}
     for packing in ("off", "auto"):

@@ -155,6 +155,11 @@ class PairRows(TorchDataset[dict[str, Any]]):
         token = int(rows[0]["chosen_ids"][-1])
         self._padding = {"chosen_ids": [token], "rejected_ids": [token], "weight": 0.0}
 
+    @property
+    def rows(self) -> Any:
+        """The rows without the padding."""
+        return self._rows
+
     def __len__(self) -> int:
         return len(self._rows)
 

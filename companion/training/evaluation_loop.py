@@ -5,6 +5,7 @@ Chapter 4.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
 
+from companion.errors import ModelError
 from companion.training.exact import COLUMNS, PairMetrics, summarise
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
+
+logger = logging.getLogger(__name__)
 
 
 class ExactEvaluation(_Base):
@@ -51,22 +55,29 @@ class ExactEvaluation(_Base):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Score all rows; ``predictions`` are those of :meth:`evaluated`, in the order of rows."""
+        """Score all rows; ``predictions`` are those of :meth:`evaluated`, in the order of rows.
+
+        Where the memory does not hold a batch, all is begun anew with half as many rows a batch,
+        which stays so (under FSDP and DeepSpeed it is an error: ranks could not go on alone).
+        """
         model = self._model_for_evaluation()
         model.eval()
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()  # type: ignore[union-attr]
-        self.callback_handler.eval_dataloader = dataloader
-        pairs = PairMetrics()
-        for batch in dataloader:
-            inputs = self._prepare_inputs(batch)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                table = self.item_table(model, inputs)
-            # every rank holds as many rows, padding pairs included, so a plain gather fits
-            pairs.add(self.accelerator.gather(table).cpu())
-            self.control = self.callback_handler.on_prediction_step(
-                self.args, self.state, self.control
-            )
+        size = self.args.eval_batch_size
+        while (pairs := self._score_all(model, dataloader)) is None:
+            # outside of the handler, whose traceback holds the tensors
+            torch.cuda.empty_cache()
+            if size == 1:
+                raise ModelError(
+                    "evaluation: a single row does not fit into the GPU's memory",
+                    "lower max_length, or take --bf16_full_eval",
+                )
+            size //= 2
+            logger.warning(f"evaluation: out of memory, going on with {size} rows a batch")
+            self.args.per_device_eval_batch_size = size
+            rows: Any = dataloader.dataset
+            dataloader = self._get_dataloader(rows.rows, description, size)
         figures, predictions = self.evaluated(pairs.pop())
         labels = np.zeros(len(predictions), dtype=np.int64)
         if self.compute_metrics is not None:
@@ -80,6 +91,34 @@ class ExactEvaluation(_Base):
         return EvalLoopOutput(
             predictions=predictions, label_ids=labels, metrics=metrics, num_samples=len(predictions)
         )
+
+    def _score_all(self, model: Any, dataloader: DataLoader[Any]) -> PairMetrics | None:
+        """The items of all batches and ranks; None on all ranks if the memory of one has ended."""
+        self.callback_handler.eval_dataloader = dataloader
+        pairs = PairMetrics()
+        for batch in dataloader:
+            table = None
+            try:
+                inputs = self._prepare_inputs(batch)
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    table = self.item_table(model, inputs)
+            except torch.OutOfMemoryError:
+                if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                    raise  # the other ranks wait in the middle of their forward
+            if self._on_any_rank(table is None):
+                return None
+            # every rank holds as many rows, padding pairs included, so a plain gather fits
+            pairs.add(self.accelerator.gather(table).cpu())
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
+        return pairs
+
+    def _on_any_rank(self, said: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return said
+        flag = torch.tensor([said], device=self.args.device)
+        return bool(self.accelerator.gather(flag).any())
 
     def _model_for_evaluation(self) -> Any:
         """The wrapped model; wrapped now if nothing was trained yet (as transformers does it)."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -332,6 +334,52 @@ def test_the_path_of_cuda_with_its_kernel_emulated(
 
     monkeypatch.setattr(packing, "_by_segment", by_varlen)
     model, ids = make(kind, windowed), rows()
-    with torch.no_grad():
-        found = packed_scores(model, packed(ids))
-        torch.testing.assert_close(found, alone(model, ids), atol=1e-5, rtol=0)
+    weights = torch.linspace(-1, 1, len(ids))
+    gradients = []
+    scores = []
+    for score in (lambda: packed_scores(model, packed(ids)), lambda: alone(model, ids)):
+        model.zero_grad()
+        scores.append(score())
+        (scores[-1] * weights).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
+    for name, want in gradients[1].items():
+        scale = want.abs().max().clamp(min=1.0)
+        torch.testing.assert_close(gradients[0][name] / scale, want / scale, atol=2e-5, rtol=0)
+
+
+def test_the_kernel_takes_what_it_is_given() -> None:
+    """Names and places of its arguments; it does not run without CUDA."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    parameters = list(inspect.signature(varlen_attn).parameters)
+    assert parameters[:7] == [
+        *("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"),
+    ]
+    assert {"scale", "window_size", "enable_gqa"} <= set(parameters[7:])
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "autocast", "path"),
+    [
+        ("cuda", torch.bfloat16, None, "varlen"),
+        ("cuda", torch.float16, None, "varlen"),
+        ("cuda", torch.float32, torch.bfloat16, "varlen"),
+        ("cuda", torch.float32, None, "segment"),
+        ("cpu", torch.bfloat16, None, "segment"),
+    ],
+)
+def test_the_kernel_of_cuda_is_used_in_half_precision(
+    device: str, dtype: Any, autocast: Any, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: autocast is not None)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: autocast)
+    taken = []
+    monkeypatch.setattr(packing, "_by_varlen", lambda *given: taken.append(("varlen", given[-1])))
+    monkeypatch.setattr(packing, "_by_segment", lambda *given: taken.append(("segment", None)))
+    query: Any = SimpleNamespace(
+        shape=(1, 2, 5, 4), is_cuda=device == "cuda", dtype=dtype, device=torch.device(device)
+    )
+    five = Segments((Segment(0, 5, 0, 0),))
+    packing.packed_attention(torch.nn.Identity(), query, query, query, None, packed_segments=five)
+    assert taken == [(path, (autocast or dtype) if path == "varlen" else None)]

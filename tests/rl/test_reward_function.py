@@ -48,6 +48,20 @@ def test_chat_and_plain_prompts_have_the_scores_of_the_scorer(scorer):
     assert function.counts["scored"] == 6
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2"])
+def test_a_group_of_completions_is_packed_and_scored_as_each_alone(kind, tiny_rewards):
+    packed = RewardScorer(load_reward_model(tiny_rewards(kind)))
+    single = RewardScorer(packed.reward_model, packing="off")
+    prompt = [{"role": "user", "content": "Ana has 3 boxes with 4 pens each how many pens now"}]
+    completions = [[{"role": "assistant", "content": text}] for text in ANSWERS]
+    got = packed.as_reward_func()(prompts=[prompt] * 3, completions=completions)
+    rows = [{"prompt": prompt, "completion": completion} for completion in completions]
+    want = [single.score([row]).raw[0] for row in rows]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    needed, computed = packed.tokens
+    assert computed < needed  # the prompt once for the group
+
+
 def test_a_completion_that_was_cut_off_is_known_by_its_ids(scorer):
     eos = scorer.reward_model.tokenizer.eos_token_id
     prompts, completions = _chat()

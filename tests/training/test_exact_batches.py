@@ -87,10 +87,28 @@ def test_order_depends_on_epoch_and_seed_alone() -> None:
     assert sorted(sampler) == sorted(first)
 
 
+@given(**SIZES, shuffle=st.booleans())
+def test_grouped_by_length_each_row_once_by_seed_and_epoch(
+    n: int, batch: int, ranks: int, shuffle: bool
+) -> None:
+    settings = {"lengths": [1 + (7 * i) % 13 for i in range(n)], "step": batch * ranks}
+
+    def order(seed: int) -> Any:
+        return epoch_order(n, "group_by_length", seed=seed, shuffle_steps=shuffle, **settings)
+
+    sampler = PaddedSampler(order(3), n, batch_size=batch, ranks=ranks)
+    dealt = shards(sampler, batch, ranks)
+    rows = [i for rank in dealt for part in rank for i in part if i != PADDING]
+    assert sorted(rows) == list(range(n))
+    assert list(sampler) == list(sampler)
+    assert order(3)(1) == order(4)(0)
+    if n > 10:
+        assert len({tuple(order(seed)(0)) for seed in range(6)}) > 1
+
+
 def test_group_by_length_keeps_like_lengths_together() -> None:
     lengths = [1 + i % 10 for i in range(400)]
     order = list(epoch_order(400, "group_by_length", seed=0, lengths=lengths, step=8)(0))
-    assert sorted(order) == list(range(400))
 
     def spread(rows: list[int]) -> float:
         parts = [rows[i : i + 8] for i in range(0, 400, 8)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback
 
-from companion.errors import CompanionError, ReadoutError
-from companion.models import load_base
+from companion.errors import CompanionError, ModelError, ReadoutError
+from companion.models import load_base, reward_scores
 from companion.models.packed_attention import PACKED
 from companion.training.batches import PADDING, PairRows
 from companion.training.config import PairwiseRewardConfig
@@ -60,10 +61,9 @@ def run(tmp_path: Path, tiny_bases: Callable[[str], Path]) -> Callable[..., Any]
             load_base(tiny_bases(kind)),
             PairwiseRewardConfig(
                 str(tmp_path / "out"),
-                learning_rate=1e-3,
                 max_grad_norm=0.0,
                 logging_steps=1,
-                **{**plain, **training, **settings},
+                **{**plain, **training, "learning_rate": 1e-3, **settings},
             ),
             train_dataset=rows,
             eval_dataset=rows,
@@ -94,6 +94,98 @@ def test_steps_are_those_of_padded_batches(
         for name in ("loss", "accuracy", "num_tokens", "eval_loss", "eval_accuracy", "eval_nll"):
             if name in b:
                 assert a[name] == pytest.approx(b[name], abs=1e-4)
+
+
+def test_grouped_by_length_a_step_has_the_gradient_of_the_mean_over_its_pairs(
+    run: Callable[..., Any],
+) -> None:
+    """Against texts one by one, at weights that do not move; each pair in one step of the epoch."""
+    rows = [{**row, "row": i} for i, row in enumerate(shared_rows(9))]
+    taken: list[int] = []
+    plain = PairwiseRewardTrainer.per_pair
+
+    def seen(self: Any, model: Any, inputs: Any) -> Any:
+        taken.extend(inputs["row"][inputs["weight"] > 0].tolist() if model.training else [])
+        return plain(self, model, inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairwiseRewardTrainer, "per_pair", seen)
+        trainer, steps = run(
+            rows=rows,
+            train_sampling_strategy="group_by_length",
+            learning_rate=0.0,
+            center_rewards_coefficient=None,
+        )
+    assert sorted(taken) == list(range(9))
+    assert taken != sorted(taken)
+    model = trainer.model
+    for found, part in zip(steps, (taken[:4], taken[4:8], taken[8:]), strict=True):
+        model.zero_grad()
+        losses = []
+        for i in part:
+            chosen, rejected = (
+                reward_scores(model, torch.tensor([rows[i][f"{side}_ids"]]))[0]
+                for side in ("chosen", "rejected")
+            )
+            losses.append(-torch.nn.functional.logsigmoid(chosen - rejected))
+        torch.stack(losses).mean().backward()
+        for name, parameter in model.named_parameters():
+            if name in found:
+                torch.testing.assert_close(found[name], parameter.grad, atol=5e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("holds", [5, 1])
+def test_evaluation_takes_smaller_batches_where_the_memory_ends(
+    holds: int, run: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, _ = run(eval_strategy="no", per_device_eval_batch_size=8)
+    rows = trainer.eval_dataset
+    want, scores = trainer.evaluate(), trainer.predict(rows).predictions
+    plain, sizes = trainer.per_pair, []
+
+    def limited(model: Any, inputs: Any) -> Any:
+        sizes.append(len(inputs["weight"]))
+        if sizes[-1] > holds:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return plain(model, inputs)
+
+    trainer.per_pair = limited
+    with caplog.at_level(logging.WARNING, "companion.training.evaluation_loop"):
+        found = trainer.evaluate()
+    last = {5: 4, 1: 1}[holds]
+    assert f"going on with {last} rows a batch" in caplog.text
+    assert sizes[: sizes.index(last)] == [8, 4, 2][: {5: 1, 1: 3}[holds]]
+    for name in ("eval_loss", "eval_accuracy", "eval_num_pairs", "eval_mean_reward"):
+        assert found[name] == pytest.approx(want[name], abs=1e-5)
+    begun = len(sizes)
+    torch.testing.assert_close(  # in the order of the rows, and small from the beginning
+        torch.tensor(trainer.predict(rows).predictions), torch.tensor(scores), atol=1e-5, rtol=0
+    )
+    assert set(sizes[begun:]) == {last}
+
+
+def test_a_row_that_the_memory_does_not_hold_ends_the_evaluation(run: Callable[..., Any]) -> None:
+    trainer, _ = run(eval_strategy="no")
+
+    def never(model: Any, inputs: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    trainer.per_pair = never
+    with pytest.raises(ModelError, match="a single row does not fit"):
+        trainer.evaluate()
+
+
+def test_all_ranks_begin_anew_if_the_memory_of_one_ends(run: Callable[..., Any]) -> None:
+    trainer, _ = run(eval_strategy="no")
+    assert [trainer._on_any_rank(said) for said in (True, False)] == [True, False]
+    for others in (True, False):
+        two = SimpleNamespace(
+            num_processes=2, gather=lambda flag, o=others: torch.cat([flag, torch.tensor([o])])
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "accelerator", two)
+            assert trainer._on_any_rank(False) is others
+            assert trainer._on_any_rank(True) is True
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
