@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.measuring import matmul_peak, ratio, table, take_turns
-from benchmarks.methods import scoring_methods
+from benchmarks.methods import Method, scoring_methods
 from benchmarks.results import add_arguments, save
 from benchmarks.shapes import PAD, SHAPES, TokenIds, make_model, needed_tokens, useful_flops
 from companion.scoring.running import BatchRunner
@@ -60,9 +60,22 @@ def compare(name: str, args: argparse.Namespace, texts: Callable[[str], TokenIds
 def one_case(
     model: Any, ids: TokenIds, args: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """All methods on one model."""
+    """All methods of :func:`scoring_methods` on one model."""
     methods = scoring_methods(model, ids, [*args.budgets, None])
-    timed = take_turns(methods, args.rounds, device)
+    return timed_case(methods, model, ids, args, device, dtype)
+
+
+def timed_case(
+    methods: Mapping[str, Method | None],
+    model: Any,
+    ids: TokenIds,
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Methods in turn, each with the same mean score; None is one that is not installed."""
+    there = {name: method for name, method in methods.items() if method is not None}
+    timed = take_turns(there, args.rounds, device)
     base = next(iter(timed.values()))
     for method, found in timed.items():
         gap = abs(found.outcome.check - base.outcome.check)
@@ -71,8 +84,12 @@ def one_case(
     peak = matmul_peak(dtype, device, quick=args.quick)
     flops, needed = useful_flops(model, ids), needed_tokens(ids)
     all_tokens = sum(map(len, ids))
-    rows = []
-    for method, found in timed.items():
+    rows: list[dict[str, Any]] = []
+    for method in methods:
+        if method not in timed:
+            rows.append({"method": f"{method} (not installed)", **dict.fromkeys(list(rows[0])[1:])})
+            continue
+        found = timed[method]
         times = ratio(base, found)
         rows.append(
             {

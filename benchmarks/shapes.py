@@ -17,14 +17,20 @@ SHAPES = {"tiny": (128, 4, 4, 2, 32), "small": (512, 8, 8, 4, 64)}
 TokenIds = list[list[int]]
 
 
-def make_model(shape: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+def make_model(
+    shape: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    vocabulary: int = VOCABULARY,
+) -> Any:
     """A random Qwen3 reward model with a head in float32."""
     from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
     hidden, layers, heads, key_heads, size = SHAPES[shape]
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
-from benchmarks import best_of_n, comparing, curves, overoptimization, scoring
+from benchmarks import (
+    best_of_n,
+    comparing,
+    compile,
+    curves,
+    from_text,
+    overoptimization,
+    scoring,
+    tokenising,
+)
 from benchmarks.measuring import Outcome, Timed, ratio, table, take_turns
-from benchmarks.shapes import candidates, make_model, needed_tokens, pairs, useful_flops
+from benchmarks.shapes import (
+    candidates,
+    make_model,
+    mixed_lengths,
+    needed_tokens,
+    pairs,
+    useful_flops,
+)
+from companion.data.tutor import make_rows
 
 
 def test_methods_take_turns_and_preparation_is_not_timed() -> None:
@@ -119,6 +138,106 @@ def test_scores_that_differ_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     args = comparing.arguments(None)
     with pytest.raises(SystemExit, match="b: the mean score differs by 1"):
         comparing.one_case(None, [[1]], args, torch.device("cpu"), torch.float32)
+
+
+# --- from text
+
+
+def test_the_words_of_the_texts_are_their_token_ids() -> None:
+    tokenizer = from_text.make_tokenizer()
+    for ids in (mixed_lengths(3), candidates(1, 3), [[2, 20, 200, 999, 1]]):
+        for (prompt, completion), want in zip(from_text.as_texts(ids), ids, strict=True):
+            assert tokenizer(prompt + completion + "<eos>")["input_ids"] == want
+            if len(want) > 2:
+                assert tokenizer(prompt, completion + "<eos>")["input_ids"] == want
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_from_text_all_methods_score_the_same(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if installed:
+        pytest.importorskip("sentence_transformers")
+    else:
+        monkeypatch.setattr(from_text.importlib.util, "find_spec", lambda name: None)
+    device, ids = torch.device("cpu"), mixed_lengths(6)
+    model = make_model("tiny", device, vocabulary=1001).eval()
+    model.save_pretrained(tmp_path)
+    from_text.make_tokenizer().save_pretrained(tmp_path)
+    methods = from_text.from_text_methods(model, tmp_path, from_text.as_texts(ids), device)
+    args = comparing.argparse.Namespace(rounds=1, quick=True)
+    case = comparing.timed_case(methods, model, ids, args, device, torch.float32)
+    rows = {row["method"]: row for row in case["methods"]}
+    assert ("CrossEncoder as shipped (not installed)" in rows) is not installed
+    assert all(row["seconds"] or "not installed" in name for name, row in rows.items())
+    assert rows["companion"]["needed/computed"] == 1
+    assert rows["transformers' pipeline, 16 a batch"]["needed/computed"] < 1
+    if not installed:
+        assert set(rows["CrossEncoder as shipped (not installed)"]) == set(rows["companion"])
+        assert table(case["methods"]).count("not installed") == 2
+
+
+# --- compile, tokenising
+
+
+def test_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: compiled.append(type(self).__name__)
+    )
+    model = make_model("tiny", torch.device("cpu"))
+    for what, want in (
+        ("nothing", {}),
+        ("all", {"Qwen3Model": 1}),
+        ("parts", {"Qwen3MLP": 4, "Qwen3RMSNorm": 17}),  # four in each layer, and the last
+    ):
+        compiled.clear()
+        compile.compile_model(model, what)
+        assert {name: compiled.count(name) for name in compiled} == want
+
+
+def test_the_time_to_compile_is_that_of_the_first_call_beyond_a_later_one() -> None:
+    calls: list[str] = []
+
+    def run(name: str) -> Callable[[], Outcome]:
+        def call() -> Outcome:
+            time.sleep(0.2 if "compiled" in name and name not in calls else 0.0)
+            calls.append(name)
+            return Outcome(1, 0.5)
+
+        return call
+
+    rows = compile.compare({name: run(name) for name in ("packed", "packed, compiled")}, 2)
+    assert rows[0]["seconds to compile"] is None
+    assert rows[1]["seconds to compile"] > 0.15
+    assert rows[1]["seconds"] < 0.15
+    wrong = {"packed": run("packed"), "other": lambda: Outcome(1, 0.7)}
+    with pytest.raises(SystemExit, match=r"other: differs by 0\.2 from packed"):
+        compile.compare(wrong, 1)
+
+
+def test_scoring_and_training_are_the_same_packed_and_padded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compile, "compile_model", lambda model, what: None)
+    for make in (compile.scoring, compile.training):
+        outcomes = [run() for run in make("tiny", True).values()]
+        assert max(o.check for o in outcomes) - min(o.check for o in outcomes) < 1e-4
+        assert outcomes[0].computed < outcomes[2].computed
+
+
+def test_tokenised_by_all_methods_the_ids_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenising.datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(tokenising.tokenising, "CACHE_FROM", 1)
+    rows = Dataset.from_list(make_rows("pairs", 20, seed=0))
+    methods = tokenising.tokenising_methods(rows, tmp_path)
+    outcomes = {name: method()() for name, method in methods.items()}
+    assert len(outcomes) == 4
+    assert len({(found.computed, found.check) for found in outcomes.values()}) == 1
+    fewer = tokenising.tokenising_methods(rows.select(range(19)), tmp_path)
+    assert next(iter(fewer.values()))()().check != outcomes["companion, second run"].check
 
 
 # --- over-optimisation ------------------------------------------------------------------------
