@@ -223,6 +223,8 @@ class RewardScorer:
     def as_reward_func(self, **settings: Any) -> RewardFunction:
         """This scorer as a reward function for TRL's ``GRPOTrainer`` and ``RLOOTrainer``.
 
+        TRL 1.16 has no PPO trainer; trl #7020 removed it.
+
         Parameters
         ----------
         **settings

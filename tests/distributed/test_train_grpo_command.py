@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from companion.rl import Look, PromptArguments, Viewer, open_reward
+from companion.models import load_reward_model
+from companion.rl import Look, PromptArguments, Viewer, open_reward, weighted_sum
 from companion.rl.run import hold_out
+from companion.scoring import RewardScorer
 from companion.search.sampling import Policy
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("torchrun")]
@@ -29,9 +31,10 @@ def words(prompts, completions, **columns):
 '''
 
 
-def _launcher() -> Any:
+def _module(place: str) -> Any:
+    """Another test file of this folder or beside it."""
     spec = importlib.util.spec_from_file_location(
-        "launcher", Path(__file__).with_name("test_exact_gradient.py")
+        Path(place).stem, Path(__file__).parent.joinpath(place)
     )
     assert spec is not None
     assert spec.loader is not None
@@ -53,7 +56,7 @@ def test_two_processes_look_alike_write_once_and_stop_together(
     looks, results = [], []
     for ranks in (1, 2):
         output = tmp_path / f"on{ranks}"
-        text = _launcher().launch(
+        text = _module("test_exact_gradient.py").launch(
             [
                 *("-m", "companion", "train", "grpo"),
                 *("--model_name_or_path", str(tiny_base), "--reward_model", str(tiny_reward)),
@@ -97,6 +100,56 @@ def test_two_processes_look_alike_write_once_and_stop_together(
     asked = [(tmp_path / f"asked_{rank}").read_text().split() for rank in (0, 1)]
     assert len(asked[0]) == len(asked[1])
     assert (set(asked[0]), set(asked[1])) == ({"10"}, {"8"})
+
+
+def test_two_processes_with_a_server_a_second_reward_and_completions_that_are_cut_off(
+    tmp_path: Path, tiny_base: Path, tiny_reward: Path
+) -> None:
+    """Rewards over HTTP and of a function, weighed, with a penalty: as one process has them."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"how many pens has {'and ' * (i // 20)}{i % 20}"}]}
+        for i in range(38)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "scorer_of_the_test.py").write_text(SCORER)
+    service = _module("../rl/test_remote.py").Service(RewardScorer(load_reward_model(tiny_reward)))
+    try:
+        _module("test_exact_gradient.py").launch(
+            [
+                *("-m", "companion", "train", "grpo", "--model_name_or_path", str(tiny_base)),
+                *("--reward_model", f"{service.url}#{tiny_reward}", "scorer_of_the_test:words"),
+                *("--reward_weights", "1.0", "0.5", "--reward_truncated", "-1"),
+                *("--dataset_name", str(tmp_path / "prompts.jsonl")),
+                *("--output_dir", str(tmp_path / "out"), "--save_strategy", "no"),
+                *("--monitor_prompts", "9", "--test_prompts", "9", "--monitor_completions", "2"),
+                *("--per_device_train_batch_size", "4", "--num_generations", "4"),
+                *("--max_completion_length", "48", "--max_steps", "2", "--monitor_steps", "2"),
+                *("--logging_steps", "1", "--disable_tqdm", "true", "--report_to", "none"),
+            ],
+            ranks=2,
+            PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)]),
+        )
+    finally:
+        service.server.shutdown()
+        service.server.server_close()
+    assert service.bodies, "the server was asked"
+    assert all((tmp_path / f"asked_{rank}").read_text() for rank in (0, 1))
+    recorded = Look.from_dict(json.loads((tmp_path / "out" / "monitor.jsonl").open().readline()))
+    assert 0 < recorded.truncated < 1
+    policy = Policy.from_pretrained(tiny_base, device="cpu")
+    here = open_reward(str(tiny_reward), truncated=-1.0, eos_token_ids=policy.eos_token_ids)
+    proxy = weighted_sum([here, words], [1.0, 0.5])
+    data = PromptArguments(
+        dataset_name=str(tmp_path / "prompts.jsonl"), monitor_prompts=9, test_prompts=9
+    )
+    viewer = Viewer(
+        hold_out(data)[1], {"proxy": proxy}, completions=2, max_completion_length=48, seed=42
+    )
+    assert_equal(recorded, viewer.look(policy, policy, 0))
+
+
+def words(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    return [-float(len(c[-1]["content"].split())) for c in completions]
 
 
 def assert_equal(look: Look, other: Look) -> None:
