@@ -6,9 +6,11 @@ Started by ``accelerate launch -m companion train KIND …`` or ``torchrun … -
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import gc
 import importlib
-import time
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -83,11 +85,13 @@ def run_argv(argv: Sequence[str]) -> int:
         raise CompanionError(
             f"there is no training of the kind {argv[0]!r}", f"there are: {', '.join(KINDS)}"
         )
+    _before_process_group()
     data, model, config = parse(argv[1:], argv[0])
     runner = KINDS[argv[0]][1]
     result = _named(runner)(config, model, data)
     if config.process_index == 0:
         print(_named(runner.split(":")[0] + ":summary")(result))
+    del result  # and with it the trainer and its model under DDP, which hold the group
     _leave_process_group()
     return 0
 
@@ -189,16 +193,33 @@ def _near(name: str, known: set[str], help_line: str, prefix: str = "") -> str:
     return help_line
 
 
-def _leave_process_group() -> None:
-    """End the group of ranks, else torch complains at exit.
+#: modules with ``group=dist.group.WORLD`` as a default of functions (torch 2.13, DeepSpeed 0.19)
+_WITH_GROUP = (
+    "torch.distributed.nn.functional",
+    "torch.distributed.optim.zero_redundancy_optimizer",
+    "torch.distributed.fsdp.sharded_grad_scaler",
+    "deepspeed.comm.torch",
+)
 
-    gloo's threads free the tensors of the last collective after it has returned, for which they
-    need the GIL; one that asks for it when the interpreter is already ending aborts the process
-    ("terminate called without an active exception", pytorch #179291). They live on where a model
-    was under DDP, so they are given the GIL once more here.
+
+def _before_process_group() -> None:
+    """Import what would own the group of ranks for ever, if DDP or accelerate imported it later."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        for name in _WITH_GROUP:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+
+
+def _leave_process_group() -> None:
+    """End the group of ranks, and with its last owner the threads of gloo.
+
+    Such a thread frees the tensors of a collective after it has returned, for which it needs the
+    GIL. One that asks for it when the interpreter is already ending aborts the process ("terminate
+    called without an active exception", pytorch #190489). ``destroy_process_group`` waits for the
+    threads only if nothing else owns the group.
     """
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
-        time.sleep(0.1)

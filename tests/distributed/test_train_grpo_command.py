@@ -31,6 +31,20 @@ def words(prompts, completions, **columns):
 '''
 
 
+#: the command, and then: which threads live on? (pytorch #190489)
+COMMAND = """
+import sys
+from pathlib import Path
+
+from companion.cli.train import run_argv
+
+code = run_argv(sys.argv[1:])
+threads = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
+print("threads of gloo:", sum("gloo_runloop" in name for name in threads))
+sys.exit(code)
+"""
+
+
 def _module(place: str) -> Any:
     """Another test file of this folder or beside it."""
     spec = importlib.util.spec_from_file_location(
@@ -112,11 +126,12 @@ def test_two_processes_with_a_server_a_second_reward_and_completions_that_are_cu
     ]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "scorer_of_the_test.py").write_text(SCORER)
+    (tmp_path / "command.py").write_text(COMMAND)
     service = _module("../rl/test_remote.py").Service(RewardScorer(load_reward_model(tiny_reward)))
     try:
-        _module("test_exact_gradient.py").launch(
+        text = _module("test_exact_gradient.py").launch(
             [
-                *("-m", "companion", "train", "grpo", "--model_name_or_path", str(tiny_base)),
+                *(str(tmp_path / "command.py"), "grpo", "--model_name_or_path", str(tiny_base)),
                 *("--reward_model", f"{service.url}#{tiny_reward}", "scorer_of_the_test:words"),
                 *("--reward_weights", "1.0", "0.5", "--reward_truncated", "-1"),
                 *("--dataset_name", str(tmp_path / "prompts.jsonl")),
@@ -132,6 +147,7 @@ def test_two_processes_with_a_server_a_second_reward_and_completions_that_are_cu
     finally:
         service.server.shutdown()
         service.server.server_close()
+    assert text.count("threads of gloo: 0") == 2, "one could abort the process at its end"
     assert service.bodies, "the server was asked"
     assert all((tmp_path / f"asked_{rank}").read_text() for rank in (0, 1))
     recorded = Look.from_dict(json.loads((tmp_path / "out" / "monitor.jsonl").open().readline()))
