@@ -80,6 +80,13 @@ class PairwiseRewardConfig(RewardConfig):
         default=False,
         metadata={"help": "Look for parameters without a gradient at every step (mixtures)."},
     )
+    dataset_num_proc: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that tokenise. Default: one for 4,000 rows, at most one a core; "
+            "ranks of one machine do not repeat each other's work."
+        },
+    )
     overlong: str = field(
         default="drop",
         metadata={

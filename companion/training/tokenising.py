@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -36,8 +37,7 @@ CACHE_FROM: Final = 5_000
 ROWS_A_PROCESS: Final = 4_000
 #: More processes wait for the one that gathers.
 MOST_PROCESSES: Final = 16
-#: Counts up when the formatter's rules change, so that ids made by older rules are not read.
-_RULES: Final = 1
+_PACKAGE: Final = Path(__file__).parents[1]
 
 
 def tokenise_rows(
@@ -72,8 +72,9 @@ def tokenise_rows(
     Returns
     -------
     Dataset
-        From the cache, if there are :data:`CACHE_FROM` rows or more and `datasets` may cache
-        (``datasets.disable_caching()`` forbids it, ``HF_DATASETS_CACHE`` says where).
+        From the cache, if there are :data:`CACHE_FROM` rows or more, the tokenizer is a fast one,
+        and `datasets` may cache (``datasets.disable_caching()`` forbids it, ``HF_DATASETS_CACHE``
+        says where).
 
     Raises
     ------
@@ -82,7 +83,9 @@ def tokenise_rows(
     """
     arguments = arguments or {}
     key = cache_key(dataset, formatter, kind, arguments, features)
-    with _cache_file(key, len(dataset), source) as file:
+    # a tokenizer in Python may do what neither vocabulary nor probe shows
+    may_keep = bool(formatter.tokenizer.is_fast) and datasets.is_caching_enabled()
+    with _cache_file(key, source, keep=may_keep and len(dataset) >= CACHE_FROM) as file:
         if num_proc is None:
             num_proc = default_processes(len(dataset), alone=file is not None)
         return dataset.map(
@@ -94,6 +97,7 @@ def tokenise_rows(
             features=features,
             num_proc=num_proc if num_proc > 1 else None,
             new_fingerprint=key,
+            load_from_cache_file=may_keep,
             cache_file_name=None if file is None else str(file),
             desc=f"Tokenising {source}",
         )
@@ -134,7 +138,7 @@ def cache_key(
     """SHA-256 (32 hexadecimal digits) of all that decides the token ids."""
     template = str(formatter.chat_template)
     parts = {
-        "rules": _RULES,
+        "code": _code_digest(),
         "versions": [importlib.metadata.version(n) for n in ("transformers", "tokenizers")],
         "recipe": formatter.fingerprint(),
         "tokenizer": _tokenizer_digest(formatter.tokenizer),
@@ -183,21 +187,33 @@ class _Sink:
         """Nothing is open."""
 
 
+@functools.cache
+def _code_digest() -> str:
+    """Of the code that makes the ids, so that those of other code are not read."""
+    files = [*(_PACKAGE / "formatting").glob("*.py"), *(_PACKAGE / "training").glob("*.py")]
+    digest = hashlib.sha256()
+    for file in sorted([*files, _PACKAGE / "labels.py"]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def _tokenizer_digest(tokenizer: Any) -> str | None:
     """Of the whole tokenizer: vocabulary, merges, normaliser, and what it puts around a text."""
     if not tokenizer.is_fast:
         return None
-    whole = json.loads(tokenizer.backend_tokenizer.to_str())
-    for name in ("padding", "truncation"):  # as the last call left them; each call says its own
-        whole.pop(name, None)
-    own = [type(tokenizer).__name__, getattr(tokenizer, "split_special_tokens", None), whole]
-    return hashlib.sha256(json.dumps(own).encode()).hexdigest()
+    text = tokenizer.backend_tokenizer.to_str()
+    # padding and truncation are as the last call left them, and each call says its own
+    head, _, rest = text.partition('"added_tokens":')
+    if not set(json.loads(head + '"end":0}')) <= {"version", "truncation", "padding", "end"}:
+        rest = text
+    own = f"{type(tokenizer).__name__} {getattr(tokenizer, 'split_special_tokens', None)} "
+    return hashlib.sha256((own + rest).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def _cache_file(key: str, rows: int, source: str) -> Iterator[Path | None]:
-    """Where the ids lie or will lie, locked; None if they are not to be kept."""
-    if rows < CACHE_FROM or not datasets.is_caching_enabled():
+def _cache_file(key: str, source: str, *, keep: bool) -> Iterator[Path | None]:
+    """Where the ids lie or will lie, locked; None if they are not to be kept, or cannot be."""
+    if not keep:
         yield None
         return
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "reward-model-companion"

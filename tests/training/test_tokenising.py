@@ -124,6 +124,17 @@ def test_other_rows_and_other_questions_are_other_keys(
     assert formatter.counts.rows == 0
 
 
+def test_ids_of_other_code_are_not_read(
+    cache: Path, fresh: Callable[..., RewardFormatter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of("pairs")
+    format_pairs(rows, fresh())
+    monkeypatch.setattr(tokenising, "_code_digest", lambda: "changed")
+    formatter = fresh()
+    format_pairs(rows, formatter)
+    assert formatter.counts.rows == 30
+
+
 def test_merges_that_no_probe_shows_are_in_the_key() -> None:
     """Two tokenizers of one vocabulary, and one recipe, that split 'abc' each in its way."""
     from tokenizers import Tokenizer, models
@@ -292,6 +303,21 @@ def test_nothing_is_kept_of_few_rows_or_where_caching_is_off(
         datasets.enable_caching()
     monkeypatch.setattr(tokenising, "CACHE_FROM", 31)
     format_pairs(rows_of("pairs"), fresh())
+    assert not cache.exists()
+
+
+def test_nothing_is_kept_of_a_tokenizer_that_cannot_be_known(
+    cache: Path, fresh: Callable[..., RewardFormatter]
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    class Slow(PreTrainedTokenizerFast):
+        is_fast = property(lambda self: False)  # type: ignore[assignment]
+
+    for _ in range(2):
+        formatter = fresh(lambda tokenizer: setattr(tokenizer, "__class__", Slow))
+        format_pairs(rows_of("pairs"), formatter)
+        assert formatter.counts.rows == 30
     assert not cache.exists()
 
 
