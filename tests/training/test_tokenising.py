@@ -290,6 +290,42 @@ def test_ranks_wait_for_the_one_that_tokenises(
     assert found[0].to_list() == want.to_list()
 
 
+RANK = """
+import sys
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoTokenizer
+from companion.data.tutor import make_rows
+from companion.formatting import RewardFormatter
+from companion.training import tokenising
+from companion.training.rows import format_pairs
+disable_progress_bars()
+tokenising.CACHE_FROM = 1
+formatter = RewardFormatter(AutoTokenizer.from_pretrained(sys.argv[1]))
+rows, _ = format_pairs(Dataset.from_list(make_rows("pairs", 200, seed=3)), formatter)
+print(formatter.counts.rows, sum(map(sum, rows["chosen_ids"])))
+"""
+
+
+@pytest.mark.distributed
+def test_of_two_processes_one_tokenises(
+    tmp_path: Path, fresh: Callable[..., RewardFormatter]
+) -> None:
+    fresh().tokenizer.save_pretrained(tmp_path / "tokenizer")
+    place = {"HF_DATASETS_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path / "tokenizer")],
+            env={**os.environ, **place},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [rank.communicate(timeout=300)[0].split() for rank in ranks]
+    assert sorted(int(rows) for rows, _ in said) == [0, 200]
+    assert said[0][1] == said[1][1]
+
+
 # ---------------------------------------------------------------------- without a cache
 
 
