@@ -88,6 +88,7 @@ def encode_steps(
     if not separator:
         raise DataError("the separator of steps is empty", r"give one, such as '\n'")
     names = names if names is not None else [f"row {i}" for i in range(len(rows))]
+    formatter._last_opening = None  # as in `_encode_groups`
     drafts: list[list[Draft] | CompanionError] = []
     for row, name in zip(rows, names, strict=True):
         try:
