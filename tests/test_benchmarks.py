@@ -21,6 +21,7 @@ from benchmarks import (
     curves,
     from_text,
     overoptimization,
+    overoptimization_grpo,
     scoring,
     tokenising,
 )
@@ -296,3 +297,72 @@ def test_a_stage_is_not_done_twice(tmp_path: Path) -> None:
             2
         ]
     assert calls == [1]
+
+
+def test_the_rewards_of_a_case_add_up_to_the_scale_of_gold() -> None:
+    rng = np.random.default_rng(0)
+    measured = {"gold": rng.normal(2, 3, 400), "a": rng.normal(5, 0.1, 400)}
+    measured["b"] = rng.normal(-1, 40, 400)
+    case = overoptimization_grpo.Case("both", ("a", "b"))
+    weights, shift = overoptimization_grpo.weigh(case, measured)
+    total = weights[0] * measured["a"] + weights[1] * measured["b"] + shift
+    assert total.mean() == pytest.approx(measured["gold"].mean())
+    assert total.std() == pytest.approx(measured["gold"].std())
+    # neither drowns the other
+    parts = [w * measured[name].std() for w, name in zip(weights, "ab", strict=True)]
+    assert parts[0] == pytest.approx(parts[1])
+
+
+def grpo_run(golds: list[float], seed: int, end: float) -> dict[str, Any]:
+    """A run whose gold at each look is that, in the mean over four prompts."""
+    each = np.array([-1.0, 0.0, 0.0, 1.0])
+
+    def look(step: int, gold: float, proxy: float) -> dict[str, Any]:
+        figures = {"gold": gold + each, "proxy": proxy + each, "correct": each, "kl": each + step}
+        plain = {name: values.tolist() for name, values in figures.items()}
+        plain["proxy"][0] = None  # (a prompt without a score)
+        return {"step": step, "figures": plain, "length": 10.0 + step}
+
+    return {
+        "seed": seed,
+        "steps": 4 * (len(golds) - 1),
+        "reason": "why",
+        "best_step": 4,
+        "looks": [look(4 * k, gold, float(k)) for k, gold in enumerate(golds)],
+        "test": {"start": look(0, 1.0, 0), "kept": look(4, 3.0, 1), "end": look(8, end, 2)},
+        "seconds": 1.0,
+    }
+
+
+def test_curves_of_several_runs_and_what_the_monitor_saved() -> None:
+    free = [grpo_run([1.0, 3.0, 0.0], 0, 0.5), grpo_run([1.0, 2.0, 1.0], 1, -0.5)]
+    found = overoptimization_grpo.curves(free, shift=7.0)
+    assert found["steps"] == [0, 4, 8]
+    assert found["gold"]["mean"] == [1.0, 2.5, 0.5]
+    assert found["gold"]["each_seed"] == [[1.0, 3.0, 0.0], [1.0, 2.0, 1.0]]
+    assert found["gold"]["low"][0] < 1.0 < found["gold"]["high"][0]
+    assert found["proxy"]["mean"][1] == pytest.approx(7 + 1 + 1 / 3, abs=1e-4)
+    assert (found["best_step"], found["gold_lost"]["mean"]) == (4, 2.0)
+    assert found["tokens"] == [10.0, 14.0, 18.0]
+    watched = [grpo_run([1.0, 3.0, 2.0], 0, 2.5), grpo_run([1.0, 2.0, 1.5], 1, 1.5)]
+    saved = overoptimization_grpo.against_watched(free, watched)
+    assert saved["gain_at_stop"]["mean"] == 1.0  # prompt by prompt: no spread
+    assert saved["gain_at_stop"]["low"] == saved["gain_at_stop"]["high"] == 1.0
+    assert saved["gain_without"]["mean"] == -1.0
+    assert saved["gain_of_kept"]["mean"] == 2.0
+    assert saved["gain_at_stop_each_seed"] == [1.5, 0.5]
+
+
+@pytest.mark.slow
+def test_a_quick_study_of_grpo_writes_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, work = tmp_path / "result.json", tmp_path / "work"
+    flags = ["--quick", "--work", str(work), "--output", str(target)]
+    monkeypatch.setattr(sys, "argv", ["x", *flags])
+    overoptimization_grpo.main()
+    (case,) = json.loads(target.read_text(encoding="utf-8"))["cases"]
+    assert case["steps"] == [0, 1, 2]
+    assert case["kl"]["mean"][0] == pytest.approx(0, abs=1e-4)
+    assert case["kl"]["mean"][-1] > 0
+    assert len(case["monitor"]["stopped_at"]) == 1
