@@ -22,19 +22,16 @@ class AttentionGroup:
 
     Attributes
     ----------
-    rows : int
-        Number of segments.
-    queries, keys : Tensor
-        ``[rows × Lq]`` and ``[rows × Lk]`` int64: where each query and key lies in the packed row.
-        Padding repeats a token of its segment.
+    rows, queries, keys : int
+        Number of segments; ``Lq`` and ``Lk``, queries and keys of each, padding included.
     mask : Tensor or None
         ``[rows, 1, Lq, Lk]``, 0 where a query sees a key and -inf elsewhere; None where plain
         causal attention says the same.
     """
 
     rows: int
-    queries: Tensor
-    keys: Tensor
+    queries: int
+    keys: int
     mask: Tensor | None
 
 
@@ -45,11 +42,16 @@ class AttentionGroups:
     Attributes
     ----------
     groups : tuple of AttentionGroup
+    queries, keys : Tensor
+        ``[Σ rows × Lq]`` and ``[Σ rows × Lk]`` int64: where the queries and the keys of all groups,
+        end to end, lie in the packed row. Padding repeats a token of its segment.
     order : Tensor
-        ``[T]`` int64: where each token of the packed row lies in the groups' queries, end to end.
+        ``[T]`` int64: the way back, where each token of the packed row lies in ``queries``.
     """
 
     groups: tuple[AttentionGroup, ...]
+    queries: Tensor
+    keys: Tensor
     order: Tensor
 
 
@@ -121,28 +123,32 @@ def attention_groups(
         places = group_places(segments.items, call_cost)
         if len(places) == len(segments.items):
             return None
-        groups, order, begin = [], torch.empty(segments.total, dtype=torch.int64), 0
+        groups, queries, keys = [], [], []
+        order, begin = torch.empty(segments.total, dtype=torch.int64), 0
         for members in places:
             items = [segments.items[i] for i in members]
-            group, wide = _group(items, window, dtype)
+            own_queries, own_keys, mask = _group(items, window, dtype)
+            wide = own_queries.shape[1]
             for row, item in enumerate(items):
                 first = begin + row * wide
                 order[item.start : item.start + item.length] = torch.arange(
                     first, first + item.length
                 )
-            begin += len(items) * wide
-            mask = None if group.mask is None else group.mask.to(device)
-            groups.append(
-                AttentionGroup(group.rows, group.queries.to(device), group.keys.to(device), mask)
-            )
-        return AttentionGroups(tuple(groups), order.to(device))
+            begin += own_queries.numel()
+            queries.append(own_queries.flatten())
+            keys.append(own_keys.flatten())
+            mask = None if mask is None else mask.to(device)
+            groups.append(AttentionGroup(len(items), wide, own_keys.shape[1], mask))
+        places_of = (torch.cat(each).to(device) for each in (queries, keys))
+        return AttentionGroups(tuple(groups), *places_of, order.to(device))
 
     return segments.kept(("groups", call_cost, window, dtype, torch.device(device)), make)
 
 
 def _group(
     items: Sequence[Segment], window: int | None, dtype: torch.dtype
-) -> tuple[AttentionGroup, int]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Places of the queries ``[rows, Lq]`` and of the keys ``[rows, Lk]``, and the mask."""
     start, length, prefix_start, prefix = torch.tensor(items).T[:, :, None]
     query = torch.arange(int(length.max()))
     key = torch.arange(int((prefix + length).max()))
@@ -157,4 +163,4 @@ def _group(
         if window is not None:
             seen &= distance < window
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None]
-    return AttentionGroup(len(items), queries.flatten(), keys.flatten(), mask), len(query)
+    return queries, keys, mask

@@ -158,13 +158,25 @@ def _by_group(
 ) -> Tensor:
     """Segments of like size in one call each; see :mod:`companion.batching.grouping`."""
     shared_heads = query.shape[1] != key.shape[1]
-    # [1, H, T, D] to [T, H, D]: a token is then one run of memory
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+
+    def gather(x: Tensor, places: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+        # [1, H, T, D] to [T, H, D]: a token is then one run of memory. All groups at once, then
+        # split: a gather for each would fill a whole gradient each.
+        return x[0].transpose(0, 1).index_select(0, places).split(counts)
+
+    queries = [group.rows * group.queries for group in groups.groups]
+    keys = [group.rows * group.keys for group in groups.groups]
+    parts = zip(
+        groups.groups,
+        gather(query, groups.queries, queries),
+        gather(key, groups.keys, keys),
+        gather(value, groups.keys, keys),
+        strict=True,
+    )
     outputs = []
-    for group in groups.groups:
+    for group, *gathered in parts:
         own_query, own_key, own_value = (
-            x.index_select(0, places).view(group.rows, -1, *x.shape[1:]).transpose(1, 2)
-            for x, places in ((query, group.queries), (key, group.keys), (value, group.keys))
+            x.view(group.rows, -1, *x.shape[1:]).transpose(1, 2) for x in gathered
         )
         output = nn.functional.scaled_dot_product_attention(
             own_query,
