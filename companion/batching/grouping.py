@@ -139,8 +139,12 @@ def attention_groups(
             keys.append(own_keys.flatten())
             mask = None if mask is None else mask.to(device)
             groups.append(AttentionGroup(len(items), wide, own_keys.shape[1], mask))
-        places_of = (torch.cat(each).to(device) for each in (queries, keys))
-        return AttentionGroups(tuple(groups), *places_of, order.to(device))
+        return AttentionGroups(
+            tuple(groups),
+            torch.cat(queries).to(device),
+            torch.cat(keys).to(device),
+            order.to(device),
+        )
 
     return segments.kept(("groups", call_cost, window, dtype, torch.device(device)), make)
 
