@@ -91,17 +91,21 @@ def pairs(n: int, seed: int = 0) -> list[dict[str, list[int]]]:
 def useful_flops(model: Any, ids: TokenIds, *, backward: bool = False) -> float:
     """FLOPs that scoring these texts needs, each common prefix once; a backward counts twice.
 
-    Matrix products of the layers and of causal attention. Embeddings, norms and the head are left
-    out.
+    Matrix products of the layers and of causal attention; of the last layer keys and values of all
+    tokens, and the rest of each text's last token. Embeddings, norms and the head are left out.
     """
     from companion.batching import plan_trees
 
     config = model.config
-    weights = sum(
-        p.numel()
+    matrices = [
+        (name, p.numel())
         for name, p in model.named_parameters()
         if p.dim() == 2 and "embed" not in name and "score" not in name
-    )
+    ]
+    last = f"layers.{config.num_hidden_layers - 1}."
+    kept = (last + "self_attn.k_", last + "self_attn.v_")
+    read = sum(n for name, n in matrices if last in name and not any(k in name for k in kept))
+    weights = sum(n for _, n in matrices) - read
     seen = 0
     tokens = 0
     for tree in plan_trees(ids):
@@ -111,7 +115,8 @@ def useful_flops(model: Any, ids: TokenIds, *, backward: bool = False) -> float:
             length = len(ids[row])
             seen += length * (length + 1) // 2 - tree.shared * (tree.shared + 1) // 2
     width = config.num_attention_heads * config.head_dim
-    forward = 2.0 * weights * tokens + 4.0 * width * config.num_hidden_layers * seen
+    products = seen * (config.num_hidden_layers - 1) + sum(map(len, ids))
+    forward = 2.0 * (weights * tokens + read * len(ids)) + 4.0 * width * products
     return forward * (3 if backward else 1)
 
 

@@ -5,6 +5,7 @@ Padded batches and packed ones: both give each text the score that it has alone.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -16,6 +17,7 @@ from companion.batching.packing import PackedBatch
 from companion.errors import ShapeError
 from companion.models.guards import check_batch, check_positions
 from companion.models.head import ScoreHead, find_head
+from companion.models.last_layer import LastLayer, prunable, pruned_last_layer
 from companion.models.packed_attention import packed_mode, plain_mode
 from companion.readout import last_token_readout, position_ids_from_mask
 
@@ -94,20 +96,32 @@ def packed_scores(model: Any, batch: PackedBatch) -> Tensor:
         If the attention meets something that it cannot pack.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = as_float("hidden states", packed_hidden(inner, batch)[0, batch.readout])
-    return apply_head(find_head(inner), hidden)
+    if prunable(inner):
+        hidden = packed_hidden(inner, batch, LastLayer(batch.segments, batch.readout))[0]
+    else:
+        hidden = packed_hidden(inner, batch)[0, batch.readout]
+    return apply_head(find_head(inner), as_float("hidden states", hidden))
 
 
-def packed_hidden(inner: Any, batch: PackedBatch) -> Tensor:
-    """Hidden states ``[1, T, D]`` of a packed batch, from a model without its LoRA wrapper."""
+def packed_hidden(inner: Any, batch: PackedBatch, last_layer: LastLayer | None = None) -> Tensor:
+    """Hidden states of a packed batch, from a model without its LoRA wrapper.
+
+    Returns
+    -------
+    Tensor
+        ``[1, T, D]``; with a `last_layer` ``[1, N, D]``, those of the tokens that it reads.
+    """
     backbone = getattr(inner, inner.base_model_prefix)
     computed_again = torch.is_grad_enabled() and bool(inner.is_activation_checkpointing)
-    with packed_mode(inner, keep=computed_again):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(packed_mode(inner, keep=computed_again))
+        if last_layer is not None:
+            stack.enter_context(pruned_last_layer(inner, keep=computed_again))
         output = backbone(
             batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            packed_segments=batch.segments,
+            packed_segments=batch.segments if last_layer is None else last_layer,
         )
     hidden: Tensor = output.last_hidden_state
     return hidden

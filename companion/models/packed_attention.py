@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from companion.batching.grouping import AttentionGroups, attention_groups
 from companion.batching.packing import Segments
 from companion.errors import ModelError
+from companion.models.last_layer import LastLayer, last_layer_attention, restore_last_layer
 
 #: The name under which the function is registered.
 PACKED = "companion_packed"
@@ -40,7 +41,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    packed_segments: Segments | None = None,
+    packed_segments: Segments | LastLayer | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in which each segment sees its prefix and itself.
@@ -62,7 +63,9 @@ def packed_attention(
         Must be 0: what branches share would be dropped for all of them alike.
     sliding_window : int, optional
         A token sees itself and the ``sliding_window - 1`` tokens before it.
-    packed_segments : Segments
+    packed_segments : Segments or LastLayer
+        A ``LastLayer`` goes through all layers; in the last one, it holds the keys and values, and
+        the queries are those of the tokens that are read.
 
     Returns
     -------
@@ -81,9 +84,15 @@ def packed_attention(
             "score packed batches by companion.models.forward.packed_scores, padded ones by "
             "reward_scores",
         )
-    if packed_segments.total != query.shape[2] or query.shape[0] != 1:
+    last_layer = None
+    if isinstance(packed_segments, LastLayer):
+        last_layer, packed_segments = packed_segments, packed_segments.segments
+        if last_layer.key is None:  # not there yet
+            last_layer = None
+    total = packed_segments.total if last_layer is None else len(last_layer.places)
+    if total != query.shape[2] or query.shape[0] != 1:
         raise ModelError(
-            f"the segments hold {packed_segments.total} tokens, the queries are "
+            f"the segments hold {total} tokens, the queries are "
             f"{list(query.shape)} (want [1, H, T, D])"
         )
     for what, given in (
@@ -96,9 +105,27 @@ def packed_attention(
         if given is not None:
             raise ModelError(f"{type(module).__name__}: packed attention knows no {what}")
     half = _half_dtype(query)
-    if query.is_cuda and half is not None:
-        return _by_varlen(query, key, value, packed_segments, scaling, sliding_window, half), None
-    return _by_segment(query, key, value, packed_segments, scaling, sliding_window), None
+
+    def attend(*heads: Tensor) -> Tensor:
+        if last_layer is not None:
+            return last_layer_attention(*heads, last_layer, scaling, sliding_window, half)
+        if query.is_cuda and half is not None:
+            return _by_varlen(*heads, packed_segments, scaling, sliding_window, half)
+        return _by_segment(*heads, packed_segments, scaling, sliding_window)
+
+    if half is None or not _half_is_slow(query.device.type):
+        return attend(query, key, value), None
+    with torch.autocast(query.device.type, enabled=False):
+        return attend(query.float(), key.float(), value.float()).to(half), None
+
+
+def _half_is_slow(device: str) -> bool:
+    """Whether attention in half precision takes longer than in float32.
+
+    So it is on a CPU without matrix units: PyTorch's kernel computes the softmax in float32 and
+    converts to and fro (measured: 2 to 4 times slower).
+    """
+    return device == "cpu" and not torch.cpu._is_amx_tile_supported()
 
 
 def _half_dtype(query: Tensor) -> torch.dtype | None:
@@ -268,6 +295,7 @@ def plain_mode(model: Any) -> Iterator[None]:
 
 def restore_attention(model: Any) -> None:
     """Give a model that was left with the packed attention its own back."""
+    restore_last_layer(model)
     if model.config._attn_implementation == PACKED:
         model.set_attn_implementation(getattr(model, _PLAIN, "sdpa"))
 

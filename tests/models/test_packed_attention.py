@@ -14,7 +14,7 @@ import torch
 
 from companion.batching import PackedBatch, Segment, Segments, pack, plan_trees
 from companion.errors import ModelError
-from companion.models import load_base, packed_scores, packing_obstacle, reward_scores
+from companion.models import last_layer, load_base, packed_scores, packing_obstacle, reward_scores
 from companion.models import packed_attention as packing
 from companion.models.packed_attention import PACKED, restore_attention
 
@@ -290,6 +290,38 @@ def test_dropout_is_an_obstacle_to_training_alone(make: Callable[..., Any]) -> N
     assert "dropout" in (packing_obstacle(gpt2, training=True) or "")
 
 
+@pytest.mark.parametrize("matrix_units", [False, True])
+@pytest.mark.parametrize("by_autocast", [False, True])
+def test_attention_in_half_precision_on_a_cpu(
+    matrix_units: bool,
+    by_autocast: bool,
+    make: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without matrix units it is computed in float32, which is faster there; the rest is not."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
+    seen = set()
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query: Any, *given: Any, **options: Any) -> torch.Tensor:
+        autocast = torch.is_autocast_enabled("cpu")
+        seen.add(torch.get_autocast_dtype("cpu") if autocast else query.dtype)
+        return attention(query, *given, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    model, ids = make("llama"), rows()
+    with torch.no_grad():
+        want = packed_scores(model, packed(ids))
+        assert seen == {torch.float32}
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=by_autocast):
+            found = packed_scores(model if by_autocast else model.bfloat16(), packed(ids))
+    assert seen == {torch.bfloat16 if matrix_units else torch.float32}
+    assert found.dtype == torch.float32
+    error = (found - want).abs().max()
+    assert 0 < error < 0.1 * want.std()
+
+
 # ---------------------------------------------------------------------- CUDA's path, emulated
 
 
@@ -333,6 +365,7 @@ def test_the_path_of_cuda_with_its_kernel_emulated(
         return packing._by_varlen(query, key, value, segments, scaling, window, query.dtype)
 
     monkeypatch.setattr(packing, "_by_segment", by_varlen)
+    monkeypatch.setattr(last_layer, "_by_group", last_layer._by_varlen)
     model, ids = make(kind, windowed), rows()
     weights = torch.linspace(-1, 1, len(ids))
     gradients = []
@@ -374,6 +407,7 @@ def test_the_kernel_of_cuda_is_used_in_half_precision(
 ) -> None:
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: autocast is not None)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: autocast)
+    monkeypatch.setattr(packing, "_half_is_slow", lambda _: False)
     taken = []
     monkeypatch.setattr(packing, "_by_varlen", lambda *given: taken.append(("varlen", given[-1])))
     monkeypatch.setattr(packing, "_by_segment", lambda *given: taken.append(("segment", None)))
