@@ -106,7 +106,8 @@ def packed_attention(
             raise ModelError(f"{type(module).__name__}: packed attention knows no {what}")
     half = _half_dtype(query)
 
-    def attend(*heads: Tensor) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        heads = (query, key, value)
         if last_layer is not None:
             return last_layer_attention(*heads, last_layer, scaling, sliding_window, half)
         if query.is_cuda and half is not None:

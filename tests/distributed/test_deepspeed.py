@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launching import launch
 
 HERE = Path(__file__).parent
 WORKER = str(HERE / "deepspeed_worker.py")
@@ -23,19 +23,10 @@ pytestmark = [
 ]
 
 
-def _launch(arguments: list[str], *, ranks: int, **environment: str) -> str:
-    spec = importlib.util.spec_from_file_location("launcher", HERE / "test_exact_gradient.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return str(module.launch(arguments, ranks=ranks, **environment))
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("plain") / "weights.pt"
-    _launch([WORKER, "0", str(output)], ranks=1)
+    launch([WORKER, "0", str(output)], ranks=1)
     return torch.load(output)
 
 
@@ -45,7 +36,7 @@ def test_zero_gives_the_weights_of_one_process(
 ) -> None:
     """9 pairs on 2 ranks, accumulation 2: the last step holds one pair on one of the ranks."""
     output = tmp_path / "weights.pt"
-    _launch([WORKER, str(stage), str(output)], ranks=2, **CPU)
+    launch([WORKER, str(stage), str(output)], ranks=2, **CPU)
     sharded = torch.load(output)
     moved, gap = 0.0, 0.0
     for name, value in plain["weights"].items():
@@ -67,7 +58,7 @@ def plain_kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
     found = {}
     for kind in KINDS:
         output = tmp_path_factory.mktemp("plain") / "weights.pt"
-        _launch([WORKER, "0", str(output), kind], ranks=1)
+        launch([WORKER, "0", str(output), kind], ranks=1)
         found[kind] = torch.load(output)
     return found
 
@@ -79,7 +70,7 @@ def test_zero_trains_the_other_kinds_as_one_process_does(
 ) -> None:
     """9 rows of unequal weight; of the steps' rows some have no label at all."""
     output, plain = tmp_path / "weights.pt", plain_kinds[kind]
-    _launch([WORKER, str(stage), str(output), kind], ranks=2, **CPU)
+    launch([WORKER, str(stage), str(output), kind], ranks=2, **CPU)
     sharded = torch.load(output)
     moved, gap = 0.0, 0.0
     for name, value in plain["weights"].items():
@@ -103,7 +94,7 @@ def test_a_whole_run_under_zero_3_saves_a_plain_checkpoint(tmp_path: Path) -> No
     from companion.models import load_reward_model
 
     output = tmp_path / "model"
-    _launch([WORKER, "run", str(output)], ranks=2, **CPU)
+    launch([WORKER, "run", str(output)], ranks=2, **CPU)
     loaded = load_reward_model(output)
     manifest = loaded.manifest
     assert manifest is not None

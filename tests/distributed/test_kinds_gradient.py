@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("kinds_gradient")]
 WORKER = Path(__file__).with_name("kinds_worker.py")
-
-
-def _launch(*arguments: Any, **options: Any) -> str:
-    spec = importlib.util.spec_from_file_location(
-        "launcher", Path(__file__).with_name("test_exact_gradient.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return str(module.launch(*arguments, **options))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +19,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     found = {}
     for ranks in (1, 2):
         output = tmp_path_factory.mktemp("kinds") / f"{ranks}.json"
-        _launch([str(WORKER), str(output)], ranks=ranks)
+        launch([str(WORKER), str(output)], ranks=ranks)
         found[ranks] = json.loads(output.read_text())
     return found
 

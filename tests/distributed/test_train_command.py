@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from launching import launch
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("torchrun")]
-
-
-def _launcher() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "launcher", Path(__file__).with_name("test_exact_gradient.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_two_processes_and_one_give_the_same_model(tmp_path: Path, tiny_base: Path) -> None:
@@ -38,7 +26,7 @@ def test_two_processes_and_one_give_the_same_model(tmp_path: Path, tiny_base: Pa
     weights, manifests = [], []
     for ranks in (1, 2):
         output = tmp_path / f"on{ranks}"
-        text = _launcher().launch(
+        text = launch(
             [
                 *("-m", "companion", "train", "pairwise"),
                 *("--model_name_or_path", str(tiny_base)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from launching import launch
 
 from companion.models import load_reward_model
 from companion.rl import Look, PromptArguments, Viewer, open_reward, weighted_sum
@@ -72,7 +73,7 @@ def test_two_processes_look_alike_write_once_and_stop_together(
     looks, results = [], []
     for ranks in (1, 2):
         output = tmp_path / f"on{ranks}"
-        text = _module("test_exact_gradient.py").launch(
+        text = launch(
             [
                 *("-m", "companion", "train", "grpo"),
                 *("--model_name_or_path", str(tiny_base), "--reward_model", str(tiny_reward)),
@@ -131,7 +132,7 @@ def test_two_processes_with_a_server_a_second_reward_and_completions_that_are_cu
     (tmp_path / "command.py").write_text(COMMAND)
     service = _module("../rl/test_remote.py").Service(RewardScorer(load_reward_model(tiny_reward)))
     try:
-        _module("test_exact_gradient.py").launch(
+        launch(
             [
                 *(str(tmp_path / "command.py"), "grpo", "--model_name_or_path", str(tiny_base)),
                 *("--reward_model", f"{service.url}#{tiny_reward}", "scorer_of_the_test:words"),
