@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch._inductor.utils import clear_caches
 
 from benchmarks.measuring import Outcome, ratio, table, take_turns
 from benchmarks.results import add_arguments, save
@@ -135,6 +136,8 @@ def main() -> None:
     cases = []
     for shape in args.shapes:
         for work, make in (("scoring", scoring), ("training", training)):
+            torch.compiler.reset()  # else a case would take over what the one before it compiled
+            clear_caches()
             rows = compare(make(shape, args.quick), args.rounds)
             cases.append({"shape": shape, "work": work, "methods": rows})
             print(f"\ncompile, {work}, {shape}")

@@ -4,7 +4,8 @@ A scalar reward model reads one token of each text. The layers below need every 
 and values of those that follow; of the last layer nobody asks for more than keys and values of all
 tokens, and the rest (queries, output projection, MLP) of the tokens that are read. On four layers
 that leaves out a fifth of all matrix products, on 28 layers a thirtieth, with the same scores and
-gradients. No model of transformers does it. Chapter 2.
+gradients. The models of transformers compute it all; sglang #38153 proposes the same for the
+prefill of a generation. Chapter 2.
 
 It is done by a hook on the last decoder layer, so that the layer's own code goes on to compute it,
 and FSDP, ZeRO, LoRA and activation checkpointing do their work around it as always.
@@ -51,8 +52,13 @@ class LastLayer:
 
 
 def prunable(model: Any) -> bool:
-    """Whether the last layer of a model (without its LoRA wrapper) can leave tokens out."""
-    return model.config.get_text_config().model_type in PRUNABLE
+    """Whether the last layer of a model (without its LoRA wrapper) can leave tokens out.
+
+    Not if accelerate has spread its layers over devices or the disk: what brings weights and inputs
+    together runs after a hook.
+    """
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    return len(devices) <= 1 and model.config.get_text_config().model_type in PRUNABLE
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ class ProcessRewardConfig(TokenRewardConfig):
         },
     )
     step_separator: str = field(
-        default="\n",
+        default=r"\n",  # as a shell hands it over, for --help; the line break itself below
         metadata={
             "help": r"Text between two steps; it must stay tokens of its own. \n is a line break."
         },

@@ -9,6 +9,7 @@ import torch
 from companion.batching import pack, plan_trees
 from companion.losses import bradley_terry_loss, outcome_loss, plackett_luce_loss, process_loss
 from companion.models import load_reward_model, reward_scores
+from companion.models.last_layer import LastLayer
 from companion.models.packed_attention import packed_attention
 from companion.readout import last_token_readout
 from companion.scoring import RewardScorer
@@ -69,3 +70,29 @@ def test_the_varlen_kernel_is_attention_segment_by_segment(window):
     found, _ = packed_attention(torch.nn.Identity(), *halves, None, **options)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), want, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_last_layer_by_the_varlen_kernel(window):
+    ids = [[*range(20), *range(50 + k, 60 + 3 * k)] for k in range(4)] + [[99] * 33]
+    batch = pack(ids, plan_trees(ids))
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, batch.computed, 32, device="cuda", generator=generator)
+        for heads in (4, 2, 2)
+    )
+    places = batch.readout.cuda()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (x.to(dtype) for x in (query, key, value))
+        read = (x[:, :, places] for x in (q, k, v))
+        wanted = LastLayer(batch.segments, places, k, v)
+        options = {"packed_segments": wanted, "sliding_window": window}
+        found.append(packed_attention(torch.nn.Identity(), *read, None, **options)[0])
+    whole, _ = packed_attention(
+        *(torch.nn.Identity(), query, key, value, None),
+        packed_segments=batch.segments,
+        sliding_window=window,
+    )
+    torch.testing.assert_close(found[0], whole[:, places])
+    torch.testing.assert_close(found[1].float(), found[0], atol=3e-2, rtol=3e-2)

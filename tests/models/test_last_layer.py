@@ -59,6 +59,14 @@ def test_which_architectures() -> None:
     assert {"gpt2"} == PROVED - PRUNABLE
 
 
+def test_layers_on_several_devices_are_computed_whole(make: Callable[..., Any]) -> None:
+    model = make("llama")
+    model.hf_device_map = {"": "cpu"}
+    assert prunable(model)
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "disk"}
+    assert not prunable(model)
+
+
 @pytest.mark.parametrize(
     ("kind", "windowed"),
     [(kind, False) for kind in sorted(PRUNABLE)] + [(kind, True) for kind in WINDOWED],
