@@ -21,6 +21,7 @@ from benchmarks.measuring import Outcome, ratio, table, take_turns
 from benchmarks.results import add_arguments, save
 from benchmarks.shapes import PAD, SHAPES, make_model, mixed_lengths, pairs
 from companion.losses import bradley_terry_loss
+from companion.models import compile_parts
 from companion.scoring.running import BatchRunner
 from companion.training.exact import PairCollator, forward_inputs
 from companion.training.forward import install_forward
@@ -41,9 +42,7 @@ def compile_model(model: Any, what: str) -> None:
     if what == "all":
         model.model.compile(dynamic=True)
     if what == "parts":
-        for module in model.model.modules():
-            if type(module).__name__.endswith(("RMSNorm", "MLP")):
-                module.compile(dynamic=True)
+        compile_parts(model)
 
 
 def scoring(shape: str, quick: bool) -> dict[str, Callable[[], Outcome]]:

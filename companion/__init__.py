@@ -91,6 +91,7 @@ _EXPORTS: dict[str, str] = {
     "save_reward_model": "companion.models.saving",
     "apply_lora": "companion.models.lora",
     "reward_scores": "companion.models.forward",
+    "compile_parts": "companion.models.compiling",
     "packed_scores": "companion.models.forward",
     "packing_obstacle": "companion.models.packed_attention",
     "token_budget_batches": "companion.batching.padded",

@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: no padding, and a shared prompt computed once, where that is exact for the "
         "model (if not, the log says why); off: padded batches",
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile norms and MLPs: seconds at the start, then somewhat faster on wide models; "
+        "on a CPU it needs a C++ compiler",
+    )
     parser.add_argument("--chunk_rows", type=int, default=1024, help="rows written at a time")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument(
@@ -66,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     """Score the file; 0 if at least one row has a score, or there was nothing left to do."""
     from tqdm.auto import tqdm
 
+    from companion.models import compile_parts
     from companion.scoring import load_scorer, score_file
 
     scorer = load_scorer(
@@ -81,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     )
     for note in scorer.notes:
         print(f"note: {note}", file=sys.stderr)
+    if args.compile:
+        compile_parts(scorer.reward_model.model)
     with tqdm(desc="scoring", unit=" rows", file=sys.stderr) as bar:
         report = score_file(
             scorer,

@@ -20,6 +20,7 @@ _EXPORTS: dict[str, str] = {
     "merged": "companion.models.lora",
     "reward_scores": "companion.models.forward",
     "packed_scores": "companion.models.forward",
+    "compile_parts": "companion.models.compiling",
     "packing_obstacle": "companion.models.packed_attention",
     "stock_scores": "companion.models.forward",
     "RewardManifest": "companion.models.manifest",
