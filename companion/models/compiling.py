@@ -1,7 +1,7 @@
 """``torch.compile`` for the parts of a model that look at one token at a time. Chapter 2.
 
-A packed batch has another layout each time, and a whole model would be compiled anew for each. Norms
-and MLPs know nothing of texts: compiled once, for any number of tokens, they serve all batches.
+A packed batch has another layout each time, and a whole model would be compiled anew for each.
+Norms and MLPs know nothing of texts: compiled once, for any number of tokens, they serve all.
 Whether it pays is measured by ``benchmarks/compile.py``; the seconds to compile are lost on every
 run whose work is smaller than what they save.
 """
