@@ -245,38 +245,35 @@ class _Seen(NamedTuple):
 
 
 def _seen(wanted: LastLayer, window: int | None, device: torch.device) -> _Seen:
-    def make() -> _Seen:
-        items = wanted.segments.items
-        starts = [item.start for item in items]
-        places = wanted.places.tolist()
-        start, _, prefix_start, prefix = torch.tensor(
-            [items[bisect_right(starts, place) - 1] for place in places]
-        ).T[:, :, None]
-        place = torch.tensor(places)[:, None]
-        whole = prefix + place + 1 - start
-        count = whole if window is None else whole.clamp(max=window)
-        key = torch.arange(int(count.max()))
-        at = key + whole - count  # a window leaves out what comes first
-        keys = torch.where(at < prefix, prefix_start + at, (start + at - prefix).minimum(place))
-        real = key < count
-        order = count.flatten().argsort()
-        padded, masks = [], []
-        for rows in _of_like_length(count.flatten()[order].tolist()):
-            members = order[rows]
-            longest = int(count[members].max())
-            padded.append(keys[members, :longest].flatten())
-            masks.append(real[members, None, None, :longest].to(device))
-        offsets = nn.functional.pad(count.flatten().cumsum(0), (1, 0))
-        return _Seen(
-            keys[real].to(device),
-            offsets.to(device, torch.int32),
-            len(key),
-            order.to(device),
-            torch.cat(padded).to(device),
-            masks,
-        )
-
-    return wanted.segments.kept(("last layer", window, device), make)
+    items = wanted.segments.items
+    starts = [item.start for item in items]
+    places = wanted.places.tolist()
+    start, _, prefix_start, prefix = torch.tensor(
+        [items[bisect_right(starts, place) - 1] for place in places]
+    ).T[:, :, None]
+    place = torch.tensor(places)[:, None]
+    whole = prefix + place + 1 - start
+    count = whole if window is None else whole.clamp(max=window)
+    key = torch.arange(int(count.max()))
+    at = key + whole - count  # a window leaves out what comes first
+    keys = torch.where(at < prefix, prefix_start + at, (start + at - prefix).minimum(place))
+    real = key < count
+    order = count.flatten().argsort()
+    padded, masks = [], []
+    for rows in _of_like_length(count.flatten()[order].tolist()):
+        members = order[rows]
+        longest = int(count[members].max())
+        padded.append(keys[members, :longest].flatten())
+        masks.append(real[members, None, None, :longest].to(device))
+    offsets = nn.functional.pad(count.flatten().cumsum(0), (1, 0))
+    return _Seen(
+        keys[real].to(device),
+        offsets.to(device, torch.int32),
+        len(key),
+        order.to(device),
+        torch.cat(padded).to(device),
+        masks,
+    )
 
 
 def _of_like_length(counts: Sequence[int]) -> list[slice]:

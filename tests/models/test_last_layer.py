@@ -95,6 +95,15 @@ def test_any_token_reads_as_from_the_whole_layer(
         torch.testing.assert_close(gradients[1][name], want, atol=1e-6, rtol=1e-5)
 
 
+def test_one_row_can_be_asked_for_other_tokens(make: Callable[..., Any]) -> None:
+    """What was made for the first question must not answer the second."""
+    model, batch = make("llama"), packed()
+    with torch.no_grad():
+        for places in (batch.readout, batch.readout - 1, batch.readout[:2]):
+            found = forward.packed_hidden(model, batch, LastLayer(batch.segments, places))
+            torch.testing.assert_close(found, whole(model, batch, places), atol=1e-5, rtol=1e-5)
+
+
 def test_nothing_else_is_computed(make: Callable[..., Any]) -> None:
     model, batch = make("qwen3"), packed()
     tokens: dict[str, list[int]] = {}
