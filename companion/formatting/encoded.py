@@ -5,7 +5,7 @@ Chapter 2.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +44,6 @@ class FormatCounts:
     truncated: int = 0
     tokens_cut: int = 0
     unterminated: int = 0
-
-    def __add__(self, other: FormatCounts) -> FormatCounts:
-        return FormatCounts(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        )
-
-    def merge(self, other: FormatCounts) -> None:
-        """Add the counts of another formatter (of a worker process, say) to these."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
     def to_dict(self) -> dict[str, int]:
         """The counts by name."""

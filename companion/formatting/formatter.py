@@ -3,22 +3,27 @@
 Training, scoring, serving and the audit all call it, so a text has one sequence of ids and hence
 one score. Its ids are those of TRL's ``RewardTrainer`` wherever TRL is right; where it is not
 (two BOS on a text that already begins with one, reward-bench #164; EOS left out, reward-bench #94;
-rows dropped for their length without a word) it does the right thing and counts. Chapter 4.
+rows dropped for their length without a word) it does the right thing and counts. Chapters 2 and 4.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from companion.errors import CompanionError, DataError, ModelError
-from companion.formatting.conversation import transcript_template
-from companion.formatting.drafting import Row, Text
+from companion.errors import CompanionError, DataError, ModelError, ReadoutError
+from companion.formatting.conversation import (
+    Message,
+    check_ending,
+    check_messages,
+    is_messages,
+    transcript_template,
+)
 from companion.formatting.encoded import Encoded, FormatCounts
-from companion.formatting.encoding import Encoder, Overlong
 from companion.formatting.recipe import (
     RECIPE_FILE,
     RECIPE_VERSION,
@@ -26,10 +31,44 @@ from companion.formatting.recipe import (
     tokenizer_recipe,
 )
 
+Text = str | Sequence[Mapping[str, Any]]
+Row = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+Overlong = Literal["drop", "error", "truncate_prompt"]
+#: ids and character spans, as the tokenizer gives them
+Raw = tuple[list[int], list[tuple[int, int]]]
+
 _OVERLONG = ("drop", "error", "truncate_prompt")
 
 
-class RewardFormatter(Encoder):
+class Given(NamedTuple):
+    """What is said of a text beside its words: whether it was finished, and for the template."""
+
+    where: str
+    terminated: bool = True
+    tools: Sequence[Any] | None = None
+    template_kwargs: Mapping[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class Draft:
+    """A text before tokenisation: ``split`` is the number of characters of the prompt."""
+
+    text: str
+    split: int
+    chat: bool
+    terminated: bool
+    where: str
+
+
+class _Special(NamedTuple):
+    """Ids of the special tokens; a tokenizer looks each up anew when it is asked."""
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+
+class RewardFormatter:
     """Turn rows into token ids; know BOS, EOS, the chat template, and what was cut off.
 
     Parameters
@@ -67,8 +106,13 @@ class RewardFormatter(Encoder):
             raise DataError(f"overlong is {overlong!r}", f"use one of: {', '.join(_OVERLONG)}")
         if max_length is not None and max_length < 1:
             raise DataError(f"max_length is {max_length}", "use a positive number or None")
-        super().__init__(tokenizer, chat_template, max_length, overlong)
+        self.tokenizer = tokenizer
+        self.template_override = chat_template
+        self.max_length = max_length
+        self.overlong: Overlong = overlong
+        self.counts = FormatCounts()
         self.notes: list[str] = []
+        self._last_opening: tuple[Any, str] | None = None
         if chat_template is None and tokenizer.chat_template is None:
             if tokenizer.eos_token is not None:
                 self.template_override = transcript_template(self._adds()[0])
@@ -179,10 +223,9 @@ class RewardFormatter(Encoder):
             For an empty completion, a bad role, mixed kinds, or a text that is too long
             under ``overlong="error"``.
         """
-        draft = self._draft(
-            prompt, completion, terminated, tools, chat_template_kwargs, where="the row"
-        )
-        return _raised(self._encode_drafts([[draft]])[0])[0]  # type: ignore[no-any-return]
+        given = Given("the row", terminated, tools, chat_template_kwargs)
+        drafts = [[self._draft(prompt, completion, given)]]
+        return _raised(self._encode_drafts(drafts)[0])[0]  # type: ignore[no-any-return]
 
     def encode_row(
         self, row: Row, field: str = "completion", *, terminated: bool | None = None
@@ -234,7 +277,7 @@ class RewardFormatter(Encoder):
         names: Sequence[str] | None = None,
     ) -> list[Encoded | CompanionError | None]:
         """As :meth:`encode_many`, with the error of a bad row in its place."""
-        groups = self._encode_groups(rows, [field], terminated, names)
+        groups = self._encode_drafts(self._drafts(rows, [field], terminated, names))
         return [group if isinstance(group, CompanionError) else group[0] for group in groups]
 
     def encode_pairs(
@@ -247,14 +290,343 @@ class RewardFormatter(Encoder):
         self, rows: Sequence[Mapping[str, Any]], *, names: Sequence[str] | None = None
     ) -> list[tuple[Encoded, Encoded] | CompanionError | None]:
         """As :meth:`encode_pairs`, with the error of a bad row in its place."""
-        out: list[tuple[Encoded, Encoded] | CompanionError | None] = []
-        for group in self._encode_groups(rows, ["chosen", "rejected"], None, names):
+        groups = self._encode_drafts(self._drafts(rows, ["chosen", "rejected"], None, names))
+        return [
+            group
+            if isinstance(group, CompanionError)
+            else None
+            if group[0] is None or group[1] is None
+            else (group[0], group[1])
+            for group in groups
+        ]
+
+    # ------------------------------------------------------------------ the characters
+
+    @property
+    def chat_template(self) -> Any:
+        """The template in use: the override, the tokenizer's own, or the plain transcript."""
+        return (
+            self.template_override
+            if self.template_override is not None
+            else self.tokenizer.chat_template
+        )
+
+    def _adds(self) -> tuple[bool, bool]:
+        """Whether the tokenizer itself puts BOS before, and EOS after, plain text."""
+        ids = self.tokenizer("a")["input_ids"]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        return (
+            bos is not None and ids[:1] == [bos] and bare[:1] != [bos],
+            eos is not None and ids[-1:] == [eos] and bare[-1:] != [eos],
+        )
+
+    def _drafts(
+        self,
+        rows: Sequence[Any],
+        fields: Sequence[str],
+        terminated: bool | None,
+        names: Sequence[str] | None,
+        change: Callable[[Any, str], Row] = lambda row, where: row,
+    ) -> list[list[Draft] | CompanionError]:
+        """The drafts of some fields of each row, changed before by `change`, or its error."""
+        self._last_opening = None  # what it was made of may have changed since
+        drafts: list[list[Draft] | CompanionError] = []
+        for number, row in enumerate(rows):
+            where = names[number] if names is not None else f"row {number}"
+            try:
+                changed = change(row, where)
+                drafts.append([self._draft_row(changed, f, terminated, where) for f in fields])
+            except CompanionError as error:
+                drafts.append(error)
+        return drafts
+
+    def _draft_row(self, row: Row, field: str, terminated: bool | None, where: str) -> Draft:
+        if not isinstance(row, Mapping):
+            return self._draft(row, None, Given(where, terminated is not False))
+        prompt, completion = row.get("prompt"), row.get(field)
+        if completion is None:
+            whole = next((k for k in ("messages", "text") if row.get(k) is not None), None)
+            if field != "completion" or whole is None or prompt is not None:
+                raise DataError(
+                    f"{where}: the field {field!r} is missing or null",
+                    f"the row has: {', '.join(map(str, row)) or 'nothing'}",
+                )
+            prompt = row[whole]
+            field = whole
+        if terminated is None:
+            said = row.get(f"{field}_terminated", row.get("terminated"))
+            if said is not None and not isinstance(said, bool):
+                raise DataError(f"{where}: 'terminated' is {said!r}, not true or false")
+            terminated = said is not False
+        if prompt is None or (isinstance(prompt, (list, tuple)) and not prompt):
+            prompt, completion = completion, None
+        tools = row.get("tools")
+        if isinstance(tools, str):  # TRL lets a column of tools be JSON text
+            try:
+                tools = json.loads(tools)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: 'tools' is no valid JSON: {error}") from error
+        kwargs = row.get("chat_template_kwargs")
+        given = Given(f"{where}, {field!r}", terminated, tools, kwargs)
+        return self._draft(prompt, completion, given)
+
+    def _draft(self, prompt: Text | None, completion: Text | None, given: Given) -> Draft:
+        for value in (prompt, completion):
+            if value is not None and not isinstance(value, str) and not is_messages(value):
+                raise DataError(
+                    f"{given.where}: a {type(value).__name__} that is neither text nor a list of "
+                    "messages"
+                )
+        if prompt is None or (completion is None and isinstance(prompt, str)):
+            prompt, completion = ("", prompt) if prompt is not None else ("", completion)
+        if isinstance(prompt, str):
+            if completion is not None and not isinstance(completion, str):
+                if prompt:
+                    raise DataError(
+                        f"{given.where}: the prompt is text and the completion is messages",
+                        'write the prompt as [{"role": "user", "content": …}]',
+                    )
+                return self._draft_messages(completion, None, given)
+            return self._draft_text(prompt, completion or "", given)
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        return self._draft_messages(prompt, completion, given)
+
+    def _draft_text(self, prompt: str, completion: str, given: Given) -> Draft:
+        where, terminated, eos = given.where, given.terminated, self.tokenizer.eos_token
+        body = completion
+        while eos and body.endswith(eos):
+            body = body[: -len(eos)]
+        if not body.strip():
+            raise DataError(f"{where}: the completion is empty", "drop the row or give it a text")
+        if terminated and eos is None:
+            raise ModelError(
+                "the tokenizer has no EOS token, so the end of a text cannot be marked",
+                "set tokenizer.eos_token to the token that ended the model's training texts",
+            )
+        if not terminated and len(body) < len(completion):
+            raise DataError(
+                f"{where}: said to be cut off (terminated=false), but it ends with {eos!r}",
+                "set terminated to true, or take the end token off",
+            )
+        text = prompt + body + (eos if terminated else "")
+        return Draft(text, len(prompt), False, terminated, where)
+
+    def _draft_messages(
+        self,
+        prompt: Sequence[Mapping[str, Any]],
+        completion: Sequence[Mapping[str, Any]] | None,
+        given: Given,
+    ) -> Draft:
+        whole = check_messages([*prompt, *(completion or [])], given.where)
+        if completion is not None and not completion:
+            raise DataError(f"{given.where}: the completion has no messages")
+        check_ending(whole, given.where)
+        opening = whole[: len(prompt)] if completion is not None else whole[:-1]
+        text = self._render(whole, given, continue_final_message=not given.terminated)
+        split = 0
+        if opening:
+            # the sides of a pair, or the candidates of a prompt, come one after the other
+            asked = (opening, given.tools, given.template_kwargs, self.chat_template)
+            last = self._last_opening
+            if last is None or last[0] != asked:
+                last = self._last_opening = asked, self._render_opening(opening, given)
+            head = last[1]
+            split = len(head) if text.startswith(head) else _n_shared(head, text)
+        if split == len(text):
+            raise DataError(f"{given.where}: the chat template leaves nothing of the completion")
+        return Draft(text, split, True, given.terminated, given.where)
+
+    def _render_opening(self, opening: list[Message], given: Given) -> str:
+        # Some templates refuse a conversation that ends here (a lone system message); the border
+        # of prompt and completion is then taken from the text without a generation prompt.
+        for generation in (True, False):
+            try:
+                return self._render(opening, given, add_generation_prompt=generation)
+            except DataError:
+                continue
+        return ""
+
+    def _render(self, messages: list[Message], given: Given, **flags: bool) -> str:
+        if self.chat_template is None:
+            raise ModelError(
+                "the tokenizer has neither a chat template nor an EOS token",
+                "set tokenizer.eos_token, or give the formatter a chat_template",
+            )
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=given.tools,
+                    chat_template=self.template_override,
+                    tokenize=False,
+                    **flags,
+                    **(given.template_kwargs or {}),
+                )
+            )
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{given.where}: the chat template refuses it: {error}") from error
+
+    # ------------------------------------------------------------------ the ids
+
+    def _encode_drafts(
+        self, drafts: Sequence[list[Draft] | CompanionError], raw: list[Raw] | None = None
+    ) -> list[list[Encoded | None] | CompanionError]:
+        """Tokenise the drafts of rows, and count; `raw` is filled with what the tokenizer gave."""
+        tokenizer = self.tokenizer
+        special = _Special(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        flat = [draft for group in drafts if isinstance(group, list) for draft in group]
+        encoded = iter(self._tokenize(flat, special, raw))
+        out: list[list[Encoded | None] | CompanionError] = []
+        for group in drafts:
             if isinstance(group, CompanionError):
+                self.counts.rows += 1
                 out.append(group)
-            else:
-                chosen, rejected = group
-                out.append(None if chosen is None or rejected is None else (chosen, rejected))
+                continue
+            results = [next(encoded) for _ in group]
+            try:
+                out.append(self._count_row(results, group, special))
+            except CompanionError as error:
+                out.append(error)
         return out
+
+    def _tokenizer_calls(
+        self, texts: Sequence[tuple[str, bool]], **options: bool
+    ) -> Iterator[tuple[int, list[int], Any, int, bool]]:
+        """One call for the plain texts and one for the conversations (those with True).
+
+        Yields of each text its place, its ids, the batch that it was in and its place there, and
+        whether the tokenizer put an EOS behind it.
+        """
+        for chat in (False, True):
+            chosen = [i for i, (_, is_chat) in enumerate(texts) if is_chat is chat]
+            if not chosen:
+                continue
+            batch = self.tokenizer(
+                [texts[i][0] for i in chosen],
+                add_special_tokens=not chat,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+                **options,
+            )
+            adds_eos = not chat and self._adds()[1]
+            for at, place in enumerate(chosen):
+                yield place, list(batch["input_ids"][at]), batch, at, adds_eos
+
+    def _tokenize(
+        self, drafts: Sequence[Draft], special: _Special, raw: list[Raw] | None
+    ) -> list[Encoded]:
+        """Ids and prompt lengths, in order."""
+        out: list[Encoded | None] = [None] * len(drafts)
+        spans: list[Raw] = [([], [])] * len(drafts)
+        texts = [(draft.text, draft.chat) for draft in drafts]
+        calls = self._tokenizer_calls(texts, return_offsets_mapping=raw is not None)
+        for i, ids, batch, at, adds_eos in calls:
+            if raw is not None:
+                spans[i] = (list(ids), batch["offset_mapping"][at])
+            draft = drafts[i]
+            if self.tokenizer.is_fast:
+                length = _prompt_length(batch.encodings[at], draft.split)
+            else:  # without offsets: ids that the prompt alone shares with the whole
+                head = self.tokenizer(draft.text[: draft.split], add_special_tokens=not draft.chat)
+                length = _n_shared(head["input_ids"], ids)
+            out[i] = self._ended(ids, length, draft, adds_eos, special)
+        if raw is not None:
+            raw.extend(spans)
+        return [encoded for encoded in out if encoded is not None]
+
+    def _ended(
+        self, ids: list[int], length: int, draft: Draft, adds_eos: bool, special: _Special
+    ) -> Encoded:
+        """One BOS at most; plain text ends with one EOS, or with none if it was cut off."""
+        length = max(length - drop_second_bos(ids, special.bos), 0)
+        if not draft.chat:
+            if adds_eos and ids and ids[-1] == special.eos:
+                ids.pop()
+            if draft.terminated and ids[-1:] != [special.eos]:
+                raise ReadoutError(
+                    f"the tokenizer does not turn its EOS {self.tokenizer.eos_token!r} into one "
+                    f"token: a finished text ends with the id {ids[-1]} in place of {special.eos}",
+                    "register the EOS as a special token of the tokenizer",
+                )
+        return Encoded(ids, max(min(length, len(ids) - 1), 0), draft.terminated)
+
+    def _count_row(
+        self, encoded: Sequence[Encoded], drafts: Sequence[Draft], special: _Special
+    ) -> list[Encoded | None]:
+        """Fit the sequences of one row into ``max_length`` and count what was done."""
+        self.counts.rows += 1
+        results: list[Encoded | None] = []
+        for item, draft in zip(encoded, drafts, strict=True):
+            pad = special.pad
+            if pad is not None and item.input_ids[-1] == pad != special.eos:
+                # transformers reads out at the last id that is not the pad id
+                raise DataError(
+                    f"{draft.where}: the text ends with the pad token "
+                    f"{self.tokenizer.pad_token!r}, so stock tools would read its score elsewhere",
+                    "take the pad tokens off the text",
+                )
+            results.append(self._fit(item, draft, special))
+        if any(item is None for item in results):
+            self.counts.dropped_overlong += 1
+            return [None] * len(results)
+        for kept in results:
+            assert kept is not None
+            self.counts.sequences += 1
+            self.counts.unterminated += not kept.terminated
+            self.counts.truncated += kept.cut_tokens > 0
+            self.counts.tokens_cut += kept.cut_tokens
+        return results
+
+    def _fit(self, item: Encoded, draft: Draft, special: _Special) -> Encoded | None:
+        if self.max_length is None or len(item) <= self.max_length:
+            return item
+        surplus = len(item) - self.max_length
+        if self.overlong == "error":
+            raise DataError(
+                f"{draft.where}: {len(item)} tokens, {surplus} more than max_length="
+                f"{self.max_length}",
+                "raise max_length, or use overlong='drop' or 'truncate_prompt'",
+            )
+        if self.overlong == "drop":
+            return None
+        ids = item.input_ids
+        keep = int(special.bos is not None and ids[0] == special.bos and item.prompt_length > 0)
+        if surplus > item.prompt_length - keep:
+            return None
+        return Encoded(
+            ids[:keep] + ids[keep + surplus :],
+            item.prompt_length - surplus,
+            item.terminated,
+            surplus,
+        )
+
+
+def _n_shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Number of leading items that two sequences share."""
+    pairs = zip(a, b, strict=False)
+    return next((n for n, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def drop_second_bos(ids: list[int], bos: int | None) -> int:
+    """Leave one BOS at the front of the ids, in place; the number of those taken off."""
+    before = len(ids)
+    while bos is not None and len(ids) > 2 and ids[0] == ids[1] == bos:
+        del ids[0]
+    return before - len(ids)
+
+
+def _prompt_length(encoding: Any, split: int) -> int:
+    """Number of tokens before the first one that ends beyond the character `split`."""
+    place = encoding.char_to_token(split)  # the offsets of all tokens are slow to fetch
+    if place is None:  # no token holds that character: white space that the tokenizer drops
+        ends = (end > split for _, end in encoding.offsets)
+        place = next((n for n, beyond in enumerate(ends) if beyond), len(encoding))
+    return int(place)
 
 
 def _raised(result: Any) -> Any:

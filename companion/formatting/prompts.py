@@ -11,8 +11,7 @@ from typing import Any
 
 from companion.errors import DataError
 from companion.formatting.conversation import check_messages, has_text, is_messages
-from companion.formatting.drafting import Text
-from companion.formatting.formatter import RewardFormatter
+from companion.formatting.formatter import Given, RewardFormatter, Text, drop_second_bos
 
 
 def encode_prompts(
@@ -62,8 +61,8 @@ def encode_prompts(
             last = messages[-1]
             goes_on = last["role"] == "assistant" and has_text(last["content"])
             flag = "continue_final_message" if goes_on else "add_generation_prompt"
-            text = formatter._render(messages, tools, chat_template_kwargs, name, **{flag: True})
-            texts.append((text, True))
+            given = Given(name, True, tools, chat_template_kwargs)
+            texts.append((formatter._render(messages, given, **{flag: True}), True))
         elif isinstance(prompt, Mapping):
             raise DataError(
                 f"{name}: a row in place of a prompt", 'give row["prompt"], or wrap the message'
@@ -72,23 +71,9 @@ def encode_prompts(
             raise DataError(f"{name}: a {type(prompt).__name__}, no text and no messages")
     out: list[list[int]] = [[] for _ in texts]
     bos, eos = formatter.tokenizer.bos_token_id, formatter.tokenizer.eos_token_id
-    adds_eos = formatter._adds()[1]
-    for chat in (False, True):
-        places = [i for i, (_, is_chat) in enumerate(texts) if is_chat is chat]
-        if not places:
-            continue
-        batch = formatter.tokenizer(
-            [texts[i][0] for i in places],
-            add_special_tokens=not chat,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        for i, row in zip(places, batch["input_ids"], strict=True):
-            ids = list(row)
-            if adds_eos and not chat and ids[-1] == eos:
-                ids.pop()
-            while bos is not None and len(ids) > 2 and ids[0] == ids[1] == bos:
-                del ids[0]
-            out[i] = ids
+    for place, ids, _, _, adds_eos in formatter._tokenizer_calls(texts):
+        if adds_eos and ids[-1] == eos:
+            ids.pop()
+        drop_second_bos(ids, bos)
+        out[place] = ids
     return out

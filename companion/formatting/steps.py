@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from companion.errors import CompanionError, DataError, ModelError
-from companion.formatting.drafting import Draft
 from companion.formatting.encoded import Encoded
-from companion.formatting.encoding import Raw
-from companion.formatting.formatter import RewardFormatter
+from companion.formatting.formatter import Draft, Raw, RewardFormatter
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +86,9 @@ def encode_steps(
     if not separator:
         raise DataError("the separator of steps is empty", r"give one, such as '\n'")
     names = names if names is not None else [f"row {i}" for i in range(len(rows))]
-    formatter._last_opening = None  # as in `_encode_groups`
-    drafts: list[list[Draft] | CompanionError] = []
-    for row, name in zip(rows, names, strict=True):
-        try:
-            written = _write(row, separator, chat, name)
-            drafts.append([formatter._draft_row(written, "completion", None, name)])
-        except CompanionError as error:
-            drafts.append(error)
+    drafts = formatter._drafts(
+        rows, ["completion"], None, names, lambda row, name: _write(row, separator, chat, name)
+    )
     raw: list[Raw] = []
     encoded = formatter._encode_drafts(drafts, raw)
     spans = iter(raw)
