@@ -32,7 +32,7 @@ from companion.quickstart import TUTOR_BASE
 from companion.resampling import bootstrap_interval
 from companion.rl import GRPORunConfig, Look, PolicyArguments, PromptArguments, train_grpo
 from companion.rl.sources import open_reward
-from companion.search.sampling import Policy
+from companion.search.policy import Policy
 
 PROMPTS_SEED, SCALE_SEED = 903, 904
 GOLD, RIGHT = "companion.data.tutor:gold_rewards", "companion.data.tutor:right_answers"

@@ -19,7 +19,7 @@ from companion.data.tutor import make_rows
 from companion.evaluation import evaluate_pairs
 from companion.models import load_base, save_reward_model
 from companion.scoring import RewardScorer
-from companion.search.choosing import score_rows
+from companion.search.search import score_rows
 from companion.training.config import PairwiseRewardConfig
 from companion.training.forward import remove_forward
 from companion.training.pairwise import PairwiseRewardTrainer

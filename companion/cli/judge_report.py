@@ -23,19 +23,15 @@ def run(args: argparse.Namespace) -> int:
     """Compute, print, write; return 0."""
     if args.json is not None and args.json.is_dir():
         raise DataError(f"{args.json} is a folder", "name a file in it")
-    from companion.data.readers import read_file
+    from companion.data.readers import read_rows
     from companion.judge import annotator_report, judge_report, load_annotations
 
     source = Path(args.input)
-    first = next(read_file(source), None)
-    if first is not None and first.row is not None and "annotator" in first.row:
+    first = next(read_rows(source), None)
+    if first is not None and "annotator" in first[1]:
         report = annotator_report(load_annotations(source))
     else:
-        rows = []
-        for record in read_file(source):
-            if record.row is None:
-                raise DataError(str(record.problem))
-            rows.append(record.row)
+        rows = [row for _, row in read_rows(source)]
         report = judge_report(rows, own_model=args.own_model)
     print(report.table())
     if args.json is not None:

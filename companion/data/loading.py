@@ -212,7 +212,7 @@ def _convert(
         for counter, before in ((how.notes, notes), (how.left_out, left_out)):
             counter.clear()
             counter.update(before)
-        report.add(RowProblem(record.where, error.reason, error.field, error.detail))
+        report.add(RowProblem.of(error, record.where))
         return []
 
 

@@ -57,6 +57,15 @@ class RowProblem:
     field: str | None = None
     detail: str = ""
 
+    @classmethod
+    def of(cls, error: RowError, where: str) -> RowProblem:
+        """The error with its place."""
+        return cls(where, error.reason, error.field, error.detail)
+
+    def as_error(self) -> DataError:
+        """For who reads row by row, and stops at the first bad one."""
+        return DataError(str(self), CURES[self.reason])
+
     def __str__(self) -> str:
         place = self.where + (f", field {self.field!r}" if self.field else "")
         return f"{place}: {self.reason}" + (f" ({self.detail})" if self.detail else "")

@@ -92,6 +92,14 @@ def read_file(path: Path, rename: Mapping[str, str] | None = None) -> Iterator[R
                 yield from _read_csv(text, path.name, delimiter, rename or {})
 
 
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and row of each row of one file; the first that is none is an error."""
+    for record in read_file(path):
+        if record.row is None:
+            raise DataError(str(record.problem))
+        yield record.where, record.row
+
+
 @contextmanager
 def _open_bytes(path: Path) -> Iterator[BinaryIO]:
     """The file's bytes, unpacked if gzip; damage becomes a DataError with the file's name."""

@@ -134,3 +134,10 @@ def check_ending(messages: Sequence[Message], where: str) -> None:
         )
     if not has_text(last["content"]) and not last.get("tool_calls"):
         raise DataError(f"{where}: the completion is empty", "drop the row or give it a text")
+
+
+def as_reply(prompt: object, completion: Any) -> Any:
+    """A completion in the form of its prompt: behind messages comes a message."""
+    if isinstance(completion, str) and not isinstance(prompt, str):
+        return [{"role": "assistant", "content": completion}]
+    return completion

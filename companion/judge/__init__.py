@@ -10,23 +10,23 @@ from typing import Any
 
 #: public name -> module that defines it
 _EXPORTS: dict[str, str] = {
-    "Answer": "companion.judge.asking",
+    "Answer": "companion.judge.backend",
     "AnswerCache": "companion.judge.cache",
     "Grading": "companion.judge.judge",
     "Judge": "companion.judge.judge",
     "JudgeFileReport": "companion.judge.files",
-    "JudgeReport": "companion.judge.bias",
+    "JudgeReport": "companion.judge.report",
     "JudgeTemplate": "companion.judge.templates",
     "LocalBackend": "companion.judge.local",
     "PairVerdict": "companion.judge.judge",
-    "Question": "companion.judge.asking",
+    "Question": "companion.judge.backend",
     "ServerBackend": "companion.judge.server",
-    "annotator_report": "companion.judge.annotations",
-    "cohen_kappa": "companion.judge.agreement",
+    "annotator_report": "companion.judge.report",
+    "cohen_kappa": "companion.judge.report",
     "combine_orders": "companion.judge.judge",
     "judge_file": "companion.judge.files",
-    "judge_report": "companion.judge.bias",
-    "load_annotations": "companion.judge.annotations",
+    "judge_report": "companion.judge.report",
+    "load_annotations": "companion.judge.report",
     "load_template": "companion.judge.templates",
 }
 

@@ -14,8 +14,10 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 from companion.errors import JudgeError
-from companion.judge.asking import Answer
+from companion.judge.backend import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ class AnswerCache:
     Parameters
     ----------
     path : str or path
-        Made if it is not there.
+        Made if it is not there, and beside it ``<path>.lock``.
 
     Attributes
     ----------
@@ -43,29 +45,20 @@ class AnswerCache:
         self.path = Path(path)
         self.n_damaged = 0
         self._answers: dict[str, Answer] = {}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = open(self.path, "a+b")  # noqa: SIM115 (closed by close)
-        except OSError as error:
-            raise JudgeError(f"{self.path}: cannot be opened ({error.strerror})") from error
-        try:
-            self._lock()
+        with contextlib.ExitStack() as held:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(f"{self.path}.lock", thread_local=False)
+                held.enter_context(lock.acquire(timeout=0))
+                self._file: IO[bytes] = held.enter_context(open(self.path, "a+b"))
+            except Timeout as error:
+                raise JudgeError(
+                    f"{self.path}: another process is using it", "wait for it, or use another cache"
+                ) from error
+            except OSError as error:
+                raise JudgeError(f"{self.path}: cannot be opened ({error.strerror})") from error
             self._load()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # not on Windows: there two runs are the user's to avoid
-            pass
-        except OSError as error:
-            raise JudgeError(
-                f"{self.path}: another process is using it", "wait for it, or use another cache"
-            ) from error
+            self._held = held.pop_all()
 
     def _load(self) -> None:
         self._file.seek(0)
@@ -115,7 +108,7 @@ class AnswerCache:
             self._file.flush()
             with contextlib.suppress(OSError):  # a pipe or a special file
                 os.fsync(self._file.fileno())
-            self._file.close()
+            self._held.close()
 
     def __enter__(self) -> AnswerCache:
         return self

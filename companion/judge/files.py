@@ -16,22 +16,13 @@ from typing import Any, Final, Literal
 
 from companion.data.readers import read_file
 from companion.errors import DataError
+from companion.judge.items import Item, read_item
 from companion.judge.judge import Grading, Judge, PairVerdict, Progress
-from companion.judge.rows import Item, read_item
 
+_OF_PAIRS: Final = ("preference", "reason", "first", "swapped", "logit_first", "logit_swapped")
+_OF_GRADES: Final = ("rating", "reason", "expected_rating")
 #: Fields of the output that the judge writes; a field of the input by that name gets ``input_``.
-_OURS: Final = (
-    "preference",
-    "rating",
-    "expected_rating",
-    "reason",
-    "first",
-    "swapped",
-    "logit_first",
-    "logit_swapped",
-    "judge",
-    "answers",
-)
+_OURS: Final = frozenset({*_OF_PAIRS, *_OF_GRADES, "judge", "answers"})
 
 
 @dataclass
@@ -80,7 +71,7 @@ def judge_file(
     judge : Judge
         Its template decides whether pairs are compared or completions graded.
     input_path : str or path
-        .jsonl, .json, .csv or .parquet; see :func:`companion.judge.rows.read_item` for the fields.
+        .jsonl, .json, .csv or .parquet; see :func:`companion.judge.items.read_item` for the fields.
     output_path : str or path
         .jsonl. Rows keep their fields.
     limit : int, optional
@@ -172,23 +163,14 @@ def _record(
     item: Item, verdict: PairVerdict | Grading, judge: Judge, keep_answers: bool
 ) -> dict[str, Any]:
     record = {f"input_{k}" if k in _OURS else k: v for k, v in item.row.items()}
-    if isinstance(verdict, PairVerdict):
-        record |= {
-            "preference": verdict.preference or "none",
-            "reason": verdict.reason,
-            "first": verdict.first,
-            "swapped": verdict.swapped,
-            "logit_first": verdict.logit_first,
-            "logit_swapped": verdict.logit_swapped,
-        }
-        answers = list(verdict.answers)
-    else:
-        record |= {
-            "rating": verdict.rating,
-            "reason": verdict.reason,
-            "expected_rating": verdict.expected_rating,
-        }
-        answers = [verdict.answer]
+    fields, answers = (
+        (_OF_PAIRS, list(verdict.answers))
+        if isinstance(verdict, PairVerdict)
+        else (_OF_GRADES, [verdict.answer])
+    )
+    record |= {name: getattr(verdict, name) for name in fields}
+    if fields is _OF_PAIRS and record["preference"] is None:
+        record["preference"] = "none"
     record["judge"] = judge.backend.name
     return record | {"answers": answers} if keep_answers else record
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from companion.errors import DataError
-from companion.judge.asking import Answer, Backend, Question
+from companion.judge.backend import Answer, Backend, Question
 from companion.judge.cache import AnswerCache
+from companion.judge.items import Item, read_item
 from companion.judge.local import LocalBackend
-from companion.judge.rows import Item, read_items
 from companion.judge.server import ServerBackend
 from companion.judge.templates import JudgeTemplate, Outcome, load_template
 
@@ -211,7 +211,7 @@ class Judge:
         rows : sequence of mappings
             ``prompt`` with ``a`` and ``b``, or with ``chosen`` and ``rejected``. Of the latter the
             verdict's ``a`` is not always the chosen one: see
-            :func:`companion.judge.rows.read_item`, whose ``row`` says which.
+            :func:`companion.judge.items.read_item`, whose ``row`` says which.
         names : sequence of str, optional
             How to call the rows in errors; default ``row 0``, …
         progress : callable, optional
@@ -275,7 +275,8 @@ class Judge:
 
     def _items(self, rows: Sequence[Any], names: Sequence[str] | None) -> list[Item]:
         names = [f"row {i}" for i in range(len(rows))] if names is None else names
-        return read_items(rows, self.template.mode, names)
+        pairs = zip(rows, names, strict=True)
+        return [read_item(row, self.template.mode, name) for row, name in pairs]
 
     def _question(self, texts: Mapping[str, str]) -> Question:
         return Question(tuple(self.template.messages(texts)), self.template, self.max_tokens)

@@ -13,17 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from companion.batching import pad_batch, token_budget_batches
 from companion.errors import DataError
-from companion.formatting import RewardFormatter
 from companion.formatting.prompts import encode_prompts
-from companion.judge.asking import Answer, Question
+from companion.judge.backend import Answer, Question
 from companion.judge.probabilities import verdict_probabilities
-from companion.models.causal import load_causal
+from companion.judge.templates import JudgeTemplate
 from companion.scoring.streaming import model_fingerprint
+from companion.search.policy import Policy
 
-#: Tokens (prompts, and answers at their longest) of a batch: small on a CPU, large on a GPU.
-_CPU_TOKENS, _GPU_TOKENS = 8192, 65_536
 #: Likeliest tokens that are kept at each place, as many as servers give.
 TOP = 20
 
@@ -33,32 +30,24 @@ class LocalBackend:
 
     Parameters
     ----------
-    model, tokenizer : PreTrainedModel, PreTrainedTokenizerBase
-        The model in eval mode.
+    policy : Policy
+        The model; its budget is for questions × (longest prompt + ``max_tokens``).
     name : str
         For reports.
-    max_tokens_per_batch : int, optional
-        Budget for questions × (longest prompt + ``max_tokens``); default 8,192 on a CPU, 65,536 on
-        a GPU.
     chat_template_kwargs : mapping, optional
         For the chat template, such as ``{"enable_thinking": False}``.
     """
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        policy: Policy,
         *,
         name: str = "model",
-        max_tokens_per_batch: int | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.formatter = RewardFormatter(tokenizer)
+        self.policy, self.name = policy, name
         self.retries = 0
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        default = _GPU_TOKENS if self.device.type == "cuda" else _CPU_TOKENS
-        self.max_tokens_per_batch = max_tokens_per_batch or default
         self._fingerprint: str | None = None
 
     @classmethod
@@ -66,67 +55,49 @@ class LocalBackend:
         cls,
         path_or_id: str | os.PathLike[str],
         *,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | str = torch.float32,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> LocalBackend:
-        """Load the model; see :func:`companion.models.causal.load_causal` for what is refused."""
-        model, tokenizer = load_causal(
-            path_or_id,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-        return cls(model, tokenizer, name=os.fspath(path_or_id), **options)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
+        """Load the model; options, and what is refused, as in :meth:`Policy.from_pretrained`."""
+        policy = Policy.from_pretrained(path_or_id, **options)
+        return cls(policy, name=os.fspath(path_or_id), chat_template_kwargs=chat_template_kwargs)
 
     def identity(self) -> dict[str, Any]:
         """The weights themselves, not the folder's name: a model that was trained on is another."""
         if self._fingerprint is None:
-            self._fingerprint = model_fingerprint(self.model)
+            self._fingerprint = model_fingerprint(self.policy.model)
         return {
             "weights": self._fingerprint,
-            "dtype": str(next(self.model.parameters()).dtype),
-            "formatter": self.formatter.fingerprint(),
+            "dtype": str(next(self.policy.model.parameters()).dtype),
+            "formatter": self.policy.formatter.fingerprint(),
             "chat_template_kwargs": self.chat_template_kwargs,
         }
 
     def answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """See :class:`companion.judge.asking.Backend`. A prompt that is too long is refused."""
+        """See :class:`companion.judge.backend.Backend`. A prompt that is too long is refused."""
         ids = self._encode(questions)
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = self.policy.max_positions
         fitting = []
+        # the longest answer is the same for all questions of a call but in odd uses
+        lengths = [len(i) + q.max_tokens for i, q in zip(ids, questions, strict=True)]
         for place, question in enumerate(questions):
-            size = len(ids[place]) + question.max_tokens
-            if isinstance(limit, int) and size > limit:
-                yield (
-                    place,
-                    Answer(
-                        "",
-                        False,
-                        refused=f"{len(ids[place])} tokens and {question.max_tokens} for the "
-                        f"answer are more than the model takes ({limit})",
-                    ),
+            if limit is not None and lengths[place] > limit:
+                why = (
+                    f"{len(ids[place])} tokens and {question.max_tokens} for the answer are more "
+                    f"than the model takes ({limit})"
                 )
+                yield place, Answer("", False, refused=why)
             else:
                 fitting.append(place)
-        # the longest answer is the same for all questions of a call but in odd uses
-        lengths = [len(ids[place]) + questions[place].max_tokens for place in fitting]
-        for batch in token_budget_batches(lengths, self.max_tokens_per_batch):
+        for batch in self.policy.batches([lengths[place] for place in fitting]):
             places = [fitting[i] for i in batch]
-            yield from self._batch(places, [ids[i] for i in places], questions)
+            answers = self._batch([ids[i] for i in places], [questions[i] for i in places])
+            yield from zip(places, answers, strict=True)
 
     def _encode(self, questions: Sequence[Question]) -> list[list[int]]:
         try:
             return encode_prompts(
-                self.formatter,
+                self.policy.formatter,
                 [question.messages for question in questions],
                 chat_template_kwargs=self.chat_template_kwargs,
             )
@@ -136,61 +107,32 @@ class LocalBackend:
                 "some models take no system message: use a template without one",
             ) from error
 
-    @torch.no_grad()
     def _batch(
-        self, places: Sequence[int], prompts: Sequence[list[int]], questions: Sequence[Question]
-    ) -> Iterator[tuple[int, Answer]]:
-        from transformers import GenerationConfig, LogitsProcessorList
-
-        ends = self._ends()
-        pad = self.tokenizer.pad_token_id
-        pad = int(self.tokenizer.eos_token_id if pad is None else pad)  # the mask hides it
-        batch = pad_batch(list(prompts), pad, "left")
-        arguments = {key: value.to(self.device) for key, value in batch.items()}
-        limits = [questions[place].max_tokens for place in places]
-        likeliest = _Likeliest()
-        before = self.model.generation_config
-        # generate() fills what is None from the model's own; a fresh one has nothing to add
-        self.model.generation_config = GenerationConfig()
-        try:
-            written = self.model.generate(
-                **arguments,
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    max_new_tokens=max(limits),
-                    eos_token_id=ends,
-                    pad_token_id=pad,
-                    use_cache=True,
-                ),
-                logits_processor=LogitsProcessorList([likeliest]),
-            )
-        finally:
-            self.model.generation_config = before
-        new = written[:, arguments["input_ids"].shape[1] :].tolist()
+        self, prompts: Sequence[list[int]], questions: Sequence[Question]
+    ) -> Iterator[Answer]:
+        ends, likeliest = self.policy.eos_token_ids, _Likeliest()
+        limits = [question.max_tokens for question in questions]
+        with self.policy.ready():
+            batch = self.policy.padded(prompts)
+            new = self.policy.generate(batch, max(limits), likeliest, eos_token_ids=ends).tolist()
         logprobs, tokens = likeliest.table()
-        for row, place in enumerate(places):
-            ids, finished = _until_end(new[row][: limits[row]], ends)
-            yield (
-                place,
-                self._answer(questions[place].template, ids, finished, logprobs[row], tokens[row]),
+        for row, question in enumerate(questions):
+            ids = new[row][: limits[row]]
+            end = next((i for i, token in enumerate(ids) if token in ends), None)
+            yield self._answer(
+                question.template, ids[:end], end is not None, logprobs[row], tokens[row]
             )
-
-    def _ends(self) -> list[int]:
-        """Tokens that end an answer: the tokenizer's EOS and those of the checkpoint."""
-        said = getattr(self.model.generation_config, "eos_token_id", None)
-        more = said if isinstance(said, (list, tuple)) else [] if said is None else [said]
-        return sorted({int(self.tokenizer.eos_token_id), *map(int, more)})
 
     def _answer(
         self,
-        template: Any,
+        template: JudgeTemplate,
         ids: list[int],
         finished: bool,
         logprobs: list[list[float]],
         tokens: list[list[int]],
     ) -> Answer:
         def decode(part: list[int]) -> str:
-            return str(self.tokenizer.decode(part, skip_special_tokens=True))
+            return str(self.policy.tokenizer.decode(part, skip_special_tokens=True))
 
         def alternatives(place: int) -> Iterator[tuple[str, float]]:
             start = len(decode(ids[:place]))
@@ -221,9 +163,3 @@ class _Likeliest:
         """Log-probabilities and token ids, ``[rows, steps, TOP]`` each."""
         values, tokens = zip(*self.steps, strict=True)
         return torch.stack(values, dim=1).tolist(), torch.stack(tokens, dim=1).tolist()
-
-
-def _until_end(ids: list[int], ends: Sequence[int]) -> tuple[list[int], bool]:
-    """The ids before the first end token, and whether there was one."""
-    place = next((i for i, token in enumerate(ids) if token in ends), None)
-    return (ids, False) if place is None else (ids[:place], True)

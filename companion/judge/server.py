@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from companion.errors import JudgeError
-from companion.judge.asking import Answer, Question
+from companion.judge.backend import Answer, Question
 from companion.judge.probabilities import verdict_probabilities
 
 _KEPT = "what was answered is in the cache: the same command goes on from there"
@@ -102,7 +102,7 @@ class ServerBackend:
         }
 
     def answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """See :class:`companion.judge.asking.Backend`. What the server rejects is refused."""
+        """See :class:`companion.judge.backend.Backend`. What the server rejects is refused."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             waiting = {pool.submit(self._ask, q): place for place, q in enumerate(questions)}
             try:

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from companion.errors import DataError
 from companion.resampling import Interval, bootstrap_interval
 from companion.rl.several import RewardCallable
-from companion.search.sampling import Policy, Sample
+from companion.search.policy import Policy, Sample
 
 Array = npt.NDArray[np.float64]
 KLEstimator = Literal["k1", "k3"]

@@ -25,7 +25,7 @@ from companion.errors import CompanionError, DataError
 from companion.rl.looks import KLEstimator, Look, Viewer
 from companion.rl.several import RewardCallable
 from companion.rl.stopping import Fall, FallTest
-from companion.search.sampling import Policy
+from companion.search.policy import Policy
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from companion.data.loading import load_rows_with_report
 from companion.data.tutor import make_rows
 from companion.errors import DataError, JudgeError
 from companion.judge import AnswerCache, Judge, combine_orders, judge_file
-from companion.judge.asking import Answer
-from companion.judge.rows import read_item
+from companion.judge.backend import Answer
+from companion.judge.items import read_item
 from companion.quickstart import TUTOR_BASE
 
 TEMPLATE = "{prompt}\n{a}\n---\n{b}"

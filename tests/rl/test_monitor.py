@@ -15,7 +15,7 @@ from companion.errors import CompanionError, DataError
 from companion.rl import OveroptimizationMonitor, RewardFunction, completion_kl
 from companion.rl.monitor import frozen_copy
 from companion.scoring import RewardScorer
-from companion.search.sampling import Policy
+from companion.search.policy import Policy
 
 USER = [{"role": "user", "content": "how many pens"}]
 HELD_OUT = [f"how many pens {n}" for n in range(10)]

@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +26,56 @@ from companion.errors import DataError
 from companion.formatting import RewardFormatter, Text
 from companion.formatting.prompts import encode_prompts
 from companion.models.causal import load_causal
-from companion.search.drawing import AllDone, Dice, check_settings, uniforms
-from companion.search.results import Logprobs, Sample
+from companion.search.dice import AllDone, Dice, check_settings, uniforms
 
 #: Tokens (prompts, and completions at their longest) of a batch: small on a CPU, large on a GPU.
 _CPU_TOKENS, _GPU_TOKENS = 8192, 65_536
 #: Padded tokens of a batch of log-probabilities, whose logits are as wide as the vocabulary.
 _CPU_LOGITS, _GPU_LOGITS = 2048, 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion.
+
+    Attributes
+    ----------
+    text : str
+        Without special tokens.
+    token_ids : list of int
+        As the policy wrote them, with the EOS that ended it. With a prefix, the prefix too.
+    terminated : bool
+        Whether the policy ended it; False where it was cut off by the limit or a stop text.
+    n_tokens : int
+        Tokens that were generated (a prefix does not count), EOS included.
+    logprob : float
+        Log-probability of the generated tokens in nats, at the temperature that they were drawn
+        with (at 1 for temperature 0), before top-p.
+    stopped : bool
+        Whether a stop text ended it.
+    """
+
+    text: str
+    token_ids: list[int]
+    terminated: bool
+    n_tokens: int
+    logprob: float
+    stopped: bool = False
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities of completions, in nats.
+
+    Attributes
+    ----------
+    sums : numpy.ndarray
+        ``[N]`` float64.
+    tokens : list of numpy.ndarray
+        Of each completion, ``[its tokens]`` float64.
+    """
+
+    sums: np.ndarray
+    tokens: list[np.ndarray]
 
 
 class Policy:
@@ -101,6 +146,18 @@ class Policy:
         more = said if isinstance(said, (list, tuple)) else [] if said is None else [said]
         return sorted({int(self.tokenizer.eos_token_id), *map(int, more)})
 
+    @property
+    def pad_token_id(self) -> int:
+        """Fills places that the mask hides, so even the EOS will do."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest text that the model has positions for."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) else None
+
     # ------------------------------------------------------------------ sampling
 
     def sample(
@@ -167,16 +224,21 @@ class Policy:
             seen[(seeds[place], *ids)] += 1
             rows += [(place, first + i) for i in range(n)]
         drawn: list[Sample | None] = [None] * len(rows)
-        draw: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_new_tokens": max_new_tokens,
-            "stop": stop,
-        }
-        with self._ready():
-            lengths = [len(begun[place][0]) + max_new_tokens for place, _ in rows]
-            for batch in token_budget_batches(lengths, self._budget(_CPU_TOKENS, _GPU_TOKENS)):
-                samples = self._draw(begun, [rows[i] for i in batch], seeds, **draw)
+        lengths = [len(begun[place][0]) + max_new_tokens for place, _ in rows]
+        with self.ready():
+            make_dice = partial(
+                Dice,
+                temperature=temperature,
+                top_p=top_p,
+                eos_token_ids=torch.tensor(self.eos_token_ids, device=self.device),
+                stop=stop,
+                tokenizer=self.tokenizer,
+            )
+            for batch in self.batches(lengths):
+                part = [rows[i] for i in batch]
+                streams = [uniforms(seeds[p], begun[p][0], i, max_new_tokens) for p, i in part]
+                dice = make_dice(torch.from_numpy(np.stack(streams)).to(self.device))
+                samples = self._draw(begun, part, dice, max_new_tokens)
                 for i, sample in zip(batch, samples, strict=True):
                     drawn[i] = sample
         done = [sample for sample in drawn if sample is not None]
@@ -191,11 +253,11 @@ class Policy:
         """Ids to go on from, and how many of them are a prefix of the completion."""
         if prefixes is not None and len(prefixes) != len(prompts):
             raise DataError(f"{len(prompts)} prompts, {len(prefixes)} prefixes")
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = self.max_positions
         begun = []
         for place, ids in enumerate(prompts):
             prefix = list(prefixes[place]) if prefixes is not None else []
-            if isinstance(limit, int) and len(ids) + len(prefix) + max_new_tokens > limit:
+            if limit is not None and len(ids) + len(prefix) + max_new_tokens > limit:
                 raise DataError(
                     f"prompt {place}: {len(ids) + len(prefix)} tokens and {max_new_tokens} new "
                     f"ones are more than the model has positions for ({limit})",
@@ -208,52 +270,20 @@ class Policy:
         self,
         begun: Sequence[tuple[list[int], int]],
         rows: Sequence[tuple[int, int]],
-        seeds: Sequence[int],
-        *,
-        temperature: float,
-        top_p: float,
+        dice: Dice,
         max_new_tokens: int,
-        stop: str | None,
     ) -> list[Sample]:
         """One batch: completions of the given prompts and numbers."""
-        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-
         places = list(dict.fromkeys(place for place, _ in rows))
-        pad = self._pad()
-        batch = pad_batch([begun[place][0] for place in places], pad, "left")
+        arguments = self.padded([begun[place][0] for place in places])
         index = torch.tensor([places.index(place) for place, _ in rows], device=self.device)
-        streams = [uniforms(seeds[p], begun[p][0], i, max_new_tokens) for p, i in rows]
-        dice = Dice(
-            torch.from_numpy(np.stack(streams)).to(self.device),
-            temperature=temperature,
-            top_p=top_p,
-            eos_token_ids=torch.tensor(self.eos_token_ids, device=self.device),
-            stop=stop,
-            tokenizer=self.tokenizer,
-        )
-        arguments = {key: value.to(self.device) for key, value in batch.items()}
+        repeated = {key: value[index] for key, value in arguments.items()}
         if len(rows) > len(places):
             cache = self._prefilled(**arguments)
             if cache is not None:
                 cache.batch_select_indices(index)
-                arguments["past_key_values"] = cache
-        arguments |= {key: arguments[key][index] for key in batch}
-        self.model.generate(
-            **arguments,
-            generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad, use_cache=True
-            ),
-            logits_processor=LogitsProcessorList([dice]),
-            stopping_criteria=StoppingCriteriaList([AllDone(dice)]),
-        )
-        return self._samples(begun, rows, dice)
-
-    def _samples(
-        self,
-        begun: Sequence[tuple[list[int], int]],
-        rows: Sequence[tuple[int, int]],
-        dice: Dice,
-    ) -> list[Sample]:
+                repeated["past_key_values"] = cache
+        self.generate(repeated, max_new_tokens, dice, stopping=[AllDone(dice)])
         tokens = torch.stack(dice.tokens, dim=1).tolist()
         logprobs = torch.stack(dice.logprobs, dim=1).double().cpu().numpy()
         lengths, ended = dice.lengths.tolist(), dice.ended.tolist()
@@ -332,12 +362,10 @@ class Policy:
             raise DataError(f"temperature is {temperature}", "use a positive number")
         texts = self._whole(prompts, completions)
         out: list[np.ndarray] = [np.zeros(0)] * len(texts)
-        with self._ready():
-            for batch in token_budget_batches(
-                [len(ids) for ids, _ in texts], self._budget(_CPU_LOGITS, _GPU_LOGITS)
-            ):
-                padded = pad_batch([texts[i][0] for i in batch], self._pad())
-                ids = padded["input_ids"].to(self.device)
+        with self.ready():
+            lengths = [len(ids) for ids, _ in texts]
+            for batch in self.batches(lengths, cpu=_CPU_LOGITS, gpu=_GPU_LOGITS):
+                ids = self.padded([texts[i][0] for i in batch], "right")["input_ids"]
                 # right padding needs no mask in a causal model: no real token sees a pad
                 logits = self.model(input_ids=ids, use_cache=False).logits
                 for row, i in enumerate(batch):
@@ -371,18 +399,10 @@ class Policy:
             out.append((ids, begin))
         return out
 
-    # ------------------------------------------------------------------ inside
-
-    def _pad(self) -> int:
-        """Fills places that the mask hides, so even the EOS will do."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.tokenizer.eos_token_id)
-
-    def _budget(self, cpu: int, gpu: int) -> int:
-        return self.max_tokens_per_batch or (cpu if self.device.type == "cpu" else gpu)
+    # ------------------------------------------------------------------ running the model
 
     @contextlib.contextmanager
-    def _ready(self) -> Iterator[None]:
+    def ready(self) -> Iterator[None]:
         """Eval mode, no gradients, and a generation config that sets nothing by itself."""
         from transformers import GenerationConfig
 
@@ -395,3 +415,58 @@ class Policy:
         finally:
             self.model.generation_config = before[1]
             self.model.train(before[0])
+
+    def batches(
+        self, lengths: Sequence[int], *, cpu: int = _CPU_TOKENS, gpu: int = _GPU_TOKENS
+    ) -> list[list[int]]:
+        """Places of texts of so many tokens, a batch at a time within the budget."""
+        default = cpu if self.device.type == "cpu" else gpu
+        return token_budget_batches(lengths, self.max_tokens_per_batch or default)
+
+    def padded(
+        self, ids: Sequence[list[int]], side: Literal["left", "right"] = "left"
+    ) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` where the model is."""
+        batch = pad_batch(ids, self.pad_token_id, side)
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def generate(
+        self,
+        batch: Mapping[str, Any],
+        max_new_tokens: int,
+        processor: Callable[[Tensor, Tensor], Tensor],
+        *,
+        eos_token_ids: list[int] | None = None,
+        stopping: Sequence[Any] = (),
+    ) -> Tensor:
+        """transformers' ``generate`` within :meth:`ready`: the likeliest token of each step.
+
+        Parameters
+        ----------
+        batch : mapping
+            ``input_ids`` ``[R, L]``, padded left, the mask, and what else the model takes.
+        processor : callable
+            Sees, and may change, the scores of each step.
+        eos_token_ids, stopping
+            What ends a row, and criteria of transformers that end the batch.
+
+        Returns
+        -------
+        Tensor
+            ``[R, T]`` int64, the new ids; behind the end of a row the pad id.
+        """
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+        written = self.model.generate(
+            **batch,
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=eos_token_ids,
+                pad_token_id=self.pad_token_id,
+                use_cache=True,
+            ),
+            logits_processor=LogitsProcessorList([processor]),
+            stopping_criteria=StoppingCriteriaList(stopping),
+        )
+        return written[:, batch["input_ids"].shape[1] :]  # type: ignore[no-any-return]

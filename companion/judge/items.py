@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from companion.data.messages import Text, clean_text, plain, require
 from companion.data.pairs import SIDE_COLUMNS, VERDICT_COLUMNS, preference_pair, verdict_side
-from companion.data.problems import CURES, RowError, RowProblem
-from companion.errors import DataError
+from companion.data.problems import RowError, RowProblem
 
 Row = Mapping[str, Any]
 
@@ -66,8 +65,7 @@ def read_item(row: Any, mode: str, where: str) -> Item:
         fields = {key: value for key, value in row.items() if value is not None}
         return _pair(fields) if mode == "pairwise" else _single(fields)
     except RowError as error:
-        problem = RowProblem(where, error.reason, error.field, error.detail)
-        raise DataError(str(problem), CURES[error.reason]) from error
+        raise RowProblem.of(error, where).as_error() from error
 
 
 def _single(row: dict[str, Any]) -> Item:
@@ -111,8 +109,3 @@ def spoken(value: Text) -> str:
     if isinstance(value, str) or len(value) == 1:
         return plain(value)
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in value)
-
-
-def read_items(rows: Iterable[Any], mode: str, names: Iterable[str]) -> list[Item]:
-    """:func:`read_item` for each row with its name."""
-    return [read_item(row, mode, name) for row, name in zip(rows, names, strict=True)]

@@ -1,4 +1,4 @@
-"""Rank the completions of each prompt of a file, and write the best as data for fine-tuning.
+"""The best of N completions of each prompt of a file, as data for fine-tuning.
 
 Every row of the input gets a line in a file of ranks, which a stopped run goes on with. From it,
 once it is whole, come the rows for fine-tuning (rejection sampling) and pairs. Chapter 5.
@@ -6,8 +6,10 @@ once it is whole, come the rows for fine-tuning (rejection sampling) and pairs. 
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,56 @@ import torch
 
 from companion.data.writing import write_rows
 from companion.errors import CompanionError, DataError
-from companion.formatting.conversation import check_messages, is_messages
+from companion.formatting.conversation import as_reply, check_messages, has_text, is_messages
+from companion.resampling import Interval, bootstrap_interval
 from companion.scoring.scorer import OnError, Progress, RewardScorer
 from companion.scoring.streaming import Line, model_fingerprint, parse_line, write_in_chunks
 from companion.scoring.token_scorer import TokenScorer
-from companion.search.choosing import Candidate, order, score_rows
-from companion.search.ranks import RankReport, best_rows, measure_ranks, pair_rows
-from companion.search.sampling import Policy
+from companion.search.policy import Policy
+from companion.search.search import best_first, score_rows
 from companion.selection import best_of_n_kl, measured_best_of_n_kl
+
+
+@dataclass
+class RankReport:
+    """What :func:`rank_file` did.
+
+    Attributes
+    ----------
+    rows, resumed_at, failed : int
+        Rows of the input, rows that earlier runs had done, and rows without a ranking.
+    candidates, without_score, cut_off : int
+        Completions; those without a score; those that were cut off.
+    tied : int
+        Prompts of which several completions are best; the first of them is taken.
+    not_written : int
+        Prompts that have no finished completion with a score, and so no row for fine-tuning.
+    best, pairs : int
+        Rows written for fine-tuning, and pairs.
+    score_best, score_mean : float
+        Mean score of the best completions, and of all.
+    kl_bound, kl_measured : float
+        Mean over prompts of :func:`companion.selection.best_of_n_kl` and of
+        :func:`companion.selection.measured_best_of_n_kl`, in nats.
+    kl_interval : companion.resampling.Interval
+        95% bootstrap interval over prompts of the measured one.
+    """
+
+    rows: int
+    resumed_at: int
+    failed: int = 0
+    candidates: int = 0
+    without_score: int = 0
+    cut_off: int = 0
+    tied: int = 0
+    not_written: int = 0
+    best: int = 0
+    pairs: int = 0
+    score_best: float = float("nan")
+    score_mean: float = float("nan")
+    kl_bound: float = float("nan")
+    kl_measured: float = float("nan")
+    kl_interval: Interval | None = None
 
 
 def rank_file(
@@ -117,7 +161,7 @@ def rank_file(
     done = write_in_chunks(
         source,
         ranks,
-        lambda chunk: _rank_chunk(scorer, source, chunk, policy, sampling, on_error),
+        lambda chunk: _chunk_records(scorer, source, chunk, policy, sampling, on_error),
         state,
         overwrite=overwrite,
         chunk_rows=chunk_rows,
@@ -125,17 +169,17 @@ def rank_file(
         on_total=on_total,
     )
     report = RankReport(done.rows, done.resumed_at)
-    measure_ranks(ranks, report)
-    report.best = write_rows(best_rows(ranks, top_k), output)
+    _measure(ranks, report)
+    report.best = write_rows(_best_rows(ranks, top_k), output)
     if pairs_path is not None:
-        report.pairs = write_rows(pair_rows(ranks), pairs_path)
+        report.pairs = write_rows(_pair_rows(ranks), pairs_path)
     return report
 
 
 # ---------------------------------------------------------------------- one chunk
 
 
-def _rank_chunk(
+def _chunk_records(
     scorer: RewardScorer | TokenScorer,
     source: Path,
     chunk: Sequence[Line],
@@ -257,32 +301,92 @@ def _draw(
 def _record(
     index: int, row: Mapping[str, Any], values: np.ndarray, reasons: Sequence[str | None]
 ) -> dict[str, Any]:
-    completions = row["completions"]
-    candidates = [
-        Candidate(str(place), [], ended, float(value), reason)
-        for place, (ended, value, reason) in enumerate(
-            zip(row["terminated"], values, reasons, strict=True)
-        )
-    ]
+    ended, completions = row["terminated"], row["completions"]
     record: dict[str, Any] = {"index": index}
     record |= {key: row[key] for key in ("id", "prompt", "n_tokens") if key in row}
-    ranked = order(candidates)
-    scored = [item for item in ranked if item.reason is None]
+    ranked = sorted(range(len(completions)), key=lambda i: best_first(values[i], ended[i]))
+    scored = [i for i in ranked if reasons[i] is None]
     if not scored:
-        return {**record, "error": f"no completion has a score: {ranked[0].reason}"}
+        return {**record, "error": f"no completion has a score: {reasons[ranked[0]]}"}
     record["completions"] = [
         {
-            "place": int(item.text),
-            "completion": completions[int(item.text)],
-            "score": item.score if item.reason is None else None,
-            "terminated": item.terminated,
-            **({} if item.reason is None else {"error": item.reason}),
+            "place": i,
+            "completion": completions[i],
+            "score": float(values[i]) if reasons[i] is None else None,
+            "terminated": ended[i],
+            **({} if reasons[i] is None else {"error": reasons[i]}),
         }
-        for item in ranked
+        for i in ranked
     ]
-    keys = [(item.terminated, item.score) for item in scored]
+    keys = [(ended[i], float(values[i])) for i in scored]
     levels = torch.tensor([float(sorted(set(keys)).index(key)) for key in keys])
     record["n_tied"] = keys.count(keys[0])
     record["kl_bound"] = best_of_n_kl(len(scored))
     record["kl_measured"] = float(measured_best_of_n_kl(levels, len(scored)))
     return record
+
+
+# ---------------------------------------------------------------------- the file of ranks
+
+
+def _ranked(ranks: Path) -> Iterator[dict[str, Any]]:
+    with open(ranks, encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _finished(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Completions that may be trained on, best first."""
+    return [
+        item
+        for item in record.get("completions", [])
+        if item["terminated"] and item["score"] is not None and _says_something(item["completion"])
+    ]
+
+
+def _says_something(completion: Any) -> bool:
+    return has_text(completion if isinstance(completion, str) else completion[-1].get("content"))
+
+
+def _measure(ranks: Path, report: RankReport) -> None:
+    """Fill in the counts and means of a file of ranks."""
+    best, every, bounds, measured = [], [], [], []
+    for record in _ranked(ranks):
+        if "error" in record:
+            report.failed += 1
+            continue
+        items = record["completions"]
+        report.candidates += len(items)
+        report.without_score += sum(item["score"] is None for item in items)
+        report.cut_off += sum(not item["terminated"] for item in items)
+        report.tied += record["n_tied"] > 1
+        report.not_written += not _finished(record)
+        scores = [item["score"] for item in items if item["score"] is not None]
+        best.append(scores[0])
+        every += scores
+        bounds.append(record["kl_bound"])
+        measured.append(record["kl_measured"])
+    if best:
+        report.score_best, report.score_mean = float(np.mean(best)), float(np.mean(every))
+        report.kl_bound, report.kl_measured = float(np.mean(bounds)), float(np.mean(measured))
+        report.kl_interval = bootstrap_interval(measured)
+
+
+def _best_rows(ranks: Path, top_k: int) -> Iterator[dict[str, Any]]:
+    """The best finished completions of each prompt, as ``prompt`` and ``completion``."""
+    for record in _ranked(ranks):
+        for item in _finished(record)[:top_k]:
+            prompt = record["prompt"]
+            yield {"prompt": prompt, "completion": as_reply(prompt, item["completion"])}
+
+
+def _pair_rows(ranks: Path) -> Iterator[dict[str, Any]]:
+    """Best and worst finished completion of each prompt, as ``chosen`` and ``rejected``."""
+    for record in _ranked(ranks):
+        items = _finished(record)
+        if items and items[0]["score"] > items[-1]["score"]:
+            prompt = record["prompt"]
+            yield {
+                "prompt": prompt,
+                "chosen": as_reply(prompt, items[0]["completion"]),
+                "rejected": as_reply(prompt, items[-1]["completion"]),
+            }
