@@ -31,7 +31,7 @@ from companion.data.tutor import make_rows
 from companion.quickstart import TUTOR_BASE
 from companion.resampling import bootstrap_interval
 from companion.rl import GRPORunConfig, Look, PolicyArguments, PromptArguments, train_grpo
-from companion.rl.sources import open_reward
+from companion.rl.rewards import open_reward
 from companion.search.policy import Policy
 
 PROMPTS_SEED, SCALE_SEED = 903, 904

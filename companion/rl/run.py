@@ -7,30 +7,175 @@ held-out scorer, and figures on further prompts, which nothing was chosen by.
 
 from __future__ import annotations
 
+import json
+import math
 from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, disable_progress_bars
 from transformers import GenerationConfig, PrinterCallback, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
-from companion.data.loading import load_rows_with_report
 from companion.data.splits import prompt_key, split_by_prompt
 from companion.errors import CompanionError, DataError
 from companion.models.causal import load_causal
 from companion.models.pieces import load_tokenizer, resolve
+from companion.resampling import Interval, bootstrap_interval
 from companion.rl.config import GRPORunConfig, PolicyArguments, PromptArguments
-from companion.rl.looks import Look, Viewer
 from companion.rl.monitor import OveroptimizationMonitor
-from companion.rl.result import GRPOResult
-from companion.rl.result import summary as summary
-from companion.rl.several import RewardCallable, joint_rewards, reward_name, weighted_sum
-from companion.rl.sources import open_reward
-from companion.search.policy import Policy
+from companion.rl.policy_evaluation import Look
+from companion.rl.rewards import (
+    RewardCallable,
+    joint_rewards,
+    open_reward,
+    reward_name,
+    weighted_sum,
+)
+from companion.search.policy import Policy, end_token_ids
+from companion.tables import format_table
 from companion.training.result import whole_parameters
-from companion.training.stages import Say, checkpoint_of
+from companion.training.stages import Say, checkpoint_of, load_given
+
+RESULT_FILE = "grpo_result.json"
+
+
+@dataclass
+class GRPOResult:
+    """What :func:`train_grpo` returns.
+
+    Attributes
+    ----------
+    output_dir : Path
+        Folder of the policy at its best.
+    reason : str or None
+        Why the monitor stopped the run; None if it took all its steps.
+    steps, best_step : int
+        Steps taken, and the step at which the held-out score was best on the monitored prompts.
+    start, best, end : Look
+        Figures on the test prompts, which nothing was chosen by, with one set of dice.
+    monitor : OveroptimizationMonitor
+        With its looks at the monitored prompts.
+    log_history : list of dict
+        All that was logged, as transformers keeps it.
+    train_metrics : dict
+        Run time and the like.
+    counts : dict
+        What the reward functions counted on rank 0.
+    notes : list of str
+        What was dropped or assumed.
+    """
+
+    output_dir: Path
+    reason: str | None
+    steps: int
+    best_step: int
+    start: Look
+    best: Look
+    end: Look
+    monitor: OveroptimizationMonitor
+    log_history: list[dict[str, Any]]
+    train_metrics: dict[str, float]
+    counts: dict[str, dict[str, int]]
+    notes: list[str] = field(default_factory=list)
+
+    def gain(self, name: str, of: str = "best") -> tuple[float, Interval]:
+        """Mean change of a figure since the start, prompt by prompt, and its 95% interval.
+
+        Parameters
+        ----------
+        name : str
+            ``gold``, ``proxy``, or a further scorer's name.
+        of : {"best", "end"}
+        """
+        change = getattr(self, of).figures[name] - self.start.figures[name]
+        change = change[np.isfinite(change)]
+        if not change.size:
+            return math.nan, Interval(math.nan, math.nan)
+        return float(change.mean()), bootstrap_interval(change)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain JSON; None in place of NaN."""
+        looks = {"start": self.start, "best": self.best, "end": self.end}
+        figures = {
+            where: {
+                name: {"mean": _number(look.mean(name)), "interval": _pair(look.interval(name))}
+                for name in look.figures
+            }
+            | {"length": look.length, "truncated": look.truncated, "without": look.without}
+            for where, look in looks.items()
+        }
+        gains = {}
+        for name in self.start.figures:
+            if name != "kl":
+                mean, interval = self.gain(name)
+                gains[name] = {"mean": _number(mean), "interval": _pair(interval)}
+        return {
+            "reason": self.reason,
+            "steps": self.steps,
+            "best_step": self.best_step,
+            "test_prompts": len(self.start.figures["kl"]),
+            "figures": figures,
+            "gains": gains,
+            "train": {k: v for k, v in self.train_metrics.items() if isinstance(v, (int, float))},
+            "counts": self.counts,
+            "notes": self.notes,
+        }
+
+    def save(self) -> Path:
+        """Write ``grpo_result.json``."""
+        path = self.output_dir / RESULT_FILE
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return path
+
+
+def summary(result: GRPOResult) -> str:
+    """The table that ends a run."""
+    looks = (result.start, result.best, result.end)
+    rows = [
+        (name, *(_shown(look.mean(name), look.interval(name)) for look in looks))
+        for name in result.start.figures
+    ]
+    rows.append(("tokens", *(f"{look.length:.1f}" for look in looks)))
+    rows.append(("cut off", *(f"{look.truncated:.1%}" for look in looks)))
+    head = ("held-out figure", "start", f"best, step {result.best_step}", f"end, {result.steps}")
+    lines = [format_table(head, rows), ""]
+    for name in result.start.figures:
+        if name != "kl":
+            mean, (low, high) = result.gain(name)
+            lines.append(
+                f"gain of {name}, best against start: {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+            )
+    lines.append(
+        f"{len(result.start.figures['kl']):,} test prompts, 95% intervals; KL in nats a completion"
+    )
+    for where, look in zip(("start", "best", "end"), looks, strict=True):
+        missing = [f"{n:,} without {name}" for name, n in look.without.items() if n]
+        if missing:
+            lines.append(f"{where}: completions {', '.join(missing)}")
+    lines.append(
+        f"stopped at step {result.steps}: {result.reason}"
+        if result.reason
+        else f"took all {result.steps:,} steps"
+    )
+    lines.append(f"saved in {result.output_dir}")
+    return "\n".join(lines)
+
+
+def _shown(mean: float, interval: Interval) -> str:
+    return f"{mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _pair(interval: Interval) -> list[float | None]:
+    return [_number(interval.low), _number(interval.high)]
 
 
 def train_grpo(
@@ -106,7 +251,8 @@ def train_grpo(
     if config.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
     reference = None
-    if not model.use_peft and (config.beta == 0 or config.sync_ref_model or _zero3()):
+    zero3 = is_deepspeed_zero3_enabled()
+    if not model.use_peft and (config.beta == 0 or config.sync_ref_model or zero3):
         with whole_parameters():
             reference = load_causal(name, device=config.device, dtype=model.dtype, **shared)[0]
     output = str(config.output_dir)
@@ -169,28 +315,9 @@ def hold_out(
     DataError
         For rows that cannot be used, or too few prompts.
     """
-    common: dict[str, Any] = {"kind": "prompts", "on_error": data.on_error}
-    train, report = load_rows_with_report(
-        data.dataset_name,
-        split=data.dataset_train_split,
-        name=data.dataset_config,
-        revision=data.dataset_revision,
-        limit=data.limit,
-        **common,
-    )
-    notes = [f"{text} ({count:,} rows)" for text, count in report.notes.items()]
-    for word, counter in (("skipped", report.skipped), ("left out", report.left_out)):
-        notes += [f"{count:,} rows {word}: {why}" for why, count in counter.items()]
+    train, held, notes = load_given(data, "prompts")
     wanted = data.monitor_prompts + data.test_prompts
-    if data.eval_dataset_name is not None or data.dataset_test_split is not None:
-        other = data.eval_dataset_name is not None
-        held, _ = load_rows_with_report(
-            data.eval_dataset_name if other else data.dataset_name,
-            split=data.dataset_test_split or "train",
-            name=None if other else data.dataset_config,
-            revision=None if other else data.dataset_revision,
-            **common,
-        )
+    if held is not None:
         distinct = list({prompt_key(row): dict(row) for row in held}.values())
     else:
         rows = list({prompt_key(row): dict(row) for row in train}.values())
@@ -238,30 +365,16 @@ def _scorers(
 ) -> tuple[list[Any], RewardCallable, RewardCallable | None, dict[str, RewardCallable]]:
     """Rewards for TRL, their weighted sum, the held-out scorer, and what is measured besides."""
 
-    def plain(source: str) -> RewardCallable:
-        return open_reward(
-            source,
-            eos_token_ids=eos_token_ids,
-            protocol=config.reward_protocol,  # type: ignore[arg-type]
-        )
-
+    protocol: Any = config.reward_protocol
+    plain = partial(open_reward, eos_token_ids=eos_token_ids, protocol=protocol)
+    transform: Any = config.reward_transform
     opened = [
-        open_reward(
-            source,
-            transform=config.reward_transform,  # type: ignore[arg-type]
-            clip=config.reward_clip,
-            truncated=config.truncated,
-            eos_token_ids=eos_token_ids,
-            protocol=config.reward_protocol,  # type: ignore[arg-type]
-        )
+        plain(source, transform=transform, clip=config.reward_clip, truncated=config.truncated)
         for source in config.reward_model
     ]
     proxy = weighted_sum(opened, config.reward_weights)
     gold = None if config.held_out_scorer is None else plain(config.held_out_scorer)
-    further: dict[str, RewardCallable] = {}
-    for source in config.also_measure:
-        scorer = plain(source)
-        further[reward_name(scorer)] = scorer
+    further = {reward_name(scorer): scorer for scorer in map(plain, config.also_measure)}
     rewards: list[Any] = list(opened if len(opened) == 1 else joint_rewards(opened))
     return rewards, proxy, gold, further
 
@@ -277,16 +390,7 @@ def _test_figures(
     shared: dict[str, Any],
 ) -> dict[str, Look]:
     """Looks at the start, the best and the end, on prompts that nothing was chosen by."""
-    seen = monitor.viewer
-    viewer = Viewer(
-        rows,
-        seen.scorers,
-        completions=seen.completions,
-        max_completion_length=seen.max_completion_length,
-        temperature=seen.temperature,
-        kl_estimator=seen.kl_estimator,
-        seed=seen.seed + 1,
-    )
+    viewer = replace(monitor.viewer, rows=rows, seed=monitor.viewer.seed + 1)
     best, last = monitor.best, trainer.state.global_step
     assert best is not None
     looks: dict[str, Look] = {}
@@ -323,8 +427,7 @@ def _eos_ids(name: str, tokenizer: Any, shared: dict[str, Any]) -> list[int]:
         said: Any = GenerationConfig.from_pretrained(name, revision=shared["revision"]).eos_token_id
     except OSError:  # no generation_config.json
         said = None
-    more = said if isinstance(said, (list, tuple)) else [] if said is None else [said]
-    return sorted({int(tokenizer.eos_token_id), *map(int, more)})
+    return end_token_ids(tokenizer, said)
 
 
 def _lora(model: PolicyArguments) -> Any:
@@ -343,15 +446,7 @@ def _lora(model: PolicyArguments) -> Any:
     )
 
 
-def _zero3() -> bool:
-    return bool(is_deepspeed_zero3_enabled())
-
-
 def _counts(rewards: list[Any]) -> dict[str, dict[str, int]]:
     """What each reward function counted; of rank 0 alone."""
-    counts: dict[str, dict[str, int]] = {}
-    for function in rewards:
-        counted = getattr(function, "counts", None)
-        if counted:
-            counts[reward_name(function)] = dict(counted)
-    return counts
+    counted = {reward_name(function): getattr(function, "counts", None) for function in rewards}
+    return {name: dict(counts) for name, counts in counted.items() if counts}

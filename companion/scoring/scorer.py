@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,10 +20,8 @@ from companion.models.loading import load_reward_model
 from companion.models.manifest import ReferenceStats
 from companion.models.reward_model import RewardModel
 from companion.scoring.results import PairScores, Scores
+from companion.scoring.reward_function import RewardFunction
 from companion.scoring.running import BatchRunner, Packing
-
-if TYPE_CHECKING:
-    from companion.rl.reward_function import RewardFunction
 
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int], None]
@@ -228,11 +226,9 @@ class RewardScorer:
         Parameters
         ----------
         **settings
-            Those of :class:`companion.rl.reward_function.RewardFunction`: ``transform``, ``clip``,
+            Those of :class:`RewardFunction`: ``transform``, ``clip``,
             ``truncated``, ``eos_token_ids``, ``name``.
         """
-        from companion.rl.reward_function import RewardFunction
-
         return RewardFunction(self, **settings)
 
     # ------------------------------------------------------------------ token ids

@@ -143,8 +143,7 @@ class Policy:
     def eos_token_ids(self) -> list[int]:
         """Tokens that end a completion: the tokenizer's EOS and those of the checkpoint."""
         said = getattr(self.model.generation_config, "eos_token_id", None)
-        more = said if isinstance(said, (list, tuple)) else [] if said is None else [said]
-        return sorted({int(self.tokenizer.eos_token_id), *map(int, more)})
+        return end_token_ids(self.tokenizer, said)
 
     @property
     def pad_token_id(self) -> int:
@@ -470,3 +469,9 @@ class Policy:
             stopping_criteria=StoppingCriteriaList(stopping),
         )
         return written[:, batch["input_ids"].shape[1] :]  # type: ignore[no-any-return]
+
+
+def end_token_ids(tokenizer: Any, said: int | Sequence[int] | None) -> list[int]:
+    """Tokens that end a completion: the tokenizer's EOS, and what a generation config says."""
+    more = [] if said is None else [said] if isinstance(said, int) else said
+    return sorted({int(tokenizer.eos_token_id), *map(int, more)})

@@ -21,6 +21,7 @@ from companion.models.loading import load_base
 from companion.models.lora import apply_lora
 from companion.models.manifest import RewardManifest
 from companion.models.reward_model import RewardModel
+from companion.training.arguments import SourceArguments
 from companion.training.config import (
     DataArguments,
     ModelArguments,
@@ -236,37 +237,51 @@ def load_sets(data: RowArguments, kind: str = "pairs") -> RowSets:
     DataError
         For rows that cannot be used, or too few prompts to hold any out.
     """
-    common: dict[str, Any] = {"kind": kind, "on_error": data.on_error}
-    if isinstance(data, DataArguments):
-        common["margins"] = data.margins
+    margins = {"margins": data.margins} if isinstance(data, DataArguments) else {}
+    rows, held, notes = load_given(data, kind, **margins)
+    train_source = held_source = str(data.dataset_name)
+    if held is None:
+        train, held = split_by_prompt(rows, data.eval_fraction, seed=data.split_seed, exact=True)
+        return RowSets(train, held, train_source, held_source, notes)
+    held_source = f"{data.eval_dataset_name or data.dataset_name}"
+    if data.eval_dataset_name is None:
+        held_source += f" [{data.dataset_test_split}]"
+    return RowSets(rows, held, train_source, held_source, notes)
+
+
+def load_given(
+    data: SourceArguments, kind: str, **settings: Any
+) -> tuple[Dataset, Dataset | None, list[str]]:
+    """The rows, the held-out rows if they are named, and notes of what became of the first.
+
+    Raises
+    ------
+    DataError
+        For rows that cannot be used.
+    """
+    settings |= {"kind": kind, "on_error": data.on_error}
     rows, report = load_rows_with_report(
         data.dataset_name,
         split=data.dataset_train_split,
         name=data.dataset_config,
         revision=data.dataset_revision,
         limit=data.limit,
-        **common,
+        **settings,
     )
     notes = [f"{text} ({count:,} rows)" for text, count in report.notes.items()]
     for word, counter in (("skipped", report.skipped), ("left out", report.left_out)):
         notes += [f"{count:,} rows {word}: {why}" for why, count in counter.items()]
-    train_source = held_source = str(data.dataset_name)
-    if data.eval_dataset_name is not None or data.dataset_test_split is not None:
-        other = data.eval_dataset_name is not None
-        held, _ = load_rows_with_report(
-            data.eval_dataset_name if other else data.dataset_name,
-            split=data.dataset_test_split or "train",
-            name=None if other else data.dataset_config,
-            revision=None if other else data.dataset_revision,
-            **common,
-        )
-        held_source = f"{data.eval_dataset_name or data.dataset_name}"
-        if not other:
-            held_source += f" [{data.dataset_test_split}]"
-        train = rows
-    else:
-        train, held = split_by_prompt(rows, data.eval_fraction, seed=data.split_seed, exact=True)
-    return RowSets(train, held, train_source, held_source, notes)
+    if data.eval_dataset_name is None and data.dataset_test_split is None:
+        return rows, None, notes
+    other = data.eval_dataset_name is not None
+    held, _ = load_rows_with_report(
+        data.eval_dataset_name if other else data.dataset_name,
+        split=data.dataset_test_split or "train",
+        name=None if other else data.dataset_config,
+        revision=None if other else data.dataset_revision,
+        **settings,
+    )
+    return rows, held, notes
 
 
 def halves(given: Dataset, rows: Dataset, data: RowArguments) -> tuple[list[int], list[int]]:

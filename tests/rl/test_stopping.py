@@ -7,7 +7,7 @@ import pytest
 
 from companion.errors import DataError, ShapeError
 from companion.rl import FallTest
-from companion.rl.stopping import paired_fall
+from companion.sequential import paired_fall
 
 LOOKS, PROMPTS, RUNS = 16, 100, 200
 

@@ -1,4 +1,6 @@
-"""One look at a policy: completions of held-out prompts, scored by several scorers, and the KL.
+"""A policy on held-out prompts: completions, scored by several scorers, and the KL.
+
+One such evaluation in training is called a look.
 
 Chapter 5.
 """
@@ -17,8 +19,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from companion.errors import DataError
+from companion.formatting.conversation import as_reply
 from companion.resampling import Interval, bootstrap_interval
-from companion.rl.several import RewardCallable
+from companion.rl.rewards import RewardCallable
 from companion.search.policy import Policy, Sample
 
 Array = npt.NDArray[np.float64]
@@ -209,12 +212,7 @@ class Viewer:
         values = {
             "kl": [completion_kl(a, b, self.kl_estimator) for a, b in zip(own, other, strict=True)]
         }
-        texts = [
-            sample.text
-            if isinstance(prompt, str)
-            else [{"role": "assistant", "content": sample.text}]
-            for prompt, sample in zip(prompts, samples, strict=True)
-        ]
+        texts = [as_reply(p, sample.text) for p, sample in zip(prompts, samples, strict=True)]
         names = {name for row in rows for name in row} - {"prompt", "completion", "completion_ids"}
         columns = {name: [row.get(name) for row in repeated] for name in sorted(names)}
         ids = [sample.token_ids for sample in samples]

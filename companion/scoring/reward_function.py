@@ -13,17 +13,34 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from companion.errors import CompanionError, DataError, ModelError
-from companion.scoring.remote import RemoteScorer
-from companion.scoring.scorer import RewardScorer
+from companion.models.manifest import ReferenceStats
+from companion.scoring.results import Scores
 
 logger = logging.getLogger(__name__)
 
 Transform = Literal["raw", "centered", "z", "sigmoid"]
+
+
+class RowScorer(Protocol):
+    """What a reward function asks of a scorer, whether the model is here or on a server."""
+
+    @property
+    def reference(self) -> ReferenceStats | None:
+        """The reference set of the manifest."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The reward model's tokenizer."""
+
+    def score(
+        self, rows: Sequence[Mapping[str, Any]], *, on_error: Literal["raise", "skip"]
+    ) -> Scores:
+        """Scores in the order of the rows; with "skip" a bad row has NaN and a reason."""
 
 
 class RewardFunction:
@@ -69,7 +86,7 @@ class RewardFunction:
 
     def __init__(
         self,
-        scorer: RewardScorer | RemoteScorer | str,
+        scorer: RowScorer | str,
         *,
         transform: Transform = "raw",
         clip: float | None = None,
@@ -84,9 +101,7 @@ class RewardFunction:
         if isinstance(truncated, str) and truncated != "score":
             raise DataError(f"truncated is {truncated!r}", "use 'score', None or a number")
         self._source = scorer if isinstance(scorer, str) else None
-        self.scorer: RewardScorer | RemoteScorer = (
-            RewardScorer.from_pretrained(scorer) if isinstance(scorer, str) else scorer
-        )
+        self.scorer: RowScorer = _load(scorer) if isinstance(scorer, str) else scorer
         if transform != "raw" and self.scorer.reference is None:
             raise ModelError(
                 f"transform={transform!r} needs a reference set, and the manifest has none",
@@ -189,4 +204,10 @@ class RewardFunction:
         if "scorer" not in state:
             if self._source is None:
                 raise CompanionError("a reward function without its scorer", "make it anew")
-            self.scorer = RewardScorer.from_pretrained(self._source)
+            self.scorer = _load(self._source)
+
+
+def _load(source: str) -> RowScorer:
+    from companion.scoring.scorer import RewardScorer  # which can itself make a reward function
+
+    return RewardScorer.from_pretrained(source)
