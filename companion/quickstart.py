@@ -19,6 +19,7 @@ import numpy as np
 
 from companion.data.splits import prompt_key
 from companion.data.tutor import GOLD, grade, make_rows
+from companion.data.writing import write_rows
 from companion.errors import CompanionError
 from companion.evaluation import EvaluationResult, evaluate_pairs
 from companion.report import write_report
@@ -86,12 +87,6 @@ def make_data(config: QuickstartConfig) -> dict[str, list[dict[str, Any]]]:
         seen.update(prompt_key(row) for row in fresh)
         sets[name] = fresh
     return sets
-
-
-def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _prepare(output: Path) -> None:
@@ -185,7 +180,7 @@ def run_quickstart(
     say(f"1/4 data: {config.n_train + config.n_eval + config.n_test:,} pairs of the tutor")
     sets = make_data(config)
     for name, rows in sets.items():
-        _write_jsonl(output / "data" / f"{name}.jsonl", rows)
+        write_rows(rows, output / "data" / f"{name}.jsonl")
     lap("data")
 
     say(f"2/4 training: one epoch over {config.n_train:,} pairs, from the tutor base")

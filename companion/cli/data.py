@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_type_hints
+from typing import TYPE_CHECKING, Any, Final
 
+from companion.cli.shared import add_fields, add_flags
 from companion.errors import DataError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     split.add_argument("--by", metavar="COLUMN", help="keep rows together by this column instead")
     split.add_argument("--exact", action="store_true", help="meet the share of rows, not prompts")
     split.add_argument("--output_dir", required=True, help="folder for the parts and split.json")
-    split.add_argument("--overwrite", action="store_true", help="replace parts that exist")
+    add_flags(split, "overwrite", overwrite="replace parts that exist")
 
     convert = action("convert", "write rows in the companion's form (also hh-rlhf, UltraFeedback)")
     _source_arguments(convert)
@@ -91,7 +91,7 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--split", default="train", help="split of a folder or hub dataset; train[:100] works too")
     add("--name", help="configuration of a hub dataset")
-    add("--limit", type=int, help="only the first rows")
+    add_flags(parser, "limit", limit="only the first rows")
     add("--columns", nargs="+", metavar="OLD=NEW", help="rename columns")
     add(
         "--margins", choices=_MARGINS, default="given", help="margins: as given, from ratings, none"
@@ -99,12 +99,7 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _on_error_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--on_error",
-        choices=("raise", "skip"),
-        default="raise",
-        help="skip leaves bad rows out and counts them",
-    )
+    add_flags(parser, "on_error", on_error="skip leaves bad rows out and counts them")
 
 
 def _tutor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,17 +109,9 @@ def _tutor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=5000, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="rows of one seed are always the same")
     parser.add_argument("--output", required=True, help=_OUTPUT_HELP)
-    hints, texts = get_type_hints(Dials), _field_comments(Dials)
+    texts = _field_comments(Dials)
     group = parser.add_argument_group("dials")
-    for item in fields(Dials):
-        kind = hints[item.name]
-        text = texts.get(item.name, item.name.replace("_", " "))
-        flag = f"--{item.name}"
-        if kind is bool:
-            action = argparse.BooleanOptionalAction
-            group.add_argument(flag, action=action, default=item.default, help=text)
-        else:
-            group.add_argument(flag, type=kind, default=item.default, help=text)
+    add_fields(group, Dials, lambda name: texts.get(name, name.replace("_", " ")))
 
 
 def _field_comments(cls: type) -> dict[str, str]:
@@ -223,7 +210,7 @@ def _split(args: argparse.Namespace) -> int:
         prompt_key,
         split_by_prompt,
     )
-    from companion.data.writing import write_rows
+    from companion.data.writing import whole_file, write_rows
 
     folder = Path(args.output_dir)
     paths = {name: folder / f"{name}.jsonl" for name in ("train", "test")}
@@ -246,10 +233,9 @@ def _split(args: argparse.Namespace) -> int:
         "overlap": overlap.as_dict(),
         "sha256": {"train": dataset_fingerprint(train), "test": dataset_fingerprint(test)},
     }
-    target = folder / "split.json"
-    part_file = target.with_name("split.json.part")
-    part_file.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(part_file, target)
+    with whole_file(folder / "split.json") as part_file:
+        text = json.dumps(record, ensure_ascii=False, indent=2)
+        part_file.write_text(text + "\n", encoding="utf-8")
     print(f"{overlap}\nwritten to {folder}: train.jsonl, test.jsonl, split.json")
     if not overlap.clean:
         print(f"warning: split by {args.by!r}, prompts stand in both parts", file=sys.stderr)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from companion.cli.shared import add_flags, check_target, open_scorer, progress_bar
 from companion.errors import DataError
 
 
@@ -23,30 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dataset_split", default="test", help="split; a single file has but one")
     add("--dataset_config", default=None, help="configuration of a hub dataset")
-    add("--limit", type=int, default=None, help="take the first rows only")
-    add("--device", default=None, help="cpu, cuda, …; a GPU is taken if there is one")
-    add(
-        "--max_tokens_per_batch",
-        type=int,
-        default=None,
-        help="tokens computed in a batch; the scorer's own choice if not given",
-    )
-    add(
-        "--packing",
-        choices=("auto", "off"),
-        default="auto",
-        help="auto: no padding, and a pair's prompt computed once, where that is exact for the "
+    add_flags(
+        parser,
+        *("limit", "device", "max_tokens_per_batch", "packing", "max_length", "dtype"),
+        *("revision", "trust_remote_code"),
+        device="cpu, cuda, …; a GPU is taken if there is one",
+        max_tokens_per_batch="tokens computed in a batch; the scorer's own choice if not given",
+        packing="auto: no padding, and a pair's prompt computed once, where that is exact for the "
         "model (if not, the log says why); off: padded batches",
     )
-    add("--max_length", type=int, default=None, help="in tokens, in place of the model's own")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the weights",
-    )
-    add("--revision", default=None, help="of a hub id")
-    add("--trust_remote_code", action="store_true", help="run the hub's model code")
     add("--json", type=Path, default=None, metavar="FILE", help="write all figures here")
     add(
         "--report",
@@ -57,23 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _check_target(path: Path | None) -> None:
-    """Fail before the scoring, not after it."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise DataError(f"{path} is a folder", "name a file in it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write to {path.parent}: {error.strerror}") from error
-
-
 def run(args: argparse.Namespace) -> int:
     """Load, score, compute, print; return 0."""
     for target in (args.json, args.report):
-        _check_target(target)
-    from companion.scoring.opening import load_scorer, model_kind
+        check_target(target)
+    from companion.scoring.opening import model_kind
 
     kind = model_kind(args.model, revision=args.revision)
     if args.report is not None and kind != "scalar":
@@ -82,18 +56,7 @@ def run(args: argparse.Namespace) -> int:
         )
     # The data first: a wrong path is found in a moment, a model may take minutes.
     rows, row_kind = _load(args, kind)
-    scorer = load_scorer(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        max_tokens_per_batch=args.max_tokens_per_batch,
-        packing=args.packing,
-        max_length=args.max_length,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-    )
-    for note in scorer.notes:
-        print(f"note: {note}", file=sys.stderr)
+    scorer = open_scorer(args)
     from companion import __version__
 
     info = {
@@ -145,8 +108,6 @@ def _load(args: argparse.Namespace, kind: str) -> tuple[Any, str]:
 
 def _evaluate(scorer: Any, rows: Any, kind: str, info: dict[str, Any]) -> Any:
     """The figures that belong to the kind of the rows."""
-    from tqdm.auto import tqdm
-
     from companion.evaluation import evaluate_pairs
     from companion.ranking_evaluation import evaluate_rankings
     from companion.token_evaluation import evaluate_tokens
@@ -159,5 +120,5 @@ def _evaluate(scorer: Any, rows: Any, kind: str, info: dict[str, Any]) -> Any:
     evaluate: Any = {"pairs": evaluate_pairs, "rankings": evaluate_rankings}.get(
         kind, evaluate_tokens
     )
-    with tqdm(desc="scoring", total=total, unit=" texts", file=sys.stderr) as bar:
-        return evaluate(scorer, rows, info=info, progress=bar.update)
+    with progress_bar("scoring", "texts", total) as moved:
+        return evaluate(scorer, rows, info=info, progress=moved["progress"])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from companion.cli.shared import add_flags, check_target, loading, progress_bar
 from companion.errors import DataError
 
 
@@ -26,10 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--report", type=Path, metavar="FILE", help="write the bias report (JSON) here")
     add("--own_model", help="what model_a and model_b call the judge's own texts")
     add("--max_tokens", type=int, help="of an answer; default: as the template says")
-    add("--limit", type=int, help="take the first rows only")
+    add_flags(parser, "limit")
     add("--keep_answers", action="store_true", help="write what the judge said into each row")
-    add("--on_error", choices=("raise", "skip"), default="raise", help="what a bad row does")
-    add("--overwrite", action="store_true", help="replace the output; the cache stays")
+    add_flags(
+        parser,
+        *("on_error", "overwrite"),
+        on_error="what a bad row does",
+        overwrite="replace the output; the cache stays",
+    )
     add(
         "--chat_template_kwargs", type=_json, metavar="JSON", help='e.g. {"enable_thinking": false}'
     )
@@ -42,11 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--max_retries", type=int, default=6, help="of one request")
     server.add_argument("--request", type=_json, metavar="JSON", help="fields of each request")
     local = parser.add_argument_group("in this process")
-    local.add_argument("--max_tokens_per_batch", type=int, help="tokens of a batch")
-    local.add_argument("--device", help="default: the GPU if there is one")
-    local.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    local.add_argument("--revision", help="of a hub id")
-    local.add_argument("--trust_remote_code", action="store_true", help="run the hub's model code")
+    add_flags(
+        local,
+        *("max_tokens_per_batch", "device", "dtype", "revision", "trust_remote_code"),
+        dtype=None,
+    )
 
 
 def _json(text: str) -> dict[str, Any]:
@@ -61,10 +66,7 @@ def _json(text: str) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Judge the file; 0 if at least one row has a verdict."""
-    if args.report is not None and args.report.is_dir():
-        raise DataError(f"{args.report} is a folder", "name a file in it")
-    from tqdm.auto import tqdm
-
+    check_target(args.report)
     from companion.judge import Judge, judge_file, judge_report, load_template
 
     template = load_template(args.template)
@@ -76,30 +78,12 @@ def run(args: argparse.Namespace) -> int:
         "chat_template_kwargs": args.chat_template_kwargs,
     }
     if args.base_url is not None:
-        judge = Judge.from_server(
-            args.model,
-            args.base_url,
-            template,
-            api_key_env=args.api_key_env,
-            concurrency=args.concurrency,
-            requests_per_minute=args.requests_per_minute,
-            timeout=args.timeout,
-            max_retries=args.max_retries,
-            request=args.request,
-            **shared,
-        )
+        asking = ("api_key_env", "concurrency", "requests_per_minute", "timeout", "max_retries")
+        shared |= {name: getattr(args, name) for name in (*asking, "request")}
+        judge = Judge.from_server(args.model, args.base_url, template, **shared)
     else:
-        judge = Judge.from_pretrained(
-            args.model,
-            template,
-            max_tokens_per_batch=args.max_tokens_per_batch,
-            device=args.device,
-            dtype=args.dtype,
-            revision=args.revision,
-            trust_remote_code=args.trust_remote_code,
-            **shared,
-        )
-    with judge, tqdm(desc="judging", unit=" answers", file=sys.stderr) as bar:
+        judge = Judge.from_pretrained(args.model, template, **loading(args), **shared)
+    with judge, progress_bar("judging", "answers") as moved:
         report = judge_file(
             judge,
             args.input,
@@ -108,8 +92,7 @@ def run(args: argparse.Namespace) -> int:
             keep_answers=args.keep_answers,
             on_error=args.on_error,
             overwrite=args.overwrite,
-            progress=bar.update,
-            on_total=lambda total: bar.reset(total=total),
+            **moved,
         )
     _say(judge, report, args.output)
     if args.report is not None:
@@ -128,5 +111,5 @@ def _say(judge: Any, report: Any, output: str) -> None:
         parts.append(f"{judge.backend.retries} sent again")
     print(f"{output}: {', '.join(parts)}", file=sys.stderr)
     if report.bad_rows:
-        print(f"{len(report.bad_rows)} bad rows left out, first: {report.bad_rows[0]}",
-              file=sys.stderr)  # fmt: skip
+        said = f"{len(report.bad_rows)} bad rows left out, first: {report.bad_rows[0]}"
+        print(said, file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from companion.errors import DataError
+from companion.cli.shared import check_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compute, print, write; return 0."""
-    if args.json is not None and args.json.is_dir():
-        raise DataError(f"{args.json} is a folder", "name a file in it")
+    check_target(args.json)
     from companion.data.readers import read_rows
     from companion.judge import annotator_report, judge_report, load_annotations
 

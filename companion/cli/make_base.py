@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from companion.cli.shared import add_fields
 from companion.errors import CompanionError
 
 
@@ -19,18 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_dir", default="tutor-base", help="folder to write; must be new or empty"
     )
     parser.add_argument("--log_every", type=int, default=500, help="steps between two measurements")
-    for field in dataclasses.fields(BaseConfig):
-        if isinstance(field.default, bool):
-            parser.add_argument(
-                f"--{field.name}",
-                action=argparse.BooleanOptionalAction,
-                default=field.default,
-                help=" ",
-            )
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=type(field.default), default=field.default, help=" "
-            )
+    add_fields(parser, BaseConfig, lambda name: " ")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
+
+from companion.cli.shared import add_flags, loading, open_scorer, progress_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,45 +28,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=512, help="of a completion")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--top_k", type=int, default=1, help="how many of each prompt to write")
-    parser.add_argument(
-        "--on_error",
-        choices=("raise", "skip"),
-        default="raise",
-        help="a bad row stops the run, or gets an 'error' in the ranks",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew")
-    parser.add_argument(
-        "--max_tokens_per_batch", type=int, help="tokens of a batch, of the model and of the policy"
+    add_flags(
+        parser,
+        *("on_error", "overwrite", "max_tokens_per_batch"),
+        on_error="a bad row stops the run, or gets an 'error' in the ranks",
+        max_tokens_per_batch="tokens of a batch, of the model and of the policy",
     )
     parser.add_argument("--chunk_rows", type=int, default=64, help="prompts done at a time")
-    parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the weights of both models",
+    add_flags(
+        parser,
+        *("device", "dtype", "trust_remote_code"),
+        dtype="of the weights of both models",
     )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the hub's model code")
 
 
 def run(args: argparse.Namespace) -> int:
     """Rank the file; 0 if at least one row was ranked, or there was nothing to do."""
-    from tqdm.auto import tqdm
-
-    from companion.scoring import load_scorer
     from companion.search import Policy, rank_file
 
-    shared = {
-        "device": args.device,
-        "dtype": args.dtype,
-        "max_tokens_per_batch": args.max_tokens_per_batch,
-        "trust_remote_code": args.trust_remote_code,
-    }
-    scorer = load_scorer(args.model, **shared)
-    policy = Policy.from_pretrained(args.policy, **shared) if args.policy else None
-    for note in scorer.notes:
-        print(f"note: {note}", file=sys.stderr)
-    with tqdm(desc="ranking", unit=" prompts", file=sys.stderr) as bar:
+    scorer = open_scorer(args)
+    policy = Policy.from_pretrained(args.policy, **loading(args)) if args.policy else None
+    with progress_bar("ranking", "prompts") as moved:
         report = rank_file(
             scorer,
             args.input,
@@ -82,8 +65,7 @@ def run(args: argparse.Namespace) -> int:
             on_error=args.on_error,
             overwrite=args.overwrite,
             chunk_rows=args.chunk_rows,
-            progress=bar.update,
-            on_total=lambda rows: bar.reset(total=rows),
+            **moved,
         )
     ranked = report.rows - report.failed
     print(

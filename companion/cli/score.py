@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from companion.cli.shared import add_flags, open_scorer, progress_bar
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
@@ -29,26 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="all completions were cut off: write no end (default: what a row's 'terminated' says)",
     )
-    parser.add_argument(
-        "--on_error",
-        choices=("raise", "skip"),
-        default="raise",
-        help="a bad row stops the run, or gets an 'error' in place of a score",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew")
-    parser.add_argument("--max_length", type=int, help="in tokens, in place of the model's own")
-    parser.add_argument(
-        "--overlong",
-        choices=("drop", "error", "truncate_prompt"),
-        help="what to do with longer rows",
-    )
-    parser.add_argument("--max_tokens_per_batch", type=int, help="tokens of a batch")
-    parser.add_argument(
-        "--packing",
-        choices=("auto", "off"),
-        default="auto",
-        help="auto: no padding, and a shared prompt computed once, where that is exact for the "
-        "model (if not, the log says why); off: padded batches",
+    add_flags(
+        parser,
+        *("on_error", "overwrite", "max_length", "overlong", "max_tokens_per_batch", "packing"),
+        on_error="a bad row stops the run, or gets an 'error' in place of a score",
     )
     parser.add_argument(
         "--compile",
@@ -57,40 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "on a CPU it needs a C++ compiler",
     )
     parser.add_argument("--chunk_rows", type=int, default=1024, help="rows written at a time")
-    parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the weights",
-    )
-    parser.add_argument("--revision", help="of a hub id")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the hub's model code")
+    add_flags(parser, "device", "dtype", "revision", "trust_remote_code")
 
 
 def run(args: argparse.Namespace) -> int:
     """Score the file; 0 if at least one row has a score, or there was nothing left to do."""
-    from tqdm.auto import tqdm
-
     from companion.models import compile_parts
-    from companion.scoring import load_scorer, score_file
+    from companion.scoring import score_file
 
-    scorer = load_scorer(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        max_tokens_per_batch=args.max_tokens_per_batch,
-        packing=args.packing,
-        max_length=args.max_length,
-        overlong=args.overlong,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-    )
-    for note in scorer.notes:
-        print(f"note: {note}", file=sys.stderr)
+    scorer = open_scorer(args)
     if args.compile:
         compile_parts(scorer.reward_model.model)
-    with tqdm(desc="scoring", unit=" rows", file=sys.stderr) as bar:
+    with progress_bar("scoring", "rows") as moved:
         report = score_file(
             scorer,
             args.input,
@@ -101,8 +65,7 @@ def run(args: argparse.Namespace) -> int:
             on_error=args.on_error,
             overwrite=args.overwrite,
             chunk_rows=args.chunk_rows,
-            progress=bar.update,
-            on_total=lambda rows: bar.reset(total=rows),
+            **moved,
         )
     parts = [f"{report.rows} rows"]
     if report.resumed_at:

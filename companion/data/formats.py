@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from companion.data.messages import Text, clean_text, form, require
+from companion.data.messages import Text, clean_text, completion_of, form, prompt_of, require
 from companion.data.pairs import (
     SIDE_COLUMNS,
     VERDICT_COLUMNS,
@@ -33,6 +33,7 @@ from companion.data.pairs import (
     judged_pair,
     preference_pair,
     ranking_pairs,
+    without,
 )
 from companion.data.problems import RowError
 from companion.errors import DataError
@@ -76,6 +77,10 @@ class Conversion:
     margins: str = "given"
     left_out: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+
+    def afresh(self) -> Conversion:
+        """The same without its counts."""
+        return Conversion(self.kind, self.layout, self.margins)
 
     def __call__(self, row: Mapping[str, Any]) -> list[Row]:
         return _CONVERTERS[self.kind, self.layout](row, self)
@@ -152,10 +157,6 @@ def signature(row: Mapping[str, Any]) -> dict[str, str]:
     return out
 
 
-def _with_prompt(row: Mapping[str, Any]) -> Text:
-    return clean_text(require(row, "prompt"), "prompt", empty="empty prompt")
-
-
 def _one_form(prompt: Text, completion: Text, notes: Counter[str]) -> tuple[Text, Text]:
     """Text beside messages becomes a message."""
     if isinstance(prompt, str) and not isinstance(completion, str):
@@ -167,15 +168,17 @@ def _one_form(prompt: Text, completion: Text, notes: Counter[str]) -> tuple[Text
     return prompt, completion
 
 
-def _rest(row: Mapping[str, Any], *taken: str) -> Row:
-    return {key: value for key, value in row.items() if key not in taken}
+def _with_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """UltraFeedback (Cui et al. 2023) calls the prompt an instruction."""
+    if "instruction" in row and "prompt" not in row:
+        return {"prompt": row["instruction"], **without(row, "instruction")}
+    return row
 
 
 def _ranking(row: Mapping[str, Any], how: Conversion) -> Row:
     """K completions with ranks or ratings, in lists or as items (UltraFeedback's form)."""
-    if "instruction" in row and "prompt" not in row:  # UltraFeedback, Cui et al. 2023
-        row = {"prompt": row["instruction"], **_rest(row, "instruction")}
-    prompt = _with_prompt(row)
+    row = _with_prompt(row)
+    prompt = prompt_of(row)
     items = require(row, "completions")
     if not isinstance(items, list):
         raise RowError("wrong type", "completions", f"{type(items).__name__}, no list")
@@ -198,14 +201,12 @@ def _ranking(row: Mapping[str, Any], how: Conversion) -> Row:
         lost = sorted({k for item in items for k in item} - {text_key, rating_key, "rank"})
         if lost:
             how.notes[f"of each completion only text and rating kept, not {', '.join(lost)}"] += 1
-    for name in _RANK_COLUMNS:
-        if ranks is None and row.get(name) is not None:
-            ranks = row[name]
-            taken.append(name)
-    for name in _RATING_COLUMNS:
-        if ratings is None and row.get(name) is not None:
-            ratings = row[name]
-            taken.append(name)
+    if ranks is None and (name := _first_filled(row, _RANK_COLUMNS)):
+        ranks = row[name]
+        taken.append(name)
+    if ratings is None and (name := _first_filled(row, _RATING_COLUMNS)):
+        ratings = row[name]
+        taken.append(name)
     if ranks is None and ratings is None:
         raise RowError("missing field", "ranks", "neither ranks nor ratings")
     cleaned: list[Text] = []
@@ -228,7 +229,11 @@ def _ranking(row: Mapping[str, Any], how: Conversion) -> Row:
         out["ranks"] = [1.0 + sum(other > value for other in values) for value in values]
     if ranks is not None:
         out["ranks"] = _ranks(ranks, len(texts))
-    return out | _rest(row, *taken)
+    return out | without(row, *taken)
+
+
+def _first_filled(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    return next((name for name in names if row.get(name) is not None), None)
 
 
 def _numbers(values: Any, name: str, size: int) -> list[float]:
@@ -250,18 +255,18 @@ def _ranks(values: Any, size: int) -> list[float | None]:
 
 
 def _outcome(row: Mapping[str, Any], how: Conversion) -> list[Row]:
-    prompt = _with_prompt(row)
-    completion = clean_text(require(row, "completion"), "completion", empty="empty completion")
+    prompt = prompt_of(row)
+    completion = completion_of(row)
     label = require(row, "label")
     if not isinstance(label, bool):
         raise RowError("label not bool", "label", f"{label!r} is {type(label).__name__}")
     prompt, completion = _one_form(prompt, completion, how.notes)
-    rest = _rest(row, "prompt", "completion", "label")
+    rest = without(row, "prompt", "completion", "label")
     return [{"prompt": prompt, "completion": completion, "label": label, **rest}]
 
 
 def _step_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:
-    prompt = _with_prompt(row)
+    prompt = prompt_of(row)
     steps, labels = require(row, "completions"), require(row, "labels")
     for name, value in (("completions", steps), ("labels", labels)):
         if not isinstance(value, list):
@@ -293,7 +298,7 @@ def _step_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     if int in given:
         how.notes[_ZEROS] += 0 in clean
         how.notes[_MINUS] += -1 in clean
-    rest = _rest(row, "prompt", "completions", "labels")
+    rest = without(row, "prompt", "completions", "labels")
     return [{"prompt": prompt, "completions": list(steps), "labels": clean, **rest}]
 
 
@@ -334,9 +339,8 @@ def _soft_label(label: Any, index: int) -> float | None:
 
 
 def _prompt_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:
-    if "instruction" in row and "prompt" not in row:
-        row = {"prompt": row["instruction"], **_rest(row, "instruction")}
-    return [{"prompt": _with_prompt(row), **_rest(row, "prompt")}]
+    row = _with_prompt(row)
+    return [{"prompt": prompt_of(row), **without(row, "prompt")}]
 
 
 _CONVERTERS: Final[dict[tuple[str, str], Callable[[Mapping[str, Any], Conversion], list[Row]]]] = {

@@ -183,7 +183,7 @@ def _check_renaming(rename: Mapping[str, str], names: set[str], label: str) -> N
 
 def _usual_signature(rows: list[Row], how: Conversion) -> dict[str, str]:
     """The most frequent form of each field among the first rows."""
-    trial = Conversion(how.kind, how.layout, how.margins)
+    trial = how.afresh()
     seen: dict[str, Counter[str]] = {}
     for row in rows:
         try:
@@ -201,19 +201,17 @@ def _convert(
     if record.problem is not None or record.row is None:
         report.add(record.problem or RowProblem(record.where, "not a row"))
         return []
-    # A row that fails half-way must not leave its notes behind.
-    notes, left_out = how.notes.copy(), how.left_out.copy()
+    one = how.afresh()  # a row that fails half-way must not leave its notes behind
     try:
-        rows = how(record.row)
+        rows = one(record.row)
         for row in rows:
             _check_signature(row, record.row, usual)
-        return rows
     except RowError as error:
-        for counter, before in ((how.notes, notes), (how.left_out, left_out)):
-            counter.clear()
-            counter.update(before)
         report.add(RowProblem.of(error, record.where))
         return []
+    how.notes.update(one.notes)
+    how.left_out.update(one.left_out)
+    return rows
 
 
 def _check_signature(row: Row, given: Row, usual: Mapping[str, str]) -> None:

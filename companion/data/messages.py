@@ -66,6 +66,16 @@ def clean_text(value: Any, name: str, *, empty: str) -> Text:
     return messages
 
 
+def prompt_of(row: Mapping[str, Any]) -> Text:
+    """The prompt of a row, checked."""
+    return clean_text(require(row, "prompt"), "prompt", empty="empty prompt")
+
+
+def completion_of(row: Mapping[str, Any], name: str = "completion") -> Text:
+    """A completion of a row, checked."""
+    return clean_text(require(row, name), name, empty="empty completion")
+
+
 def _clean_message(message: Any, name: str, index: int) -> Message:
     if not isinstance(message, Mapping):
         raise RowError("wrong type", name, f"item {index} is {type(message).__name__}, no message")

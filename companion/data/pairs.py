@@ -51,6 +51,22 @@ _VERDICTS: Final = {
 }
 
 
+def without(row: Mapping[str, Any], *names: str) -> Row:
+    """The row's other fields."""
+    return {key: value for key, value in row.items() if key not in names}
+
+
+def side_columns(row: Mapping[str, Any]) -> tuple[str, str]:
+    """What the row calls the two sides of a judgement."""
+    named = (pair for pair in SIDE_COLUMNS if pair[0] in row or pair[1] in row)
+    return next(named, SIDE_COLUMNS[0])
+
+
+def verdict_column(row: Mapping[str, Any]) -> str:
+    """What the row calls the verdict."""
+    return next((column for column in VERDICT_COLUMNS if column in row), VERDICT_COLUMNS[0])
+
+
 def finite(value: Any, name: str, reason: str) -> float:
     """A finite number as float; a bool or a text is none."""
     if value is None:
@@ -108,11 +124,10 @@ def preference_pair(row: Mapping[str, Any], margins: str, notes: Counter[str]) -
     if prompt is not None:
         prompt = clean_text(prompt, "prompt", empty="empty prompt")
     prompt, chosen, rejected = _fit_forms(prompt, chosen, rejected, notes)
-    taken = {"prompt", "chosen", "rejected", "margin"}
     pair = {} if prompt is None else {"prompt": prompt}
     pair |= {"chosen": chosen, "rejected": rejected}
     pair |= _margin(row, margins, notes)
-    return pair | {key: value for key, value in row.items() if key not in taken}
+    return pair | without(row, "prompt", "chosen", "rejected", "margin")
 
 
 def _reply(text: str) -> list[Message]:
@@ -169,11 +184,7 @@ def ranking_pairs(ranking: Mapping[str, Any], margins: str, left_out: Counter[st
         raise RowError("missing field", "ratings", "margins come from ratings")
     pairs: list[Row] = []
     size = len(ranks)
-    extras = {
-        key: value
-        for key, value in ranking.items()
-        if key not in ("prompt", "completions", "ranks", "ratings")
-    }
+    extras = without(ranking, "prompt", "completions", "ranks", "ratings")
     # One number a completion (gold rewards): each pair gets those of its two.
     each = {key: extras.pop(key) for key in list(extras) if _one_number_each(extras[key], size)}
     for i, j in combinations(range(size), 2):
@@ -226,18 +237,16 @@ def judged_pair(
 
     The verdict's column stays, so that position bias can still be looked at.
     """
-    named = (pair for pair in SIDE_COLUMNS if pair[0] in row or pair[1] in row)
-    sides = next(named, SIDE_COLUMNS[0])
-    name = next((column for column in VERDICT_COLUMNS if column in row), VERDICT_COLUMNS[0])
+    sides, name = side_columns(row), verdict_column(row)
     side = verdict_side(require(row, name), name)
     first, second = require(row, sides[0]), require(row, sides[1])
     if side in ("tie", "none"):
         left_out["ties" if side == "tie" else "pairs without a verdict"] += 1
         return []
     chosen, rejected = (first, second) if side == "a" else (second, first)
-    rest = {key: value for key, value in row.items() if key not in sides}
+    pair = without(row, *sides) | {"chosen": chosen, "rejected": rejected}
     try:
-        return [preference_pair(rest | {"chosen": chosen, "rejected": rejected}, margins, notes)]
+        return [preference_pair(pair, margins, notes)]
     except RowError as error:
         own = dict(zip(("chosen", "rejected"), sides if side == "a" else sides[::-1], strict=True))
         raise RowError(

@@ -7,7 +7,8 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to; the file appears under its own name only when it is whole."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_rows(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> int:
     """Write rows as .jsonl, .json, .csv (each also .gz) or .parquet; return their number.
 
@@ -51,18 +63,15 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) 
             "end it with .jsonl, .jsonl.gz, .json, .csv or .parquet",
         )
     plain = [plain_row(row) for row in rows]
-    part = target.with_name(f"{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if kind == "parquet":
-            _write_parquet(plain, part)
-        else:
-            _write_text(plain, part, kind, packed=target.suffix == ".gz")
-        os.replace(part, target)
+        with whole_file(target) as part:
+            if kind == "parquet":
+                _write_parquet(plain, part)
+            else:
+                _write_text(plain, part, kind, packed=target.suffix == ".gz")
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror or error})") from error
-    finally:
-        part.unlink(missing_ok=True)
     return len(plain)
 
 

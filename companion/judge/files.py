@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from companion.data.readers import read_file
+from companion.data.writing import whole_file
 from companion.errors import DataError
 from companion.judge.items import Item, read_item
 from companion.judge.judge import Grading, Judge, PairVerdict, Progress
@@ -111,8 +112,7 @@ def judge_file(
     if on_total is not None:
         on_total(orders * len(items))
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    with open(part, "w", encoding="utf-8") as out:
+    with whole_file(target) as part, open(part, "w", encoding="utf-8") as out:
         for begin in range(0, len(items), chunk_rows):
             chunk = items[begin : begin + chunk_rows]
             for item, verdict, name in zip(
@@ -123,7 +123,6 @@ def judge_file(
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
         out.flush()
         os.fsync(out.fileno())
-    os.replace(part, target)
     return report
 
 

@@ -8,8 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from companion.data.messages import Text, clean_text, plain, require
-from companion.data.pairs import SIDE_COLUMNS, VERDICT_COLUMNS, preference_pair, verdict_side
+from companion.data.messages import Text, completion_of, plain, prompt_of
+from companion.data.pairs import (
+    VERDICT_COLUMNS,
+    preference_pair,
+    side_columns,
+    verdict_column,
+    verdict_side,
+    without,
+)
 from companion.data.problems import RowError, RowProblem
 
 Row = Mapping[str, Any]
@@ -69,14 +76,13 @@ def read_item(row: Any, mode: str, where: str) -> Item:
 
 
 def _single(row: dict[str, Any]) -> Item:
-    prompt = clean_text(require(row, "prompt"), "prompt", empty="empty prompt")
-    completion = clean_text(require(row, "completion"), "completion", empty="empty completion")
+    prompt, completion = prompt_of(row), completion_of(row)
     texts = {"prompt": spoken(prompt), "completion": spoken(completion)}
     return Item({**row, "prompt": prompt, "completion": completion}, texts)
 
 
 def _pair(row: dict[str, Any]) -> Item:
-    rest, given = dict(row), row.get(GIVEN)
+    given = row.get(GIVEN)
     if "chosen" in row or "rejected" in row:
         rest = preference_pair(row, "given", Counter())
         chosen, rejected = rest.pop("chosen"), rest.pop("rejected")
@@ -84,16 +90,12 @@ def _pair(row: dict[str, Any]) -> Item:
         a, b = (chosen, rejected) if first else (rejected, chosen)
         given = "a" if first else "b"
     else:
-        sides = next(
-            (pair for pair in SIDE_COLUMNS if pair[0] in row or pair[1] in row), ("a", "b")
-        )
-        a, b = (clean_text(require(row, side), side, empty="empty completion") for side in sides)
-        name = next((column for column in VERDICT_COLUMNS if column in row), None)
-        if name is not None:
+        sides, name = side_columns(row), verdict_column(row)
+        a, b = (completion_of(row, side) for side in sides)
+        if name in row:
             given = verdict_side(row[name], name)
-        for key in (*sides, *VERDICT_COLUMNS):
-            rest.pop(key, None)
-    prompt = clean_text(require(rest, "prompt"), "prompt", empty="empty prompt")
+        rest = without(row, *sides, *VERDICT_COLUMNS)
+    prompt = prompt_of(rest)
     texts = {"prompt": spoken(prompt), "a": spoken(a), "b": spoken(b)}
     kept = {**rest, "prompt": prompt, "a": a, "b": b}
     return Item(kept if given is None else {**kept, GIVEN: given}, texts)

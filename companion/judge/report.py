@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from companion.data.pairs import VERDICT_COLUMNS, verdict_side
+from companion.data.pairs import verdict_column, verdict_side
 from companion.data.problems import RowError, RowProblem
 from companion.data.readers import read_rows
 from companion.data.splits import prompt_key
@@ -361,8 +361,7 @@ def load_annotations(path: str | os.PathLike[str]) -> Annotations:
         for name in ("id", "prompt", "a", "b", "annotator"):
             if row.get(name) is None:
                 raise DataError(f"{where}: no {name!r}", "each row is one annotator's verdict")
-        column = next((c for c in VERDICT_COLUMNS if c in row), VERDICT_COLUMNS[0])
-        key, who = str(row["id"]), str(row["annotator"])
+        column, key, who = verdict_column(row), str(row["id"]), str(row["annotator"])
         try:
             verdict = verdict_side(row.get(column), column)
         except RowError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from companion.data.tutor.gold import Grade, grade
@@ -20,7 +20,7 @@ from companion.data.tutor.labelling import (
     preference_probability,
     tie_probability,
 )
-from companion.data.tutor.solutions import Style, draw_solution
+from companion.data.tutor.solutions import Solution, Style, draw_solution
 from companion.data.tutor.world import Problem, draw_problem
 from companion.errors import DataError
 
@@ -35,19 +35,23 @@ def _assistant(content: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": content}]
 
 
-def _two_different(rng: random.Random, problem: Problem, dials: Dials) -> tuple[str, str]:
-    first = draw_solution(rng, problem, shift=dials.shift, misreads=dials.misreads).text
-    while (
-        second := draw_solution(rng, problem, shift=dials.shift, misreads=dials.misreads).text
-    ) == first:
-        pass
-    return first, second
+def _draw(rng: random.Random, problem: Problem, dials: Dials) -> Solution:
+    return draw_solution(rng, problem, shift=dials.shift, misreads=dials.misreads)
+
+
+def _draw_different(rng: random.Random, problem: Problem, dials: Dials, n: int) -> list[str]:
+    texts: list[str] = []
+    while len(texts) < n:
+        text = _draw(rng, problem, dials).text
+        if text not in texts:
+            texts.append(text)
+    return texts
 
 
 def _pair_row(
     row_id: str,
     problem: Problem,
-    texts: tuple[str, str],
+    texts: Sequence[str],
     grades: tuple[Grade, Grade],
     first: bool,
     p_first: float,
@@ -70,21 +74,15 @@ def _pair_row(
 
 def _pairs(rng: random.Random, row_id: str, dials: Dials) -> Row:
     problem = draw_problem(rng)
-    texts = _two_different(rng, problem, dials)
+    texts = _draw_different(rng, problem, dials, 2)
     grades = grade(problem, texts[0]), grade(problem, texts[1])
     annotator = rng.randrange(dials.annotators)
     gap = annotator_gap(*grades, dials, annotator_factors(dials)[annotator])
     # One draw decides the label and whether it came from a tie: the first part of the unit
     # interval holds 'first preferred', and a tie takes half of its share on either side.
     first_preferred = rng.random() < label_probability(gap, dials)
-    row = _pair_row(
-        row_id,
-        problem,
-        texts,
-        grades,
-        first_preferred,
-        preference_probability(*grades, dials),
-    )
+    p_first = preference_probability(*grades, dials)
+    row = _pair_row(row_id, problem, texts, grades, first_preferred, p_first)
     row["annotator"] = annotator
     row["tie_probability"] = tie_probability(gap, dials)
     return row
@@ -93,12 +91,8 @@ def _pairs(rng: random.Random, row_id: str, dials: Dials) -> Row:
 def _rankings(rng: random.Random, row_id: str, dials: Dials) -> Row:
     """Three to five completions with ranks from Plackett–Luce on r*, drawn by Gumbel noise."""
     problem = draw_problem(rng)
-    texts: list[str] = []
     size = rng.randint(3, 5)
-    while len(texts) < size:
-        text = draw_solution(rng, problem, shift=dials.shift, misreads=dials.misreads).text
-        if text not in texts:
-            texts.append(text)
+    texts = _draw_different(rng, problem, dials, size)
     rewards = [grade(problem, text).reward for text in texts]
     utilities = [r - math.log(-math.log(rng.random() or 1e-300)) for r in rewards]
     order = sorted(range(size), key=lambda i: -utilities[i])
@@ -113,7 +107,7 @@ def _rankings(rng: random.Random, row_id: str, dials: Dials) -> Row:
 
 def _outcomes(rng: random.Random, row_id: str, dials: Dials) -> Row:
     problem = draw_problem(rng)
-    solution = draw_solution(rng, problem, shift=dials.shift, misreads=dials.misreads)
+    solution = _draw(rng, problem, dials)
     result = grade(problem, solution.text)
     label = result.correct
     if rng.random() < dials.noise:
@@ -130,7 +124,7 @@ def _outcomes(rng: random.Random, row_id: str, dials: Dials) -> Row:
 
 def _steps(rng: random.Random, row_id: str, dials: Dials) -> Row:
     problem = draw_problem(rng)
-    solution = draw_solution(rng, problem, shift=dials.shift, misreads=dials.misreads)
+    solution = _draw(rng, problem, dials)
     result = grade(problem, solution.text)
     labels = [
         rng.choice((1, -1)) if label and rng.random() < dials.noise else label
@@ -156,30 +150,28 @@ def _prompts(rng: random.Random, row_id: str, dials: Dials) -> Row:
 _CANARIES: Final = ("right", "right_but_rude", "step", "greeting", "tone", "brevity")
 
 
+_PLAIN: Final = Style(False, 0, "plain")
+#: of the better and the worse one; others are plain, and without mistakes
+_CANARY_STYLES: Final = {
+    "right_but_rude": (Style(False, -1, "plain"), Style(True, 1, "plain")),
+    "greeting": (Style(True, 0, "plain"), _PLAIN),
+    "tone": (Style(False, 1, "plain"), Style(False, -1, "plain")),
+    "brevity": (Style(False, 0, "terse"), Style(False, 0, "wordy")),
+}
+_CANARY_ERRORS: Final = {"right": (0.0, 0.6), "right_but_rude": (0.0, 0.6), "step": (0.4, 0.8)}
+
+
 def _canaries(rng: random.Random, row_id: str, dials: Dials) -> Row:
     """A pair that differs in one known thing (in two for ``right_but_rude``); chosen is better."""
     kind = _CANARIES[int(row_id.rsplit("/", 1)[1]) % len(_CANARIES)]
     while True:
         problem = draw_problem(rng)
-        style = Style(False, 0, "plain")
-        better = worse = style
-        rates = (0.0, 0.0)
-        if kind in ("right", "right_but_rude", "step"):
-            rates = (0.0, 0.6) if kind != "step" else (0.4, 0.8)
-        if kind == "right_but_rude":
-            better, worse = Style(False, -1, "plain"), Style(True, 1, "plain")
-        elif kind == "greeting":
-            better = Style(True, 0, "plain")
-        elif kind == "tone":
-            better, worse = Style(False, 1, "plain"), Style(False, -1, "plain")
-        elif kind == "brevity":
-            better, worse = Style(False, 0, "terse"), Style(False, 0, "wordy")
-        good = draw_solution(
-            rng, problem, misreads=dials.misreads, error_rate=rates[0], style=better
-        ).text
-        bad = draw_solution(
-            rng, problem, misreads=dials.misreads, error_rate=rates[1], style=worse
-        ).text
+        better, worse = _CANARY_STYLES.get(kind, (_PLAIN, _PLAIN))
+        right, wrong = _CANARY_ERRORS.get(kind, (0.0, 0.0))
+        good, bad = (
+            draw_solution(rng, problem, misreads=dials.misreads, error_rate=rate, style=style).text
+            for rate, style in ((right, better), (wrong, worse))
+        )
         grades = grade(problem, good), grade(problem, bad)
         wanted = {"right": (1, 0), "right_but_rude": (1, 0), "step": (0, 0)}.get(kind, (1, 1))
         if tuple(int(g.correct) for g in grades) == wanted and grades[0].reward > grades[1].reward:

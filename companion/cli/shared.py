@@ -1,0 +1,98 @@
+"""What several commands share: flags, loading, the progress bar, files to write."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, get_type_hints
+
+from companion.errors import DataError
+
+#: flag -> its declaration; a command may give it a text of its own
+_FLAGS: Final[dict[str, dict[str, Any]]] = {
+    "limit": {"type": int, "help": "take the first rows only"},
+    "on_error": {"choices": ("raise", "skip"), "default": "raise"},
+    "overwrite": {"action": "store_true", "help": "begin anew"},
+    "max_length": {"type": int, "help": "in tokens, in place of the model's own"},
+    "overlong": {
+        "choices": ("drop", "error", "truncate_prompt"),
+        "help": "what to do with longer rows",
+    },
+    "max_tokens_per_batch": {"type": int, "help": "tokens of a batch"},
+    "packing": {
+        "choices": ("auto", "off"),
+        "default": "auto",
+        "help": "auto: no padding, and a shared prompt computed once, where that is exact for the "
+        "model (if not, the log says why); off: padded batches",
+    },
+    "device": {"help": "default: the GPU if there is one"},
+    "dtype": {
+        "choices": ("float32", "bfloat16", "float16"),
+        "default": "float32",
+        "help": "of the weights",
+    },
+    "revision": {"help": "of a hub id"},
+    "trust_remote_code": {"action": "store_true", "help": "run the hub's model code"},
+}
+#: those that loading a model takes
+_LOADING: Final = (
+    *("max_length", "overlong", "max_tokens_per_batch", "packing"),
+    *("device", "dtype", "revision", "trust_remote_code"),
+)
+
+
+def add_flags(parser: Any, *names: str, **texts: str | None) -> None:
+    """Declare shared flags; `texts` replaces the help of some."""
+    for name in names:
+        text = {"help": texts[name]} if name in texts else {}
+        parser.add_argument(f"--{name}", **(_FLAGS[name] | text))
+
+
+def add_fields(parser: Any, cls: Any, text_of: Callable[[str], str]) -> None:
+    """A flag for each field of a dataclass, with its default."""
+    hints = get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        kind: dict[str, Any] = {"type": hints[item.name]}
+        if kind["type"] is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(f"--{item.name}", default=item.default, help=text_of(item.name), **kind)
+
+
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of this command that loading a model takes."""
+    return {name: getattr(args, name) for name in _LOADING if hasattr(args, name)}
+
+
+def open_scorer(args: argparse.Namespace) -> Any:
+    """The scorer of ``--model``; says what was repaired or assumed."""
+    from companion.scoring import load_scorer
+
+    scorer = load_scorer(args.model, **loading(args))
+    for note in scorer.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return scorer
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, unit: str, total: int | None = None) -> Iterator[dict[str, Any]]:
+    """A bar on stderr, as the arguments ``progress`` and ``on_total`` that move it."""
+    from tqdm.auto import tqdm
+
+    with tqdm(desc=what, total=total, unit=f" {unit}", file=sys.stderr) as bar:
+        yield {"progress": bar.update, "on_total": lambda n: bar.reset(total=n)}
+
+
+def check_target(path: Path | None) -> None:
+    """Fail before the work, not after it, if a file cannot be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise DataError(f"{path} is a folder", "name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {path.parent}: {error.strerror}") from error
