@@ -8,21 +8,18 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from companion.cli.shared import add_fields, add_flags
+from companion.data.formats import KINDS, MARGINS
 from companion.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from companion.data.problems import LoadReport
-
-# As in companion.data.formats, which is not imported before a command runs.
-_KINDS: Final = ("auto", "pairs", "rankings", "outcomes", "steps", "prompts")
-_MARGINS: Final = ("given", "ratings", "none")
 
 
 class _ActionParser(argparse.ArgumentParser):
@@ -86,16 +83,14 @@ _OUTPUT_HELP: Final = "file to write: .jsonl, .jsonl.gz, .json, .csv or .parquet
 def _source_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="FILE", help="file, folder or hub id")
-    add(
-        "--kind", choices=_KINDS, default="auto", help="what the rows are; auto goes by the columns"
-    )
+    kinds, text = ("auto", *KINDS), "what the rows are; auto goes by the columns"
+    add("--kind", choices=kinds, default="auto", help=text)
     add("--split", default="train", help="split of a folder or hub dataset; train[:100] works too")
     add("--name", help="configuration of a hub dataset")
     add_flags(parser, "limit", limit="only the first rows")
     add("--columns", nargs="+", metavar="OLD=NEW", help="rename columns")
-    add(
-        "--margins", choices=_MARGINS, default="given", help="margins: as given, from ratings, none"
-    )
+    text = "margins: as given, from ratings, none"
+    add("--margins", choices=MARGINS, default="given", help=text)
 
 
 def _on_error_argument(parser: argparse.ArgumentParser) -> None:
@@ -103,15 +98,15 @@ def _on_error_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _tutor_arguments(parser: argparse.ArgumentParser) -> None:
-    from companion.data.tutor import KINDS, Dials
+    from companion.data import tutor
 
-    parser.add_argument("--kind", choices=KINDS, default="pairs", help="what rows to make")
+    parser.add_argument("--kind", choices=tutor.KINDS, default="pairs", help="what rows to make")
     parser.add_argument("--n", type=int, default=5000, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="rows of one seed are always the same")
     parser.add_argument("--output", required=True, help=_OUTPUT_HELP)
-    texts = _field_comments(Dials)
+    texts = _field_comments(tutor.Dials)
     group = parser.add_argument_group("dials")
-    add_fields(group, Dials, lambda name: texts.get(name, name.replace("_", " ")))
+    add_fields(group, tutor.Dials, lambda name: texts.get(name, name.replace("_", " ")))
 
 
 def _field_comments(cls: type) -> dict[str, str]:
@@ -140,8 +135,7 @@ def _tutor(args: argparse.Namespace) -> int:
     if args.kind == "pairs":
         limits = tutor.limits(rows)
         print("no model can do better on these pairs than (the limits, computed from the truth):")
-        values = asdict(limits) if is_dataclass(limits) else dict(limits)
-        for name, value in values.items():
+        for name, value in asdict(limits).items():
             print(f"  {name:<16} {_number(value)}")
     return 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import functools
 import importlib
 import inspect
 import io
@@ -120,46 +121,39 @@ def check(exercise_id: str, attempt: Any = _MISSING, *, hint: int | None = None)
 
 
 def _judge_prediction(exercise: Prediction, attempt: Any) -> CheckResult:
-    if attempt is _MISSING or attempt is None or attempt is Ellipsis:
-        return CheckResult(exercise.id, "not attempted", "Nothing is predicted yet.")
+    result = functools.partial(CheckResult, exercise.id)
+    if _is_nothing(attempt):
+        return result("not attempted", "Nothing is predicted yet.")
     keys = [question.key for question in exercise.questions]
     if not isinstance(attempt, Mapping):
-        return CheckResult(
-            exercise.id,
-            "wrong",
-            f"A prediction is a dict with the keys {', '.join(f'`{key}`' for key in keys)}.",
-            f"a {type(attempt).__name__}",
-        )
-    still_open = [key for key in keys if attempt.get(key) is None or attempt[key] is Ellipsis]
+        listing = ", ".join(f"`{key}`" for key in keys)
+        what = f"A prediction is a dict with the keys {listing}."
+        return result("wrong", what, f"a {type(attempt).__name__}")
+    still_open = [key for key in keys if _is_nothing(attempt.get(key))]
     if still_open:
         listing = ", ".join(f"`{key}`" for key in still_open)
-        return CheckResult(exercise.id, "not attempted", f"Still without an answer: {listing}.")
+        return result("not attempted", f"Still without an answer: {listing}.")
+    chosen = {}  # of each question, the option that is the answer
     for question in exercise.questions:
         answer = attempt[question.key]
-        if not any(_is(answer, option) for option in question.options):
+        found = [option for option in question.options if _is(answer, option)]
+        if not found:
             options = ", ".join(map(repr, question.options))
-            return CheckResult(
-                exercise.id,
-                "wrong",
-                f"`{question.key}` is answered by one of {options}.",
-                repr(answer)[:200],
-            )
+            what = f"`{question.key}` is answered by one of {options}."
+            return result("wrong", what, repr(answer)[:200])
+        chosen[question.key] = found[0]
     truth = exercise.run()
-    marks = [(question.key, _is(attempt[question.key], truth[question.key]))
-             for question in exercise.questions]  # fmt: skip
-    for question, (_, good) in zip(exercise.questions, marks, strict=True):
+    marks = [(key, _is(attempt[key], truth[key])) for key in keys]
+    for question, (key, good) in zip(exercise.questions, marks, strict=True):
         if not good:
-            option = next(o for o in question.options if _is(attempt[question.key], o))
-            return CheckResult(
-                exercise.id,
-                "wrong",
-                question.misconceptions[option],
-                f"you predicted {attempt[question.key]!r} for `{question.key}`; "
-                "run the experiment and see",
-                question.thread,
-                marks,
-            )
-    return CheckResult(exercise.id, "right", exercise.right, properties=marks)
+            what = question.misconceptions[chosen[key]]
+            seen = f"you predicted {attempt[key]!r} for `{key}`; run the experiment and see"
+            return result("wrong", what, seen, question.thread, marks)
+    return result("right", exercise.right, properties=marks)
+
+
+def _is_nothing(attempt: Any) -> bool:
+    return attempt is _MISSING or attempt is None or attempt is Ellipsis
 
 
 def _is(answer: Any, option: Any) -> bool:
@@ -170,24 +164,21 @@ def _is(answer: Any, option: Any) -> bool:
 
 
 def _judge_function(exercise: Exercise, attempt: Any) -> CheckResult:
+    result = functools.partial(CheckResult, exercise.id)
     todo = "Write the function, run its cell, then run this one again."
     if exercise.broken is not None:
         todo = "Find the bugs, mend them, and delete the line that raises NotImplementedError."
-    if attempt is _MISSING or attempt is None or attempt is Ellipsis:
-        return CheckResult(exercise.id, "not attempted", todo)
+    if _is_nothing(attempt):
+        return result("not attempted", todo)
     if not callable(attempt):
         name = exercise.id.split(".")[1]
-        return CheckResult(
-            exercise.id,
-            "wrong",
-            f"Pass the function itself, not what it returns: `check(…, {name})`.",
-            f"a {type(attempt).__name__}",
-        )
+        what = f"Pass the function itself, not what it returns: `check(…, {name})`."
+        return result("wrong", what, f"a {type(attempt).__name__}")
     if _is_stub(attempt):
-        return CheckResult(exercise.id, "not attempted", todo)
+        return result("not attempted", todo)
     wrong_call = _signature_problem(exercise, attempt)
     if wrong_call:
-        return CheckResult(exercise.id, "wrong", wrong_call)
+        return result("wrong", wrong_call)
 
     failures: list[tuple[Property, Exception]] = []
     for rule in exercise.properties:
@@ -195,40 +186,35 @@ def _judge_function(exercise: Exercise, attempt: Any) -> CheckResult:
             rule.test(_guarded(attempt))
         except Exception as caught:
             failures.append((rule, caught))
-    errors = [caught for _, caught in failures]
-    if any(isinstance(e, _Crash) and isinstance(e.error, NotImplementedError) for e in errors):
-        return CheckResult(exercise.id, "not attempted", todo)
-    if any(isinstance(e, _NoAnswer) and (e.value is Ellipsis or not _source(attempt))
-           for e in errors):  # fmt: skip
-        return CheckResult(exercise.id, "not attempted", todo)
+    for _, error in failures:
+        raised_todo = isinstance(error, _Crash) and isinstance(error.error, NotImplementedError)
+        if raised_todo or (
+            isinstance(error, _NoAnswer) and (error.value is Ellipsis or not _source(attempt))
+        ):
+            return result("not attempted", todo)
     failed = {rule.name for rule, _ in failures}
     marks = [(rule.name, rule.name not in failed) for rule in exercise.properties]
     if not failures:
-        return CheckResult(exercise.id, "right", exercise.right, properties=marks)
+        return result("right", exercise.right, properties=marks)
 
     rule, error = failures[0]
-    result = CheckResult(exercise.id, "wrong", rule.misconception, properties=marks)
-    result.thread = rule.thread
     if isinstance(error, _NoAnswer):
-        result.message = "The function returns None. Is a `return` missing?"
-        result.thread = None
-        return result
+        what = "The function returns None. Is a `return` missing?"
+        return result("wrong", what, properties=marks)
+    found = result("wrong", rule.misconception, str(error), rule.thread, marks)
     if isinstance(error, _Crash):
-        result.evidence = _told(error.error, attempt)
-        result.message = "The function raises an exception."
-        result.thread = None
+        found.message, found.thread = "The function raises an exception.", None
+        found.evidence = _told(error.error, attempt)
         if not any(good for _, good in marks):
-            result.properties = []  # nothing was tested beyond the first line
-    elif isinstance(error, Unmet):
-        result.evidence = str(error)
-        if str(error) == IN_PLACE:
-            result.message, result.evidence, result.thread = IN_PLACE, "", None
-    else:
-        result.evidence = f"the result cannot be used: {type(error).__name__}: {error}"
+            found.properties = []  # nothing was tested beyond the first line
+    elif not isinstance(error, Unmet):
+        found.evidence = f"the result cannot be used: {type(error).__name__}: {error}"
+    elif str(error) == IN_PLACE:
+        found.message, found.evidence, found.thread = IN_PLACE, "", None
     known = diagnose(exercise, attempt)
     if known is not None:
-        result.message, result.thread = known.misconception, known.thread
-    return result
+        found.message, found.thread = known.misconception, known.thread
+    return found
 
 
 def diagnose(exercise: Exercise, attempt: Callable[..., Any]) -> Mutant | None:

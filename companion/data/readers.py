@@ -166,15 +166,15 @@ def _read_json(handle: TextIO, name: str) -> Iterator[Record]:
         ) from error
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
-        if not {"prompt", "chosen", "completion", "instruction", "a"} & set(value):
-            if len(lists) != 1:
-                raise DataError(
-                    f"{name}: an object with {len(lists)} lists, so the rows cannot be found",
-                    "write a list of objects, or JSONL",
-                )
+        if {"prompt", "chosen", "completion", "instruction", "a"} & set(value):
+            value = [value]
+        elif len(lists) == 1:
             value = lists[0]
         else:
-            value = [value]
+            raise DataError(
+                f"{name}: an object with {len(lists)} lists, so the rows cannot be found",
+                "write a list of objects, or JSONL",
+            )
     if not isinstance(value, list):
         raise DataError(f"{name}: holds no rows", "write a list of objects, or JSONL")
     for index, item in enumerate(value):

@@ -304,7 +304,7 @@ def _record(
     ended, completions = row["terminated"], row["completions"]
     record: dict[str, Any] = {"index": index}
     record |= {key: row[key] for key in ("id", "prompt", "n_tokens") if key in row}
-    ranked = sorted(range(len(completions)), key=lambda i: best_first(values[i], ended[i]))
+    ranked = sorted(range(len(completions)), key=lambda i: best_first(float(values[i]), ended[i]))
     scored = [i for i in ranked if reasons[i] is None]
     if not scored:
         return {**record, "error": f"no completion has a score: {reasons[ranked[0]]}"}
