@@ -224,15 +224,15 @@ class Policy:
             rows += [(place, first + i) for i in range(n)]
         drawn: list[Sample | None] = [None] * len(rows)
         lengths = [len(begun[place][0]) + max_new_tokens for place, _ in rows]
+        make_dice = partial(
+            Dice,
+            temperature=temperature,
+            top_p=top_p,
+            eos_token_ids=torch.tensor(self.eos_token_ids, device=self.device),
+            stop=stop,
+            tokenizer=self.tokenizer,
+        )
         with self.ready():
-            make_dice = partial(
-                Dice,
-                temperature=temperature,
-                top_p=top_p,
-                eos_token_ids=torch.tensor(self.eos_token_ids, device=self.device),
-                stop=stop,
-                tokenizer=self.tokenizer,
-            )
             for batch in self.batches(lengths):
                 part = [rows[i] for i in batch]
                 streams = [uniforms(seeds[p], begun[p][0], i, max_new_tokens) for p, i in part]

@@ -210,6 +210,19 @@ def test_a_checkpoint_s_generation_settings_are_not_applied_behind_the_back(poli
     assert other.model.training
 
 
+def test_each_end_token_of_the_checkpoint_ends_a_completion(policy, tiny_base):
+    """A chat model's generation config names several; the tokenizer knows one of them."""
+    plain = _ids(policy.sample(PROMPTS, n=4, max_new_tokens=10))
+    end = plain[0][0][3]
+    other = Policy.from_pretrained(tiny_base, device="cpu")
+    other.model.generation_config.eos_token_id = [other.tokenizer.eos_token_id, end]
+    for row, samples in zip(plain, other.sample(PROMPTS, n=4, max_new_tokens=10), strict=True):
+        for ids, sample in zip(row, samples, strict=True):
+            expected = ids[: ids.index(end) + 1] if end in ids else ids
+            assert sample.token_ids == expected
+            assert sample.terminated == (expected[-1] in (end, other.tokenizer.eos_token_id))
+
+
 def test_prompts_are_written_as_the_tokenizer_s_template_writes_them(tiny_tokenizer):
     formatter = RewardFormatter(tiny_tokenizer)
     chat, text, _ = PROMPTS
