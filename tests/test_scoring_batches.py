@@ -15,8 +15,8 @@ import torch
 
 from companion.cli.main import main
 from companion.errors import DataError, ModelError, ReadoutError
-from companion.models.token_models import load_token_base
-from companion.models.token_readout import TokenReadout
+from companion.models import load_base
+from companion.models.readout import TokenReadout
 from companion.scoring import RewardScorer, TokenScorer, running
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
@@ -203,7 +203,7 @@ def test_the_commands_hand_packing_on(
 def test_a_token_scorer_packs_and_reads_the_same(
     kind: str, tiny_bases: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load_token_base(tiny_bases(kind), labels=1)
+    loaded = load_base(tiny_bases(kind), labels=1)
     texts = rows()
     found = {}
     for packing in ("off", "auto"):

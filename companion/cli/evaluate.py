@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     """Load, score, compute, print; return 0."""
     for target in (args.json, args.report):
         _check_target(target)
-    from companion.scoring.opening import load_scorer, model_kind
+    from companion.scoring import load_scorer, model_kind
 
     kind = model_kind(args.model, revision=args.revision)
     if args.report is not None and kind != "scalar":

@@ -20,7 +20,7 @@ from companion.formatting.prompts import encode_prompts
 from companion.judge.asking import Answer, Question
 from companion.judge.probabilities import verdict_probabilities
 from companion.models.causal import load_causal
-from companion.scoring.streaming import model_fingerprint
+from companion.models.checkpoint import model_fingerprint
 
 #: Tokens (prompts, and answers at their longest) of a batch: small on a CPU, large on a GPU.
 _CPU_TOKENS, _GPU_TOKENS = 8192, 65_536

@@ -18,8 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from companion.errors import CompanionError, DataError, ModelError
-from companion.scoring.remote import RemoteScorer
-from companion.scoring.scorer import RewardScorer
+from companion.scoring.scorer import RewardScorer, Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ class RewardFunction:
 
     Parameters
     ----------
-    scorer : RewardScorer, RemoteScorer or str
+    scorer : Scorer or str
         A scorer, here or on a server, or the folder or hub id of a reward model.
     transform : {"raw", "centered", "z", "sigmoid"}
         What becomes of the raw score: nothing; minus the mean of the manifest's reference set; in
@@ -69,7 +68,7 @@ class RewardFunction:
 
     def __init__(
         self,
-        scorer: RewardScorer | RemoteScorer | str,
+        scorer: Scorer[Any] | str,
         *,
         transform: Transform = "raw",
         clip: float | None = None,
@@ -84,7 +83,7 @@ class RewardFunction:
         if isinstance(truncated, str) and truncated != "score":
             raise DataError(f"truncated is {truncated!r}", "use 'score', None or a number")
         self._source = scorer if isinstance(scorer, str) else None
-        self.scorer: RewardScorer | RemoteScorer = (
+        self.scorer: Scorer[Any] = (
             RewardScorer.from_pretrained(scorer) if isinstance(scorer, str) else scorer
         )
         if transform != "raw" and self.scorer.reference is None:

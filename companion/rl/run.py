@@ -20,7 +20,7 @@ from companion.data.loading import load_rows_with_report
 from companion.data.splits import prompt_key, split_by_prompt
 from companion.errors import CompanionError, DataError
 from companion.models.causal import load_causal
-from companion.models.pieces import load_tokenizer, resolve
+from companion.models.checkpoint import load_tokenizer, resolve
 from companion.rl.config import GRPORunConfig, PolicyArguments, PromptArguments
 from companion.rl.looks import Look, Viewer
 from companion.rl.monitor import OveroptimizationMonitor

@@ -11,12 +11,11 @@ import numpy as np
 
 from companion.errors import DataError
 from companion.formatting import Text
-from companion.scoring.scorer import RewardScorer
-from companion.scoring.token_scorer import TokenScorer
+from companion.scoring import scorer as scorers
 from companion.search.results import Sample
 
 #: Rows (``prompt``, ``completion``, ``terminated``) in, a score each out; NaN for one without.
-Scorer = RewardScorer | TokenScorer | Callable[[list[dict[str, Any]]], Sequence[float]]
+Scorer = scorers.Scorer[Any] | Callable[[list[dict[str, Any]]], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +108,7 @@ def score_rows(
     DataError
         If a callable gives another number of scores than it got rows.
     """
-    if isinstance(scorer, (RewardScorer, TokenScorer)):
+    if isinstance(scorer, scorers.Scorer):
         scores = scorer.score(rows, on_error="skip")
         return scores.raw, list(scores.reasons), scores.n_tokens
     values = np.asarray(scorer([dict(row) for row in rows]), dtype=np.float64)

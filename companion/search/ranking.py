@@ -17,9 +17,9 @@ import torch
 from companion.data.writing import write_rows
 from companion.errors import CompanionError, DataError
 from companion.formatting.conversation import check_messages, is_messages
-from companion.scoring.scorer import OnError, Progress, RewardScorer
-from companion.scoring.streaming import Line, model_fingerprint, parse_line, write_in_chunks
-from companion.scoring.token_scorer import TokenScorer
+from companion.models.checkpoint import model_fingerprint
+from companion.scoring.files import Line, parse_line, write_in_chunks
+from companion.scoring.scorer import OnError, Progress, Scorer
 from companion.search.choosing import Candidate, order, score_rows
 from companion.search.ranks import RankReport, best_rows, measure_ranks, pair_rows
 from companion.search.sampling import Policy
@@ -27,7 +27,7 @@ from companion.selection import best_of_n_kl, measured_best_of_n_kl
 
 
 def rank_file(
-    scorer: RewardScorer | TokenScorer,
+    scorer: Scorer[Any],
     input_path: str | os.PathLike[str],
     output_path: str | os.PathLike[str],
     *,
@@ -50,7 +50,8 @@ def rank_file(
 
     Parameters
     ----------
-    scorer : RewardScorer or TokenScorer
+    scorer : Scorer
+        Here or on a server.
     input_path : path
         .jsonl or .jsonl.gz. Each row has a ``prompt`` and, without a policy, ``completions``: a
         list of N texts or lists of messages; optionally ``terminated``, a list of N booleans.
@@ -73,7 +74,7 @@ def rank_file(
     on_error : {"raise", "skip"}
         A row that cannot be ranked stops the run, or gets an ``error`` in the ranks.
     overwrite, chunk_rows, progress, on_total
-        As in :func:`companion.scoring.streaming.score_file`.
+        As in :func:`companion.scoring.files.score_file`.
 
     Raises
     ------
@@ -108,9 +109,9 @@ def rank_file(
         "seed": seed,
     }
     state = {
-        "model": model_fingerprint(scorer.reward_model.model),
+        "model": scorer.fingerprint(),
         "formatter": scorer.formatter.fingerprint(),
-        "readout": scorer.readout.to_dict() if isinstance(scorer, TokenScorer) else None,
+        "readout": None if scorer.readout.kind == "scalar" else scorer.readout.to_dict(),
         "policy": None if policy is None else [model_fingerprint(policy.model), sampling],
         "on_error": on_error,
     }
@@ -136,7 +137,7 @@ def rank_file(
 
 
 def _rank_chunk(
-    scorer: RewardScorer | TokenScorer,
+    scorer: Scorer[Any],
     source: Path,
     chunk: Sequence[Line],
     policy: Policy | None,

@@ -15,7 +15,7 @@ from typing import Any
 from companion.errors import DataError, ModelError
 from companion.formatting import Text
 from companion.formatting.steps import split_steps
-from companion.scoring.token_scorer import TokenScorer
+from companion.scoring.scorer import TokenScorer
 from companion.search.choosing import (
     Candidate,
     Scorer,

@@ -15,7 +15,7 @@ import pytest
 
 from companion.errors import DataError, ServiceError
 from companion.models import load_reward_model
-from companion.models.manifest import ReferenceStats
+from companion.models.manifest import ReferenceStats, RewardManifest
 from companion.rl import RewardFunction, open_reward
 from companion.scoring import RemoteScorer, RewardScorer
 
@@ -178,8 +178,10 @@ def test_a_sigmoid_on_the_server_is_noticed(
             item["probs"] = [1 / (1 + np.exp(-item["probs"][0]))]
         return answer
 
-    scorer = remote(service, tiny_reward)
-    scorer.reference = ReferenceStats.from_scores(np.linspace(-5, 5, 101), "a test")
+    reference = ReferenceStats.from_scores(np.linspace(-5, 5, 101), "a test")
+    scorer = RemoteScorer(
+        service.url, service.scorer.formatter, manifest=RewardManifest(reference=reference)
+    )
     with caplog.at_level(logging.WARNING):
         scorer.score(ROWS * 10)
         assert "sigmoid" not in caplog.text
