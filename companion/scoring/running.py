@@ -7,7 +7,7 @@ chosen and a rejected completion. A model that cannot be packed exactly takes pa
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -117,7 +117,8 @@ class BatchRunner:
     ) -> np.ndarray:
         """Score rows of token ids; ``[N]`` float64 in input order.
 
-        A batch that the GPU's memory does not hold is planned again with half the tokens.
+        Equal rows are computed once: their scores are the same to the last bit, and tie. A batch
+        that the GPU's memory does not hold is planned again with half the tokens.
 
         Parameters
         ----------
@@ -141,7 +142,8 @@ class BatchRunner:
             lambda batch, rows: packed_scores(self.model, batch),
             lambda input_ids, mask, rows: reward_scores(self.model, input_ids, mask),
         )
-        self._run(ids, forwards, keep, progress)
+        for first, *copies in self._run(ids, ids, forwards, keep, progress):
+            scores[copies] = scores[first]
         return scores
 
     def run_tokens(
@@ -181,19 +183,24 @@ class BatchRunner:
             first = mask.long().argmax(dim=1).tolist()  # 0 unless padding stands left
             return [logits[i, [first[i] + at for at in places[row]]] for i, row in enumerate(rows)]
 
-        self._run(ids, _Forwards(packed, padded), keep, progress)
+        keys = [(*item, "read", *own) for item, own in zip(ids, places, strict=True)]
+        for first, *copies in self._run(ids, keys, _Forwards(packed, padded), keep, progress):
+            for copy in copies:
+                found[copy] = found[first]
         return found
 
     def _run(
         self,
         ids: Sequence[Sequence[int]],
+        keys: Sequence[Sequence[Any]],
         forwards: _Forwards,
         keep: Callable[[list[int], Any], None],
         progress: Callable[[int], None] | None,
-    ) -> None:
+    ) -> Iterable[list[int]]:
+        """Run the first row of each key; the rows of each, of which `keep` got the first."""
         if not ids:
             self.tokens = 0, 0
-            return
+            return []
         check_texts(ids, self.model.config)
         packed = self.packing == "auto" and self._can_pack()
         device = next(self.model.parameters()).device
@@ -201,7 +208,11 @@ class BatchRunner:
         budget = self.max_tokens or default_token_budget(self.model)
         by_speed = self.max_tokens is None and device.type == "cpu"
         tree_tokens = CPU_TREE_TOKENS if by_speed else None
-        waiting = list(range(len(ids)))
+        equal: dict[tuple[Any, ...], list[int]] = {}
+        for row, key in enumerate(keys):
+            equal.setdefault(tuple(key), []).append(row)
+        copies = {rows[0]: rows for rows in equal.values()}
+        waiting = list(copies)
         while waiting:
             done: set[int] = set()
             left = [ids[i] for i in waiting]
@@ -233,11 +244,12 @@ class BatchRunner:
                 done.update(places)
                 computed += tokens
                 if progress is not None:
-                    progress(len(places))
+                    progress(sum(len(copies[place]) for place in places))
             waiting = [i for i in waiting if i not in done]
             if waiting:  # outside the handler, whose traceback holds the tensors
                 torch.cuda.empty_cache()
         self.tokens = sum(map(len, ids)), computed
+        return copies.values()
 
     def _can_pack(self) -> bool:
         why = packing_obstacle(self.model, training=False)
