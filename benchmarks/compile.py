@@ -56,7 +56,7 @@ def scoring(shape: str, quick: bool) -> dict[str, Callable[[], Outcome]]:
 
         def run() -> Outcome:
             mean = float(runner.run(ids).mean())
-            return Outcome(runner.tokens_computed, mean)
+            return Outcome(runner.tokens[1], mean)
 
         return run
 

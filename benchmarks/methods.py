@@ -46,7 +46,7 @@ def scoring_methods(model: Any, ids: TokenIds, budgets: Sequence[int | None]) ->
     def companion(packing: Packing, budget: int | None) -> Outcome:
         runner = BatchRunner(model, PAD, max_tokens=budget, packing=packing)
         scores = runner.run(ids)
-        return Outcome(runner.tokens_computed, float(scores.mean()))
+        return Outcome(runner.tokens[1], float(scores.mean()))
 
     methods: dict[str, Method] = {
         name: lambda batches=batches: lambda: _stock(model, ids, batches)  # type: ignore[misc]

@@ -246,7 +246,7 @@ def scored_pairs(
 ) -> EvaluationResult:
     """The figures of pairs that have been scored; see :func:`evaluate_pairs`."""
     if temperature is None:
-        manifest = getattr(getattr(scorer, "reward_model", None), "manifest", None)
+        manifest = getattr(scorer, "manifest", None)
         temperature = getattr(manifest, "temperature", None)
     probability, source = gold_probability(rows)
     chosen = np.asarray(scores.chosen, dtype=np.float64)

@@ -20,11 +20,11 @@ from companion.errors import DataError
 from companion.evaluation import EvaluationResult, scored_pairs
 from companion.metrics import accuracy_interval
 from companion.rankings import best_is_best
-from companion.scoring import PairScores, RewardScorer
+from companion.scoring import PairScores, Scorer
 
 
 def evaluate_rankings(
-    scorer: RewardScorer,
+    scorer: Scorer[Any],
     dataset: Iterable[Mapping[str, Any]],
     *,
     temperature: float | None = None,
@@ -36,7 +36,7 @@ def evaluate_rankings(
 
     Parameters
     ----------
-    scorer : RewardScorer
+    scorer : Scorer
         Of a pairwise or a K-wise model.
     dataset : iterable of mappings
         Rows of the kind ``rankings`` (:mod:`companion.data.formats`), with an optional ``rewards``

@@ -19,10 +19,10 @@ from companion.errors import DataError
 from companion.evaluation import Figures
 from companion.labels import step_target
 from companion.losses import IGNORE_INDEX
-from companion.models.token_readout import TokenReadout
+from companion.models.readout import TokenReadout
 from companion.reduction import How, aggregate
 from companion.resampling import Array
-from companion.scoring.token_scorer import TokenScorer, TokenScores
+from companion.scoring import Scorer, TokenScores
 from companion.tables import format_table, interval, number
 from companion.token_metrics import outcome_metrics, process_metrics
 
@@ -117,7 +117,7 @@ class TokenEvaluation(Figures):
 
 
 def evaluate_tokens(
-    scorer: TokenScorer,
+    scorer: Scorer[Any],
     dataset: Iterable[Mapping[str, Any]],
     *,
     info: Mapping[str, Any] | None = None,
@@ -128,7 +128,8 @@ def evaluate_tokens(
 
     Parameters
     ----------
-    scorer : TokenScorer
+    scorer : Scorer
+        Of an outcome or process model, here or on a server.
         The threshold of the first error is that of its manifest: none is fitted here.
     dataset : iterable of mappings
         Rows of the kind ``outcomes`` for an outcome model, ``steps`` for a process model. A column
@@ -146,6 +147,8 @@ def evaluate_tokens(
         If there is no row, or none can be scored, or a label does not fit the model.
     """
     rows = [dict(row) for row in dataset]
+    if not isinstance(scorer.readout, TokenReadout):
+        raise DataError("the model has one score a text", "evaluate it on pairs or rankings")
     kind = scorer.readout.kind
     if not rows:
         raise DataError(f"there are no {ROWS[kind]} to evaluate on", "check the split and limit")

@@ -31,7 +31,7 @@ class FakeScorer:
 
     def __init__(self, table: Mapping[str, float], temperature: float | None = None) -> None:
         self.table = table
-        self.reward_model = SimpleNamespace(manifest=SimpleNamespace(temperature=temperature))
+        self.manifest = SimpleNamespace(temperature=temperature)
 
     def score_pairs(self, rows: Sequence[Mapping[str, Any]], **_: Any) -> Any:
         kept = [row["chosen"] in self.table and row["rejected"] in self.table for row in rows]

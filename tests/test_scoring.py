@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from companion.cli.main import main
 from companion.errors import DataError, ModelError, ReadoutError
@@ -28,8 +29,8 @@ from companion.models import (
     load_reward_model,
     save_reward_model,
 )
+from companion.models.checkpoint import model_fingerprint
 from companion.scoring import RewardScorer, score_file
-from companion.scoring.streaming import model_fingerprint
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
 USER = {"role": "user", "content": "Ana has 3 boxes . How many ?"}
@@ -366,13 +367,12 @@ def test_changed_output_is_noticed(scorer: RewardScorer, tmp_path: Path) -> None
 
 
 def test_two_writers_are_refused(scorer: RewardScorer, tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write_rows(source, 3)
-    with output.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another process is writing"):
-            score_file(scorer, source, output)
+    held = FileLock(output.with_name("out.jsonl.lock"))
+    with held, pytest.raises(DataError, match="another process is writing"):
+        score_file(scorer, source, output)
+    assert score_file(scorer, source, output).scored == 3
 
 
 def test_bad_lines_are_named_or_written(

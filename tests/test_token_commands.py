@@ -15,9 +15,9 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from companion.cli.main import main
 from companion.errors import DataError
+from companion.models import load_base, save_reward_model
 from companion.models.manifest import RewardManifest
-from companion.models.token_models import load_token_base, save_token_model
-from companion.models.token_readout import TokenReadout
+from companion.models.readout import TokenReadout
 from companion.ranking_evaluation import evaluate_rankings
 from companion.scoring import RewardScorer, TokenScorer, load_scorer, model_kind, score_file
 from companion.token_evaluation import evaluate_tokens
@@ -40,8 +40,8 @@ def folders(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp(kind) / "model"
             readout = READOUTS[kind]
-            base = load_token_base(tiny_base, labels=readout.labels, head_std=0.1)
-            save_token_model(base, made[kind], RewardManifest(readout=readout.to_dict()))
+            base = load_base(tiny_base, labels=readout.labels, head_std=0.1)
+            save_reward_model(base, made[kind], RewardManifest(readout=readout.to_dict()))
         return made[kind]
 
     return make

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Load, score, compute, print; return 0."""
     for target in (args.json, args.report):
         check_target(target)
-    from companion.scoring.opening import model_kind
+    from companion.scoring import model_kind
 
     kind = model_kind(args.model, revision=args.revision)
     if args.report is not None and kind != "scalar":

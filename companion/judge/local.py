@@ -18,7 +18,7 @@ from companion.formatting.prompts import encode_prompts
 from companion.judge.backend import Answer, Question
 from companion.judge.probabilities import verdict_probabilities
 from companion.judge.templates import JudgeTemplate
-from companion.scoring.streaming import model_fingerprint
+from companion.models.checkpoint import model_fingerprint
 from companion.search.policy import Policy
 
 #: Likeliest tokens that are kept at each place, as many as servers give.

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from companion.errors import ModelError
-from companion.models.checkpoint import is_adapter
-from companion.models.pieces import (
+from companion.models.checkpoint import (
     PathLike,
-    as_dtype,
+    is_adapter,
     load_config,
     load_tokenizer,
     load_weights,
@@ -74,9 +73,9 @@ def load_causal(
     model, missing = load_weights(
         name,
         config,
-        as_dtype(dtype),
-        attn_implementation=attn_implementation,
+        dtype,
         auto_class="AutoModelForCausalLM",
+        attn_implementation=attn_implementation,
         **shared,
     )
     if missing:

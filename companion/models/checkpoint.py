@@ -1,20 +1,51 @@
-"""Look into a checkpoint's files without loading it: names of weights, one tensor, an adapter.
+"""A checkpoint: found, looked into, and its parts loaded, each with an error that names its fault.
 
 Chapter 2.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import logging
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from companion.errors import ModelError
 
+PathLike = str | os.PathLike[str]
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+
+
+def resolve(path_or_id: PathLike) -> str:
+    """A folder as it is, a hub id as it is; anything else is an error that names it."""
+    name = os.fspath(path_or_id)
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise ModelError(f"{name}: is a file", "give the folder of the checkpoint")
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            inside = sorted(p.name for p in path.iterdir())
+            checkpoints = [n for n in inside if (path / n / "config.json").is_file()]
+            cure = "give the folder that save_reward_model wrote"
+            if checkpoints:
+                cure = f"did you mean {path / checkpoints[-1]}?"
+            raise ModelError(f"{name}: no config.json there, so it is no model folder", cure)
+        return str(path)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ModelError(f"{name}: no such folder", "check the path")
+    return name
+
+
+# ---------------------------------------------------------------------- its files
 
 
 def find_file(name: str, filename: str, revision: str | None = None) -> str | None:
@@ -93,3 +124,136 @@ def read_tensor(name: str, key: str, revision: str | None = None) -> Tensor | No
         return None
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(key) if key in file.keys() else None  # noqa: SIM118
+
+
+# ---------------------------------------------------------------------- its parts
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' load report: what it would warn of is checked here."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def load_config(name: str, **shared: Any) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, **shared)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{name}: cannot be loaded: {_first_line(error)}",
+            "give a local folder, or a hub id while online; a gated model needs 'hf auth login'",
+        ) from error
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{name}: is an encoder-decoder ({config.model_type})", "use a decoder-only model"
+        )
+    return config
+
+
+def load_tokenizer(name: str, **shared: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    # transformers makes an empty default tokenizer of a folder that has none, without a word
+    if Path(name).is_dir() and not any(
+        list(Path(name).glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")
+    ):
+        raise ModelError(f"{name}: holds no tokenizer", "save the tokenizer beside the model")
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(name, **shared)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{name}: has no tokenizer that can be loaded: {_first_line(error)}",
+            "save the tokenizer beside the model",
+        ) from error
+
+
+def load_weights(
+    name: str,
+    config: Any,
+    dtype: torch.dtype | str,
+    *,
+    auto_class: str,
+    attn_implementation: str | None,
+    **shared: Any,
+) -> tuple[Any, set[str]]:
+    """The model and the names of the weights that the checkpoint lacked."""
+    import transformers
+    from safetensors import SafetensorError
+
+    if attn_implementation is not None:
+        shared["attn_implementation"] = attn_implementation
+    try:
+        with _quiet():
+            model, info = getattr(transformers, auto_class).from_pretrained(
+                name, config=config, dtype=as_dtype(dtype), output_loading_info=True, **shared
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"{name}: the weights cannot be loaded: {_first_line(error)}",
+            "check that the folder is complete and of an architecture with such a head",
+        ) from error
+    return model, set(info["missing_keys"])
+
+
+def disable_dropout(config: Any) -> list[str]:
+    """Set every dropout rate of the configuration to 0; return the names of those that were not.
+
+    The configuration and not only the modules: attention reads its rate as a number.
+    """
+    changed = []
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key, value in list(vars(part).items()):
+            if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float) and value:
+                setattr(part, key, 0.0)
+                changed.append(key)
+    return changed
+
+
+def add_rows(model: Any, rows: int) -> None:
+    """Grow the embeddings; the new rows are zeros (the pad token, which nothing attends to)."""
+    old = model.get_input_embeddings().weight.shape[0]
+    with _quiet():
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[old:].zero_()
+
+
+def set_pad(model: Any, pad_token_id: int) -> None:
+    for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        part.pad_token_id = pad_token_id
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32", "bfloat16", "float16", "float64"}
+    if dtype not in known:
+        raise ModelError(f"dtype is {dtype!r}", f"use one of: {', '.join(sorted(known))}")
+    return getattr(torch, dtype)  # type: ignore[no-any-return]
+
+
+def model_fingerprint(model: Any) -> str:
+    """SHA-256 over names, shapes, dtypes and a sample of 256 values of every weight.
+
+    Training moves every weight, so a sample tells two versions apart without reading gigabytes.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float64)
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,12 +1,15 @@
-"""From token ids to scores: backbone, last real token by the mask, head in fp32 (Chapter 2).
+"""From token ids to scores or logits: backbone, read-out by the mask, head in fp32 (Chapter 2).
 
-Padded batches and packed ones: both give each text the score that it has alone.
+Padded batches and packed ones: both give each text the values that it has alone. Both switch the
+model's attention while it runs, so each holds the model's lock
+(:func:`companion.models.locking.lock_of`) for that time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +17,10 @@ from torch import Tensor, nn
 
 from companion._tensors import as_float
 from companion.batching.packing import PackedBatch
+from companion.batching.padded import pad_batch
 from companion.errors import ShapeError
 from companion.models.guards import check_batch, check_positions
-from companion.models.head import ScoreHead, find_head
+from companion.models.head import ScoreHead, find_head, without_adapter
 from companion.models.last_layer import LastLayer, prunable, pruned_last_layer
 from companion.models.packed_attention import packed_mode, plain_mode
 from companion.readout import last_token_readout, position_ids_from_mask
@@ -56,22 +60,57 @@ def reward_scores(
     cannot see what follows them, and the attention kernels without a mask are faster. A left-padded
     one gets the mask and positions that count real tokens only.
     """
+    inner, hidden, mask = _padded_hidden(
+        model, input_ids, attention_mask, check, **backbone_arguments
+    )
+    return apply_head(find_head(inner), last_token_readout(hidden, mask))
+
+
+def token_logits(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, *, check: bool = True
+) -> Tensor:
+    """Logits of every token of a padded batch, in fp32; gradients flow. Chapter 3.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+        A decoder with a token-classification head.
+    input_ids, attention_mask, check
+        As for :func:`reward_scores`.
+
+    Returns
+    -------
+    Tensor
+        ``[B, T, labels]`` float32 (float64 for a float64 model); what stands at padding has no
+        meaning.
+    """
+    inner, hidden, _ = _padded_hidden(model, input_ids, attention_mask, check)
+    logits: Tensor = find_head(inner)(hidden)
+    return logits
+
+
+def _padded_hidden(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    check: bool,
+    **backbone_arguments: Any,
+) -> tuple[Any, Tensor, Tensor]:
+    """The model without its LoRA wrapper, hidden states ``[B, T, D]``, and the mask ``[B, T]``."""
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if check:
         check_batch(input_ids, attention_mask, model.config)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_adapter(model)
     backbone = getattr(inner, inner.base_model_prefix)
     arguments: dict[str, Any] = {"use_cache": False}
-    mask = attention_mask.to(torch.bool)
-    if not (is_causal(inner.config) and bool(mask[:, 0].all())):
+    if not (is_causal(inner.config) and bool(attention_mask[:, 0].bool().all())):
         arguments["attention_mask"] = attention_mask
         if "position_ids" in inspect.signature(backbone.forward).parameters:
             arguments["position_ids"] = position_ids_from_mask(attention_mask)
     with plain_mode(inner):
         output = backbone(input_ids, **{**arguments, **backbone_arguments})
-    pooled = last_token_readout(output.last_hidden_state, attention_mask)
-    return apply_head(find_head(inner), pooled)
+    return inner, output.last_hidden_state, attention_mask
 
 
 def packed_scores(model: Any, batch: PackedBatch) -> Tensor:
@@ -95,12 +134,31 @@ def packed_scores(model: Any, batch: PackedBatch) -> Tensor:
     ModelError
         If the attention meets something that it cannot pack.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_adapter(model)
     if prunable(inner):
         hidden = packed_hidden(inner, batch, LastLayer(batch.segments, batch.readout))[0]
     else:
         hidden = packed_hidden(inner, batch)[0, batch.readout]
     return apply_head(find_head(inner), as_float("hidden states", hidden))
+
+
+def packed_token_logits(model: Any, batch: PackedBatch) -> Tensor:
+    """Logits of every token of a packed batch, in fp32; gradients flow. Chapter 3.
+
+    Parameters
+    ----------
+    model, batch
+        As for :func:`packed_scores`; the head is one for every token.
+
+    Returns
+    -------
+    Tensor
+        ``[T, labels]`` float32 (float64 for a float64 model);
+        :meth:`companion.batching.PackedBatch.text_places` says which belong to a text.
+    """
+    inner = without_adapter(model)
+    logits: Tensor = find_head(inner)(packed_hidden(inner, batch)[0])
+    return logits
 
 
 def packed_hidden(inner: Any, batch: PackedBatch, last_layer: LastLayer | None = None) -> Tensor:
@@ -165,6 +223,29 @@ def stock_scores(
     extra = {} if position_ids is None else {"position_ids": position_ids}
     logits = model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits
     return logits.squeeze(-1)
+
+
+def check_texts(ids: Sequence[Sequence[int]], config: Any) -> None:
+    """:func:`companion.models.guards.check_batch` for rows of token ids that will be packed.
+
+    Without padding only their ends can be wrong: a text that ends with the pad id, or two BOS.
+
+    Parameters
+    ----------
+    ids : sequence of sequences of int
+        At least one, none of them empty.
+    config : transformers.PretrainedConfig
+        Of the model.
+
+    Raises
+    ------
+    ReadoutError
+        It names the row.
+    """
+    pad = config.get_text_config().pad_token_id
+    ends = [[*item[:2], item[-1]] if len(item) > 2 else list(item) for item in ids]
+    batch = pad_batch(ends, -1 if pad is None else pad)
+    check_batch(batch["input_ids"], batch["attention_mask"], config)
 
 
 def is_causal(config: Any) -> bool:

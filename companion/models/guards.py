@@ -8,15 +8,13 @@ where that rule, or a head that was never trained, gives a number that looks lik
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from companion.batching.padded import pad_batch
 from companion.errors import ModelError, ReadoutError, ShapeError
-from companion.models.head import ScoreHead, find_head
+from companion.models.head import ScoreHead, find_head, install_head, without_adapter
 from companion.readout import last_token_index, pad_id_readout_index
 
 #: Names under which decoders keep a table of absolute positions.
@@ -86,6 +84,40 @@ def check_head(model: Any) -> None:
             f"the model has num_labels={labels}{shape}: a reward model has one scalar",
             "use a checkpoint with num_labels=1; a classifier of several labels is no reward model",
         )
+    _check_head_weights(weight, "every text would get the same score")
+
+
+def prepare_token_head(model: Any, labels: int) -> None:
+    """Check a token-level model's head, put it in fp32 and take its dropout off.
+
+    Raises
+    ------
+    ModelError
+        If the head has another number of labels, or is not finite or all zero.
+    """
+    inner = without_adapter(model)
+    if not type(inner).__name__.endswith("ForTokenClassification"):
+        raise ModelError(
+            f"{type(inner).__name__} gives one value a text",
+            f"load the base with companion.models.load_base(…, labels={labels}), which gives one "
+            "a token",
+        )
+    if not hasattr(model, "peft_config"):
+        install_head(model)
+    if inner.config.num_labels != labels:
+        raise ModelError(
+            f"the model has {inner.config.num_labels} labels, this training needs {labels}",
+            f"load the base with companion.models.load_base(…, labels={labels})",
+        )
+    _check_head_weights(
+        getattr(find_head(model), "weight", None), "every token would get the same value"
+    )
+    inner.config.classifier_dropout = 0.0
+    if hasattr(inner, "dropout"):
+        inner.dropout.p = 0.0
+
+
+def _check_head_weights(weight: Any, if_zero: str) -> None:
     if not isinstance(weight, Tensor) or weight.numel() == 0 or weight.is_meta:
         return  # partitioned (ZeRO-3) or not materialised: nothing to look at here
     if not bool(torch.isfinite(weight).all()):
@@ -94,7 +126,7 @@ def check_head(model: Any) -> None:
         )
     if not bool(weight.any()):
         raise ModelError(
-            "the head's weights are all zero: every text would get the same score",
+            f"the head's weights are all zero: {if_zero}",
             "train the model first, or load the base with companion.models.load_base",
         )
 
@@ -197,32 +229,9 @@ def check_batch(
             )
 
 
-def check_texts(ids: Sequence[Sequence[int]], config: Any) -> None:
-    """:func:`check_batch` for rows of token ids that will be packed.
-
-    Without padding only their ends can be wrong: a text that ends with the pad id, or two BOS.
-
-    Parameters
-    ----------
-    ids : sequence of sequences of int
-        At least one, none of them empty.
-    config : transformers.PretrainedConfig
-        Of the model.
-
-    Raises
-    ------
-    ReadoutError
-        It names the row.
-    """
-    pad = config.get_text_config().pad_token_id
-    ends = [[*item[:2], item[-1]] if len(item) > 2 else list(item) for item in ids]
-    batch = pad_batch(ends, -1 if pad is None else pad)
-    check_batch(batch["input_ids"], batch["attention_mask"], config)
-
-
 def has_absolute_positions(model: Any) -> bool:
     """Whether the model looks positions up in a table (GPT-2, OPT), in place of RoPE or ALiBi."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_adapter(model)
     return any(
         name.rsplit(".", 1)[-1] in _ABSOLUTE and isinstance(module, nn.Embedding)
         for name, module in inner.named_modules()

@@ -39,9 +39,14 @@ class ScoreHead(nn.Linear):
         return head
 
 
+def without_adapter(model: Any) -> Any:
+    """The model below a LoRA wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def head_name(model: Any) -> str:
     """``score``, or ``classifier`` where a token classifier calls its head so (GPT-2)."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_adapter(model)
     by_token = type(inner).__name__.endswith("ForTokenClassification")
     return "classifier" if by_token and not hasattr(inner, "score") else "score"
 
@@ -54,7 +59,7 @@ def find_head(model: Any) -> nn.Module:
     ModelError
         If there is none: an encoder, a causal LM, or a model of another kind.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_adapter(model)
     head = getattr(inner, head_name(model), None)
     if not isinstance(head, nn.Module):
         raise ModelError(

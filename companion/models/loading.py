@@ -7,43 +7,60 @@ Chapter 2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from companion.errors import ModelError
+from companion.errors import ModelError, ReadoutError
 from companion.formatting import RECIPE_FILE, Overlong, RewardFormatter
 from companion.models.checkpoint import (
-    checkpoint_keys,
-    find_file,
-    is_adapter,
-    read_json,
-    read_tensor,
-)
-from companion.models.guards import check_head, check_tokenizer_and_config, precision_notes
-from companion.models.head import head_name, initialise_head, install_head
-from companion.models.manifest import MANIFEST_FILE, RewardManifest
-from companion.models.padding import choose_pad_token
-from companion.models.pieces import (
     PathLike,
     add_rows,
-    as_dtype,
+    checkpoint_keys,
     disable_dropout,
+    find_file,
+    is_adapter,
     load_config,
     load_tokenizer,
     load_weights,
+    read_json,
+    read_tensor,
     resolve,
     set_pad,
 )
+from companion.models.guards import (
+    check_head,
+    check_tokenizer_and_config,
+    precision_notes,
+    prepare_token_head,
+)
+from companion.models.head import head_name, initialise_head, install_head
+from companion.models.manifest import MANIFEST_FILE, RewardManifest
+from companion.models.readout import LABEL_NAMES, ScalarReadout, readout_from_dict
 from companion.models.reward_model import RewardModel
 
 _HEAD = "score.weight"
+_SCALAR = "AutoModelForSequenceClassification"
+_BY_TOKEN = "AutoModelForTokenClassification"
+#: Tokens that exist to pad, or to be reserved, in the vocabularies of known models; best first.
+_CANDIDATES = (
+    "<|pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|padding|>",
+    "<|finetune_right_pad_id|>",  # Llama 3
+    "<|fim_pad|>",  # Qwen 2.5 and 3
+    "<|vision_pad|>",
+    "<|reserved_special_token_0|>",  # Llama 3
+    "<|endoftext|>",  # Qwen instruct models, whose EOS is <|im_end|>
+)
+NEW_PAD = "<|pad|>"
 
 
 def load_base(
     path_or_id: PathLike,
     *,
+    labels: int | None = None,
     head_seed: int = 0,
     head_std: float | None = None,
     keep_head: bool = False,
@@ -56,12 +73,15 @@ def load_base(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> RewardModel:
-    """Load any decoder as the start of a reward model: one label, fresh head, no dropout.
+    """Load any decoder as the start of a reward model: fresh head, no dropout.
 
     Parameters
     ----------
     path_or_id : str or path
         A folder or a hub id of a causal LM (or of an earlier reward model).
+    labels : int, optional
+        Default: a head that gives one score a text. 1 or 3: a head for every token, of an outcome
+        model and of steps that are right or wrong (1), or bad, neutral or good (3).
     head_seed, head_std : int, float
         The fresh head is drawn from N(0, head_std²), by default std = 1/sqrt(D + 1); see
         :func:`companion.models.head.initialise_head`.
@@ -79,62 +99,18 @@ def load_base(
     Returns
     -------
     RewardModel
-        Its ``notes`` say, a line each, what was repaired (the pad token, above all).
+        Its ``notes`` say, a line each, what was repaired (the pad token, above all). With `labels`
+        its ``readout`` is None: the training says how the tokens' values are read.
 
     Raises
     ------
     ModelError
-        For a wrong folder, a model that is no decoder, or weights that are missing.
+        For a wrong folder, a model that is no decoder, weights that are missing, or other labels.
     ReadoutError
         For a tokenizer without EOS, with the cure.
     """
-    return load_with_fresh_head(
-        path_or_id,
-        SCALAR,
-        head_seed=head_seed,
-        head_std=head_std,
-        keep_head=keep_head,
-        dtype=dtype,
-        device=device,
-        max_length=max_length,
-        overlong=overlong,
-        chat_template=chat_template,
-        attn_implementation=attn_implementation,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-@dataclass(frozen=True)
-class HeadLayout:
-    """A head that a base is given: how many labels, and which of transformers' classes has it."""
-
-    labels: int
-    auto_class: str
-    problem_type: str | None
-
-
-#: one score a text
-SCALAR = HeadLayout(1, "AutoModelForSequenceClassification", "regression")
-
-
-def load_with_fresh_head(
-    path_or_id: PathLike,
-    layout: HeadLayout,
-    *,
-    head_seed: int,
-    head_std: float | None,
-    keep_head: bool,
-    dtype: torch.dtype | str,
-    device: str | torch.device | None,
-    max_length: int | None,
-    overlong: Overlong,
-    chat_template: str | None,
-    attn_implementation: str | None,
-    revision: str | None,
-    trust_remote_code: bool,
-) -> RewardModel:
-    """What :func:`load_base` does, for any head; see there for the parameters and errors."""
+    if labels is not None and labels not in LABEL_NAMES:
+        raise ModelError(f"labels is {labels}", "use 1 or 3")
     name = resolve(path_or_id)
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_adapter(name, revision):
@@ -148,30 +124,30 @@ def load_with_fresh_head(
     had = config.num_labels
     keys = checkpoint_keys(name, revision)
     has_head = keys is not None and _HEAD in keys
-    config.num_labels = layout.labels
-    config.problem_type = layout.problem_type
+    by_token = labels is not None
+    config.num_labels = labels or 1
+    config.problem_type = None if by_token else "regression"
     dropout = disable_dropout(config)
-    if layout is not SCALAR:
+    if by_token:
         config.classifier_dropout = 0.0  # without the entry, stock token heads drop 0.1
     if dropout:
         notes.append(f"dropout switched off ({', '.join(dropout)}): a score has no randomness")
 
     text = config.get_text_config()
-    pad = choose_pad_token(tokenizer, text.pad_token_id)  # refuses a tokenizer without EOS
-    notes.extend(pad.notes)
+    pad = choose_pad_token(tokenizer, text.pad_token_id, notes)  # refuses one without EOS
     rows = int(text.vocab_size)
-    text.pad_token_id = pad.token_id if pad.token_id < rows else None
-    if has_head and had != layout.labels:
+    text.pad_token_id = pad if pad < rows else None
+    if has_head and had != config.num_labels:
         raise ModelError(
             f"{name}: is a classifier of {had} labels",
-            f"give a causal LM, or a reward model with num_labels={layout.labels}",
+            f"give a causal LM, or a reward model with num_labels={config.num_labels}",
         )
     model, missing = load_weights(
         name,
         config,
-        as_dtype(dtype),
+        dtype,
+        auto_class=_BY_TOKEN if by_token else _SCALAR,
         attn_implementation=attn_implementation,
-        auto_class=layout.auto_class,
         **shared,
     )
     own = f"{head_name(model)}.weight"
@@ -182,10 +158,10 @@ def load_with_fresh_head(
             f"({', '.join(unexpected_gaps[:3])}, …)",
             "the download or the folder is incomplete; fetch it again",
         )
-    if pad.token_id >= rows:
-        add_rows(model, pad.token_id + 1)
-        notes.append(f"embeddings grown from {rows} to {pad.token_id + 1} rows for the pad token")
-    set_pad(model, pad.token_id)
+    if pad >= rows:
+        add_rows(model, pad + 1)
+        notes.append(f"embeddings grown from {rows} to {pad + 1} rows for the pad token")
+    set_pad(model, pad)
     head = install_head(model)
     head.to(torch.float32)
     if keep_head and own not in missing:
@@ -208,7 +184,11 @@ def load_with_fresh_head(
     )
     notes.extend(formatter.notes)
     notes.extend(precision_notes(model))
-    return RewardModel(model, tokenizer, formatter, None, notes)
+    if labels is None:
+        return RewardModel(model, tokenizer, formatter, notes=notes)
+    model.config.id2label = dict(LABEL_NAMES[labels])
+    model.config.label2id = {name: index for index, name in LABEL_NAMES[labels].items()}
+    return RewardModel(model, tokenizer, formatter, notes=notes, readout=None)
 
 
 def load_reward_model(
@@ -220,89 +200,70 @@ def load_reward_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> RewardModel:
-    """Load a trained reward model in eval mode, or say why the checkpoint is none.
+    """Load a trained reward model of any kind in eval mode, or say why the checkpoint is none.
 
-    Takes a folder (or hub id) with a plain sequence-classification checkpoint, or with a LoRA
-    adapter whose base can be found; the adapter is merged. A checkpoint that the companion did not
-    save has no manifest: allowed, with a note; its formatter is built from the tokenizer.
+    Takes a folder (or hub id) with a plain sequence- or token-classification checkpoint, or with a
+    LoRA adapter whose base can be found; the adapter is merged. A checkpoint that the companion did
+    not save has no manifest: allowed for a model of one score a text, with a note; its formatter is
+    built from the tokenizer.
 
     Raises
     ------
     ModelError
-        For a wrong folder, a checkpoint without ``score.weight``, several labels, missing weights,
-        a damaged manifest, or a tokenizer that is not the one of the manifest.
+        For a wrong folder, a checkpoint without its head, other labels than its read-out needs,
+        missing weights, a damaged manifest, a tokenizer that is not the one of the manifest, or a
+        value for each token without the manifest that says what they mean.
     ReadoutError
         For a pad token that is missing, is the EOS, or differs from the configuration's.
     """
     name = resolve(path_or_id)
-    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    kind = as_dtype(dtype)
+    shared: dict[str, Any] = {
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+    }
+    described = find_file(name, MANIFEST_FILE, revision)
+    manifest = None if described is None else RewardManifest.load(described)
+    readout = (
+        ScalarReadout() if manifest is None else readout_from_dict(manifest.readout, str(described))
+    )
     if is_adapter(name, revision):
         from companion.models.lora import load_adapter
 
-        model, tokenizer = load_adapter(
-            name,
-            kind,
-            attn_implementation=attn_implementation,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        model, tokenizer = load_adapter(name, dtype, revision=revision, **shared)
     else:
-        config = load_config(name, **shared)
-        _refuse_token_level(name, config)
-        keys = checkpoint_keys(name, revision)
-        if keys is not None and _HEAD not in keys:
-            _refuse_headless(name, config)
-        if config.num_labels != 1:
-            raise ModelError(
-                f"{name}: num_labels is {config.num_labels}; a reward model has one scalar",
-                "use a checkpoint that was trained with num_labels=1",
-            )
-        tokenizer = load_tokenizer(name, **shared)
-        disable_dropout(config)
-        model, missing = load_weights(
-            name, config, kind, attn_implementation=attn_implementation, **shared
-        )
-        if _HEAD in missing:
-            _refuse_headless(name, config)
-        if missing:
-            some = ", ".join(sorted(missing)[:3])
-            raise ModelError(
-                f"{name}: the checkpoint lacks {len(missing)} weights ({some}, …); transformers "
-                "would fill them with random numbers",
-                "save the model anew, or fetch the folder again",
-            )
-        head = install_head(model)
-        head.to(torch.float32)
-        stored = read_tensor(name, _HEAD, revision) if kind != torch.float32 else None
-        if stored is not None:  # the head as it was saved, not rounded to half precision
-            with torch.no_grad():
-                head.weight.copy_(stored)
+        model, tokenizer = _load_checkpoint(name, readout.kind, dtype, revision=revision, **shared)
     notes: list[str] = []
-    if model.config.problem_type != "regression":
-        notes.append(
-            f"config.problem_type was {model.config.problem_type!r}: vLLM and others would apply a "
-            "sigmoid to the score; set to 'regression', save the model to keep it"
-        )
-        model.config.problem_type = "regression"
-    check_head(model)
+    if readout.kind == "scalar":
+        if model.config.problem_type != "regression":
+            notes.append(
+                f"config.problem_type was {model.config.problem_type!r}: vLLM and others would "
+                "apply a sigmoid to the score; set to 'regression', save the model to keep it"
+            )
+            model.config.problem_type = "regression"
+        check_head(model)
+    else:
+        prepare_token_head(model, readout.labels)
     check_tokenizer_and_config(tokenizer, model.config)
-    manifest, formatter = _load_manifest(name, tokenizer, revision, notes)
+    formatter = _formatter(name, tokenizer, manifest, revision, notes)
     notes.extend(formatter.notes)
     notes.extend(precision_notes(model))
     model.eval()
     if device is not None:
         model.to(device)
-    return RewardModel(model, tokenizer, formatter, manifest, notes)
+    return RewardModel(model, tokenizer, formatter, manifest, notes, readout)
 
 
 def load_formatter(
-    path_or_id: PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+    path_or_id: PathLike,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    notes: list[str] | None = None,
 ) -> tuple[RewardFormatter, RewardManifest | None]:
     """The formatter and the manifest of a reward model, without its weights.
 
     For a client whose reward model runs on a server: the token ids are made here, by the recipe
-    that was saved with the model.
+    that was saved with the model. What had to be assumed is added to `notes`.
 
     Raises
     ------
@@ -312,11 +273,108 @@ def load_formatter(
     """
     name = resolve(path_or_id)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-    manifest, formatter = _load_manifest(name, tokenizer, revision, [])
-    return formatter, manifest
+    described = find_file(name, MANIFEST_FILE, revision)
+    manifest = None if described is None else RewardManifest.load(described)
+    return _formatter(name, tokenizer, manifest, revision, [] if notes is None else notes), manifest
+
+
+def choose_pad_token(tokenizer: Any, config_pad_id: int | None, notes: list[str]) -> int:
+    """Give the tokenizer a pad token of its own, changing it in place if it must; its id.
+
+    It is neither the EOS nor the unknown token (transformers #35352, trl #2778). Order: the
+    tokenizer's own; a token of the vocabulary that is meant for it; a new ``<|pad|>``. What was
+    repaired is added to `notes`.
+
+    Raises
+    ------
+    ReadoutError
+        If the tokenizer has no EOS.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ReadoutError(
+            "the tokenizer has no EOS token, so the end of a completion cannot be marked",
+            "set tokenizer.eos_token to the token that ends a text in the model's training data "
+            "(tokenizer.eos_token = '…'; tokenizer.save_pretrained(folder))",
+        )
+    taken = {tokenizer.eos_token_id, tokenizer.unk_token_id}
+    own: int | None = tokenizer.pad_token_id
+    if own is not None and own not in taken:
+        if config_pad_id != own:
+            notes.append(
+                f"config.pad_token_id was {config_pad_id}: set to the tokenizer's, {own} "
+                f"({tokenizer.pad_token!r})"
+            )
+        return own
+    if own is None:
+        why = "the tokenizer has no pad token"
+    elif own == tokenizer.eos_token_id:
+        why = f"the tokenizer's pad token is its EOS ({tokenizer.pad_token!r})"
+    else:
+        why = f"the tokenizer's pad token is its unknown token ({tokenizer.pad_token!r})"
+    known = tokenizer.added_tokens_encoder
+    for candidate in _CANDIDATES:
+        index: int | None = known.get(candidate)
+        if index is not None and index not in taken and index != tokenizer.bos_token_id:
+            tokenizer.pad_token = candidate
+            notes.append(f"{why}: {candidate!r} ({index}) of its vocabulary is used")
+            return index
+    tokenizer.add_special_tokens({"pad_token": NEW_PAD})
+    notes.append(f"{why}: {NEW_PAD!r} ({tokenizer.pad_token_id}) was added")
+    return int(tokenizer.pad_token_id)
 
 
 # ---------------------------------------------------------------------- inside
+
+
+def _load_checkpoint(
+    name: str,
+    kind: str,
+    dtype: torch.dtype | str,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+    attn_implementation: str | None,
+) -> tuple[Any, Any]:
+    """Model and tokenizer of a plain checkpoint, its head whole and in fp32."""
+    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = load_config(name, **shared)
+    if kind == "scalar":
+        _refuse_token_level(name, config)
+        keys = checkpoint_keys(name, revision)
+        if keys is not None and _HEAD not in keys:
+            _refuse_headless(name, config)
+        if config.num_labels != 1:
+            raise ModelError(
+                f"{name}: num_labels is {config.num_labels}; a reward model has one scalar",
+                "use a checkpoint that was trained with num_labels=1",
+            )
+    tokenizer = load_tokenizer(name, **shared)
+    disable_dropout(config)
+    model, missing = load_weights(
+        name,
+        config,
+        dtype,
+        auto_class=_SCALAR if kind == "scalar" else _BY_TOKEN,
+        attn_implementation=attn_implementation,
+        **shared,
+    )
+    if _HEAD in missing:
+        _refuse_headless(name, config)
+    if missing:
+        some = ", ".join(sorted(missing)[:3])
+        raise ModelError(
+            f"{name}: the checkpoint lacks {len(missing)} weights ({some}, …); transformers "
+            "would fill them with random numbers",
+            "save the model anew, or fetch the folder again",
+        )
+    head = install_head(model)
+    if head.weight.dtype != torch.float32:
+        head.to(torch.float32)
+        stored = read_tensor(name, f"{head_name(model)}.weight", revision)
+        if stored is not None:  # the head as it was saved, not rounded to half precision
+            with torch.no_grad():
+                head.weight.copy_(stored)
+    return model, tokenizer
 
 
 def _refuse_token_level(name: str, config: Any) -> None:
@@ -324,8 +382,9 @@ def _refuse_token_level(name: str, config: Any) -> None:
     kinds = [kind for kind in config.architectures or [] if kind.endswith("ForTokenClassification")]
     if kinds:
         raise ModelError(
-            f"{name}: holds a model with a value for each token ({kinds[0]}), not one for a text",
-            "load it with companion.scoring.TokenScorer",
+            f"{name}: holds a model with a value for each token ({kinds[0]}), and no "
+            f"{MANIFEST_FILE} for it: nothing says what the values of its tokens mean",
+            "give a folder that 'companion train outcome' or 'companion train process' wrote",
         )
 
 
@@ -339,21 +398,24 @@ def _refuse_headless(name: str, config: Any) -> None:
     )
 
 
-def _load_manifest(
-    name: str, tokenizer: Any, revision: str | None, notes: list[str]
-) -> tuple[RewardManifest | None, RewardFormatter]:
-    path = find_file(name, MANIFEST_FILE, revision)
-    if path is not None:
-        manifest = RewardManifest.load(path)
-        return manifest, RewardFormatter.from_recipe(tokenizer, manifest.formatter)
+def _formatter(
+    name: str,
+    tokenizer: Any,
+    manifest: RewardManifest | None,
+    revision: str | None,
+    notes: list[str],
+) -> RewardFormatter:
+    """By the recipe that was saved with the model, if there is one."""
+    if manifest is not None:
+        return RewardFormatter.from_recipe(tokenizer, manifest.formatter)
     recipe = find_file(name, RECIPE_FILE, revision)
     if recipe is not None:
         notes.append(
             f"no {MANIFEST_FILE}: scores have no reference set; the formatter's recipe was found"
         )
-        return None, RewardFormatter.from_recipe(tokenizer, read_json(recipe))
+        return RewardFormatter.from_recipe(tokenizer, read_json(recipe))
     notes.append(
         f"no {MANIFEST_FILE}: not saved by the companion; the formatter is built from the "
         "tokenizer, without a maximal length, and scores have no reference set"
     )
-    return None, RewardFormatter(tokenizer)
+    return RewardFormatter(tokenizer)

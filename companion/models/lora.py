@@ -14,17 +14,19 @@ from typing import Any
 import torch
 
 from companion.errors import ModelError
-from companion.models.checkpoint import find_file, read_json
-from companion.models.head import find_head, head_name, install_head
-from companion.models.pieces import (
+from companion.models.checkpoint import (
     add_rows,
     disable_dropout,
+    find_file,
     load_config,
     load_tokenizer,
     load_weights,
+    read_json,
     resolve,
     set_pad,
 )
+from companion.models.head import find_head, head_name, install_head
+from companion.models.locking import lock_of
 from companion.models.reward_model import RewardModel
 
 _CURE = "pip install 'reward-model-companion[peft]'"
@@ -97,12 +99,14 @@ def merged(model: Any) -> Any:
     """A plain model with the adapter merged into a copy; a plain model as it is."""
     if not is_lora(model):
         return model
-    return copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    with lock_of(model):  # a copy of a model that is scoring would keep how it was switched
+        twin = copy.deepcopy(model)
+    return twin.merge_and_unload(safe_merge=True)
 
 
 def load_adapter(
     name: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     *,
     attn_implementation: str | None,
     revision: str | None,
@@ -113,7 +117,8 @@ def load_adapter(
     Raises
     ------
     ModelError
-        If the adapter has no head, its base is not found, or peft is missing.
+        If the adapter has no head or one for every token, its base is not found, or peft is
+        missing.
     """
     try:
         from peft import PeftModel
@@ -132,7 +137,13 @@ def load_adapter(
             f"{name}: the adapter does not hold the head, so it would load with a random one",
             'train it with modules_to_save=["score"] (companion.models.apply_lora does)',
         )
-    base = read_json(described).get("base_model_name_or_path")
+    adapter = read_json(described)
+    if adapter.get("task_type") == "TOKEN_CLS":  # its head may fit, and would be read as a score
+        raise ModelError(
+            f"{name}: holds a LoRA adapter of an outcome or process model",
+            "load the merged model, which save_reward_model writes beside it",
+        )
+    base = adapter.get("base_model_name_or_path")
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
         raise ModelError(
             f"{name}: the adapter's base {base!r} is not found",
@@ -147,7 +158,12 @@ def load_adapter(
     has_own = find_file(name, "tokenizer_config.json", revision) is not None
     tokenizer = load_tokenizer(name if has_own else base_name, **shared)
     model, _ = load_weights(
-        base_name, config, dtype, attn_implementation=attn_implementation, **shared
+        base_name,
+        config,
+        dtype,
+        auto_class="AutoModelForSequenceClassification",
+        attn_implementation=attn_implementation,
+        **shared,
     )
     pad = tokenizer.pad_token_id
     if pad is not None:

@@ -19,13 +19,10 @@ import numpy as np
 
 from companion.errors import DataError, ModelError
 from companion.formatting import RewardFormatter, recipe_fingerprint
+from companion.models.readout import RULES, ScalarReadout
 
 MANIFEST_FILE = "reward_manifest.json"
 FORMAT_VERSION = 1
-READOUT_RULE = "last_token_by_attention_mask"
-#: kind of a token-level model -> its rule; what else belongs to it stands beside the rule
-#: (:class:`companion.models.token_readout.TokenReadout`)
-TOKEN_RULES = {"outcome": "every_completion_token", "process": "step_ends"}
 _QUANTILES = 101
 
 
@@ -134,7 +131,7 @@ class RewardManifest:
         Its SHA-256.
     readout : dict
         The rule (``last_token_by_attention_mask``) and the head's dtype; for a token-level model
-        its kind, aggregation and the like (:class:`companion.models.token_readout.TokenReadout`).
+        its kind, aggregation and the like (:class:`companion.models.readout.TokenReadout`).
     reference : ReferenceStats or None
         Without it, scores have no centred, z and percentile form.
     temperature : float or None
@@ -155,9 +152,7 @@ class RewardManifest:
 
     formatter: dict[str, Any] = field(default_factory=dict)
     formatter_fingerprint: str = ""
-    readout: dict[str, Any] = field(
-        default_factory=lambda: {"rule": READOUT_RULE, "head_dtype": "float32"}
-    )
+    readout: dict[str, Any] = field(default_factory=ScalarReadout().to_dict)
     reference: ReferenceStats | None = None
     temperature: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -172,8 +167,8 @@ class RewardManifest:
     @property
     def kind(self) -> str:
         """``scalar`` for one score a text, else ``outcome`` or ``process``."""
-        kinds = {rule: kind for kind, rule in TOKEN_RULES.items()}
-        return kinds.get(self.readout["rule"], "scalar")
+        kinds = {rule: kind for kind, rule in RULES.items()}
+        return kinds[self.readout["rule"]]
 
     def describe(self, formatter: RewardFormatter) -> None:
         """Take over the recipe and the fingerprint of a formatter."""
@@ -194,11 +189,12 @@ class RewardManifest:
                 f"{FORMAT_VERSION}",
                 "use the companion that saved the model",
             )
-        if self.readout.get("rule") not in (READOUT_RULE, *TOKEN_RULES.values()):
+        scalar, *by_token = RULES.values()
+        if self.readout.get("rule") not in (scalar, *by_token):
             raise ModelError(
                 f"{where}: the read-out rule is {self.readout.get('rule')!r}; "
-                f"the companion knows {READOUT_RULE!r}, and for token-level models "
-                f"{' and '.join(map(repr, TOKEN_RULES.values()))}"
+                f"the companion knows {scalar!r}, and for token-level models "
+                f"{' and '.join(map(repr, by_token))}"
             )
         if recipe_fingerprint(self.formatter) != self.formatter_fingerprint:
             raise ModelError(

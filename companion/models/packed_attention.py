@@ -20,7 +20,9 @@ from transformers import AttentionInterface
 from companion.batching.grouping import AttentionGroups, attention_groups
 from companion.batching.packing import Segments
 from companion.errors import ModelError
+from companion.models.head import without_adapter
 from companion.models.last_layer import LastLayer, last_layer_attention, restore_last_layer
+from companion.models.locking import lock_of
 
 #: The name under which the function is registered.
 PACKED = "companion_packed"
@@ -255,11 +257,6 @@ AttentionInterface.register(PACKED, packed_attention)
 # ---------------------------------------------------------------------- switching
 
 
-def without_adapter(model: Any) -> Any:
-    """The model below a LoRA wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 @contextlib.contextmanager
 def packed_mode(model: Any, *, keep: bool = False) -> Iterator[None]:
     """Let a model (without its LoRA wrapper) use the packed attention inside the block.
@@ -270,28 +267,30 @@ def packed_mode(model: Any, *, keep: bool = False) -> Iterator[None]:
         Leave it in use. Activation checkpointing computes the forward again during the backward,
         after the block has ended; with the plain attention it would mix the texts.
     """
-    before = model.config._attn_implementation
-    if before != PACKED:
-        setattr(model, _PLAIN, before)
-        model.set_attn_implementation(PACKED)
-    try:
-        yield
-    finally:
-        if before != PACKED and not keep:
-            model.set_attn_implementation(before)
+    with lock_of(model):
+        before = model.config._attn_implementation
+        if before != PACKED:
+            setattr(model, _PLAIN, before)
+            model.set_attn_implementation(PACKED)
+        try:
+            yield
+        finally:
+            if before != PACKED and not keep:
+                model.set_attn_implementation(before)
 
 
 @contextlib.contextmanager
 def plain_mode(model: Any) -> Iterator[None]:
     """Let a model that was left with the packed attention use its own inside the block."""
-    packed = model.config._attn_implementation == PACKED
-    if packed:
-        restore_attention(model)
-    try:
-        yield
-    finally:
+    with lock_of(model):
+        packed = model.config._attn_implementation == PACKED
         if packed:
-            model.set_attn_implementation(PACKED)
+            restore_attention(model)
+        try:
+            yield
+        finally:
+            if packed:
+                model.set_attn_implementation(PACKED)
 
 
 def restore_attention(model: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from companion.formatting import Overlong, RewardFormatter
 from companion.models.manifest import RewardManifest
+from companion.models.readout import Readout, ScalarReadout
 
 
 @dataclass
@@ -19,7 +20,8 @@ class RewardModel:
     Attributes
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
-        A sequence-classification model with one label and a head in fp32.
+        A sequence-classification model with one label, or a token-classification model, its head in
+        fp32.
     tokenizer : transformers.PreTrainedTokenizerBase
         With a pad token that differs from its EOS.
     formatter : RewardFormatter
@@ -28,6 +30,8 @@ class RewardModel:
         None for a model that was not saved by the companion, or was not trained yet.
     notes : list of str
         What was repaired or assumed on the way, a line each; show them to the user.
+    readout : ScalarReadout, TokenReadout or None
+        How its values are read. None for a token-level model before training has said so.
     """
 
     model: Any
@@ -35,6 +39,7 @@ class RewardModel:
     formatter: RewardFormatter
     manifest: RewardManifest | None = None
     notes: list[str] = field(default_factory=list)
+    readout: Readout | None = field(default_factory=ScalarReadout)
 
     @property
     def pad_token_id(self) -> int:

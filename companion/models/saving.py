@@ -6,17 +6,16 @@ Chapter 2.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from companion import __version__
 from companion.errors import ModelError
-from companion.models.guards import check_head, check_tokenizer_and_config
+from companion.models.guards import check_head, check_tokenizer_and_config, prepare_token_head
 from companion.models.lora import is_lora, merged
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
+from companion.models.readout import readout_from_dict
 from companion.models.reward_model import RewardModel
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "trl", "accelerate", "peft", "deepspeed")
@@ -40,7 +39,9 @@ def save_reward_model(
     *,
     save_adapter: bool = False,
 ) -> RewardManifest:
-    """Write the model so that stock transformers, TRL and vLLM load it and give the same score.
+    """Write a model of any kind so that stock transformers loads it and gives the same values.
+
+    TRL and vLLM load one of the kind that gives a text one score.
 
     Parameters
     ----------
@@ -50,52 +51,37 @@ def save_reward_model(
         Made if it does not exist.
     manifest : RewardManifest, optional
         Default: the one that the model came with, or a bare one. The formatter's recipe, the
-        versions, the date and the notes are filled in here.
+        read-out, the versions, the date and the notes are filled in here. A model that has no
+        read-out yet takes the manifest's.
     save_adapter : bool
         Also keep the LoRA adapter, in ``adapter/``, with its tokenizer.
 
     Returns
     -------
     RewardManifest
-        As written; ``reward_model.manifest`` is set to it.
+        As written; ``reward_model.manifest`` and ``readout`` are set to it.
 
     Raises
     ------
     ModelError, ReadoutError
         If a guard refuses the model: nothing is written.
     """
-
-    def check(plain: Any) -> None:
+    model, tokenizer = reward_model.model, reward_model.tokenizer
+    manifest = manifest or reward_model.manifest or RewardManifest()
+    readout = reward_model.readout or readout_from_dict(manifest.readout, MANIFEST_FILE)
+    if reward_model.readout is None and readout.kind == "scalar":
+        raise ModelError(
+            "the model has a value for each token, and nothing says how they are read",
+            "set reward_model.readout to a TokenReadout",
+        )
+    plain = merged(model)
+    if readout.kind == "scalar":
         plain.config.problem_type = "regression"
         check_head(plain)
-
-    manifest = manifest or reward_model.manifest or RewardManifest()
-    return write_checkpoint(
-        reward_model, directory, manifest, check=check, save_adapter=save_adapter
-    )
-
-
-def write_checkpoint(
-    reward_model: RewardModel,
-    directory: str | os.PathLike[str],
-    manifest: RewardManifest,
-    *,
-    check: Callable[[Any], None],
-    save_adapter: bool = False,
-) -> RewardManifest:
-    """Write model, tokenizer, recipe and manifest of any kind of reward model.
-
-    Parameters
-    ----------
-    reward_model, directory, manifest, save_adapter
-        As for :func:`save_reward_model`.
-    check : callable
-        Gets the plain (merged) model first; raises if it must not be saved.
-    """
-    model, tokenizer = reward_model.model, reward_model.tokenizer
-    plain = merged(model)
-    check(plain)
+    else:
+        prepare_token_head(plain, readout.labels)
     check_tokenizer_and_config(tokenizer, plain.config)
+    manifest.readout = readout.to_dict()
     manifest.describe(reward_model.formatter)
     manifest.versions = package_versions()
     manifest.created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -116,5 +102,5 @@ def write_checkpoint(
         model.save_pretrained(folder / "adapter")
         reward_model.formatter.save_pretrained(folder / "adapter")
     manifest.save(folder)
-    reward_model.manifest = manifest
+    reward_model.manifest, reward_model.readout = manifest, readout
     return manifest

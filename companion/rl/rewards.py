@@ -15,11 +15,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from companion.errors import CompanionError, DataError
 from companion.scoring.remote import Protocol, RemoteScorer, is_url
 from companion.scoring.reward_function import RewardFunction, Transform
+from companion.scoring.scorer import RewardScorer
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +72,12 @@ def open_reward(
                 f"{source}: which model does the server run?",
                 f"give its folder or hub id behind a #: {url}#Org/model",
             )
-        scorer: RemoteScorer | str = RemoteScorer.from_pretrained(url, model, protocol=protocol)
+        scorer: Any = RemoteScorer.from_pretrained(url, model, protocol=protocol)
         name = model
     elif _FUNCTION.fullmatch(source):
         return _function(source)
     else:
-        scorer, name = source, source
+        scorer, name = partial(RewardScorer.from_pretrained, source), source
     last = re.sub(r"\W+", "_", name.rstrip("/").rsplit("/", 1)[-1])
     return RewardFunction(
         scorer,

@@ -24,7 +24,7 @@ from trl import GRPOTrainer
 from companion.data.splits import prompt_key, split_by_prompt
 from companion.errors import CompanionError, DataError
 from companion.models.causal import load_causal
-from companion.models.pieces import load_tokenizer, resolve
+from companion.models.checkpoint import load_tokenizer, resolve
 from companion.resampling import Interval, bootstrap_interval
 from companion.rl.config import GRPORunConfig, PolicyArguments, PromptArguments
 from companion.rl.monitor import OveroptimizationMonitor

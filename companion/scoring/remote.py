@@ -8,23 +8,30 @@ reward (OpenRLHF's client gives up after five tries and goes on with None). Chap
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 import requests
+import torch
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
-from companion.errors import CompanionError, DataError, ReadoutError, ServiceError
-from companion.formatting import Encoded, RewardFormatter, Row
+from companion.errors import DataError, ServiceError
+from companion.formatting import RewardFormatter
+from companion.models.checkpoint import is_adapter, load_config, resolve
 from companion.models.loading import load_formatter
-from companion.models.manifest import ReferenceStats
+from companion.models.manifest import MANIFEST_FILE, RewardManifest
+from companion.models.readout import Readout, ScalarReadout, readout_from_dict
+from companion.models.reward_model import RewardModel
 from companion.scoring.results import Scores
+from companion.scoring.scorer import Progress, Scorer, positions_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +43,14 @@ PATHS: Final[dict[str, str]] = {"classify": "/classify", "companion": "/score"}
 RETRIED: Final = (429, 500, 502, 503, 504)
 #: The environment variable with the server's key, if it wants one.
 KEY_VARIABLE: Final = "COMPANION_REWARD_API_KEY"
+#: Held while a count is raised, by any thread for any scorer.
+_COUNTING: Final = threading.Lock()
 
 
-class RemoteScorer:
+class RemoteScorer(Scorer[Scores]):
     """Scores from a server that holds the reward model.
+
+    It may be called from several threads, and pickled.
 
     Parameters
     ----------
@@ -47,13 +58,19 @@ class RemoteScorer:
         Where the server listens, without the route: ``http://host:8000``.
     formatter : RewardFormatter
         The one that was saved with the model that the server runs; see :meth:`from_pretrained`.
-    reference : ReferenceStats, optional
-        Of the model's manifest; without it there are raw scores only.
+    manifest : RewardManifest, optional
+        Of that model: its reference set, without which there are raw scores only, and its read-out.
+    max_positions : int, optional
+        Longest text that the model has positions for; a longer one is not sent.
+    notes : sequence of str
+        What was assumed while loading.
     protocol : {"classify", "companion"}
         ``classify``: vLLM's route. Gets ``{"input": [[ids]], "use_activation": false}``, without
         which vLLM may apply a sigmoid, and gives the logit in ``data[i].probs[0]``.
         ``companion``: ``POST /score`` gets ``{"input_ids": [[ids]]}`` and gives ``{"scores":
-        [number or null]}``.
+        [number or null]}``. For an outcome or process model, which ``classify`` cannot carry, it
+        also gets ``"places": [[indices of tokens]]`` and gives ``{"logits": [[[number, one a
+        label], one a place], one a text]}``.
     model : str, optional
         Name of the model on the server, where it serves several.
     batch_size : int
@@ -73,14 +90,25 @@ class RemoteScorer:
     ----------
     counts : Counter
         ``requests``, ``retries`` and ``texts`` so far.
+
+    Notes
+    -----
+    :meth:`score` and the like raise :class:`companion.errors.ServiceError` if the server does not
+    answer, refuses, or answers something else than its protocol says, whatever ``on_error`` is.
     """
+
+    _cure_of_nan: ClassVar[str] = (
+        "serve the model in float32; if it stays, its training has diverged"
+    )
 
     def __init__(
         self,
         url: str,
         formatter: RewardFormatter,
         *,
-        reference: ReferenceStats | None = None,
+        manifest: RewardManifest | None = None,
+        max_positions: int | None = None,
+        notes: Sequence[str] = (),
         protocol: Protocol = "classify",
         model: str | None = None,
         batch_size: int = 128,
@@ -98,9 +126,18 @@ class RemoteScorer:
                 f"batch_size is {batch_size} and retries is {retries}",
                 "use at least 1 and at least 0",
             )
+        readout: Readout = ScalarReadout()
+        if manifest is not None:
+            readout = readout_from_dict(manifest.readout, MANIFEST_FILE)
+        about = RewardModel(None, formatter.tokenizer, formatter, manifest, list(notes), readout)
+        super().__init__(about, readout, max_positions)
+        if readout.kind != "scalar" and protocol != "companion":
+            raise DataError(
+                f"the protocol {protocol!r} carries one value a text, and the model is of the kind "
+                f"{readout.kind}",
+                "use protocol='companion', on a server that knows it",
+            )
         self.url = url.rstrip("/")
-        self.formatter = formatter
-        self.reference = reference
         self.protocol: Protocol = protocol
         self.model = model
         self.batch_size = batch_size
@@ -125,103 +162,100 @@ class RemoteScorer:
         ModelError
             If there is no tokenizer, or it is not the one of the manifest.
         """
-        formatter, manifest = load_formatter(path_or_id)
+        notes: list[str] = []
+        formatter, manifest = load_formatter(path_or_id, notes=notes)
+        name = resolve(path_or_id)
+        positions = None if is_adapter(name) else positions_of(load_config(name))
         return cls(
-            url, formatter, reference=None if manifest is None else manifest.reference, **settings
+            url, formatter, manifest=manifest, max_positions=positions, notes=notes, **settings
         )
 
-    @property
-    def tokenizer(self) -> Any:
-        """The reward model's tokenizer."""
-        return self.formatter.tokenizer
-
-    def score(
-        self,
-        rows: Sequence[Row],
-        *,
-        terminated: bool | None = None,
-        field: str = "completion",
-        on_error: Literal["raise", "skip"] = "raise",
-        names: Sequence[str] | None = None,
-    ) -> Scores:
-        """Score rows; see :meth:`companion.scoring.RewardScorer.score`.
-
-        Raises
-        ------
-        ServiceError
-            If the server does not answer, refuses, or answers something else than its protocol
-            says; with ``on_error="skip"`` too: a server that is gone is no bad row.
-        CompanionError
-            With ``on_error="raise"``, for a bad row or a score that is not finite.
-        """
-        if on_error not in ("raise", "skip"):
-            raise DataError(f"on_error is {on_error!r}", "use 'raise' or 'skip'")
-        encoded = self.formatter.try_encode_many(rows, field, terminated=terminated, names=names)
-        names = names if names is not None else [f"row {i}" for i in range(len(rows))]
-        raw = np.full(len(rows), np.nan)
-        lengths = np.zeros(len(rows), dtype=np.int64)
-        reasons: list[str | None] = [None] * len(rows)
-        kept: list[int] = []
-        for index, item in enumerate(encoded):
-            if isinstance(item, CompanionError):
-                if on_error == "raise":
-                    raise item
-                reasons[index] = item.what
-            elif item is None:
-                reasons[index] = f"longer than max_length={self.formatter.max_length} tokens"
-            else:
-                kept.append(index)
-        values = self.score_encoded([item for item in encoded if isinstance(item, Encoded)])
-        for index, value in zip(kept, values, strict=True):
-            if math.isfinite(value):
-                raw[index], lengths[index] = value, len(encoded[index])  # type: ignore[arg-type]
-                continue
-            reasons[index] = f"the score is not finite ([{value}])"
-            if on_error == "raise":
-                raise ReadoutError(
-                    f"{names[index]}: the server's score is not finite ({value})",
-                    "serve the model in float32; if it stays, its training has diverged",
-                )
-        return Scores(raw, lengths, reasons).against(self.reference)
-
-    def score_encoded(self, encoded: Sequence[Encoded | Sequence[int]]) -> np.ndarray:
-        """Score token ids, ``[N]`` float64 in input order; NaN where the server gives null.
-
-        Raises
-        ------
-        ServiceError
-            As :meth:`score`.
-        """
-        ids = [list(e.input_ids) if isinstance(e, Encoded) else list(e) for e in encoded]
-        scores = np.full(len(ids), np.nan)
-        for begin in range(0, len(ids), self.batch_size):
-            part = ids[begin : begin + self.batch_size]
-            scores[begin : begin + len(part)] = self._values(self._post(part), len(part))
-            self.counts["texts"] += len(part)
-        self._warn_of_probabilities(scores)
-        return scores
+    def fingerprint(self) -> str:
+        """Of the manifest of the model that the server is said to run; without one, of the URL."""
+        known = self.url if self.manifest is None else self.manifest.to_json()
+        return hashlib.sha256(f"{self.model} {known}".encode()).hexdigest()
 
     # ------------------------------------------------------------------ inside
 
-    def _post(self, ids: list[list[int]]) -> Any:
-        body: dict[str, Any] = {"input_ids": ids}
+    def _scores(self, ids: Sequence[Sequence[int]], progress: Progress | None) -> np.ndarray:
         if self.protocol == "classify":
-            body = {"input": ids, "add_special_tokens": False, "use_activation": False}
+            found = self._ask({"input": ids}, _classified, progress)
+        else:
+            found = self._ask({"input_ids": ids}, _scored, progress)
+        scores = np.array(found, dtype=np.float64)
+        self._warn_of_probabilities(scores)
+        return scores
+
+    def _logits(
+        self,
+        ids: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
+        progress: Progress | None,
+    ) -> list[torch.Tensor]:
+        def read(answer: Any) -> list[torch.Tensor]:
+            return [
+                torch.tensor([[_number(x) for x in place] for place in text], dtype=torch.float32)
+                for text in answer["logits"]
+            ]
+
+        found = self._ask({"input_ids": ids, "places": places}, read, progress)
+        for own, logits in zip(places, found, strict=True):
+            if logits.shape != (len(own), self.readout.labels):
+                raise ServiceError(
+                    f"{self.url}: logits {list(logits.shape)} for {len(own)} places and "
+                    f"{self.readout.labels} labels",
+                    "check that the server runs the model of this manifest",
+                )
+        return found
+
+    def _ask(
+        self,
+        fields: Mapping[str, Sequence[Any]],
+        read: Callable[[Any], list[Any]],
+        progress: Progress | None,
+    ) -> list[Any]:
+        """What `read` finds in the answers, one a text; `fields` are cut into requests."""
+        found: list[Any] = []
+        n = len(next(iter(fields.values())))
+        for begin in range(0, n, self.batch_size):
+            part = slice(begin, min(begin + self.batch_size, n))
+            answer = self._post({name: list(values[part]) for name, values in fields.items()})
+            try:
+                own = read(answer)
+                if len(own) != part.stop - begin:
+                    raise ValueError(f"{len(own)} scores for {part.stop - begin} texts")
+            except (KeyError, TypeError, ValueError) as error:
+                raise ServiceError(
+                    f"{self.url}: the answer does not fit the protocol {self.protocol!r}: "
+                    f"{error!r}",
+                    "check the protocol, and that the server runs a model with one label"
+                    if self.readout.kind == "scalar"
+                    else "check the protocol, and that the server knows token values",
+                ) from error
+            found += own
+            self._count("texts", len(own))
+            if progress is not None:
+                progress(len(own))
+        return found
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        if self.protocol == "classify":
+            body |= {"add_special_tokens": False, "use_activation": False}
         if self.model is not None:
             body["model"] = self.model
         where = self.url + PATHS[self.protocol]
-        self.counts["requests"] += 1
+        self._count("requests")
         try:
             response = self._connection().post(where, json=body, timeout=self.timeout)
         except requests.RequestException as error:
-            self.counts["retries"] += self.retries
+            self._count("retries", self.retries)
             raise ServiceError(
                 f"{where}: no answer after {self.retries + 1} tries ({error})",
                 "check that the server runs and can be reached from here",
             ) from error
         history = getattr(response.raw.retries, "history", ())
         if history:
-            self.counts["retries"] += len(history)
+            self._count("retries", len(history))
             logger.warning(f"{where}: answered after {len(history)} retries")
         if response.status_code != 200:
             again = f" after {len(history) + 1} tries" if history else ""
@@ -234,26 +268,9 @@ class RemoteScorer:
         except ValueError as error:
             raise ServiceError(f"{where}: answered no JSON: {response.text[:200]!r}") from error
 
-    def _values(self, answer: Any, n: int) -> list[float]:
-        """Scores in the order of the request."""
-        try:
-            if self.protocol == "companion":
-                found = list(answer["scores"])
-            else:
-                items = sorted(answer["data"], key=lambda item: item["index"])
-                if [item["index"] for item in items] != list(range(len(items))):
-                    raise ValueError("indices that are not 0, 1, 2, …")
-                if any(len(item["probs"]) != 1 for item in items):
-                    raise ValueError("several values a text: the model is no scalar reward model")
-                found = [item["probs"][0] for item in items]
-            if len(found) != n:
-                raise ValueError(f"{len(found)} scores for {n} texts")
-            return [math.nan if value is None else float(value) for value in found]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ServiceError(
-                f"{self.url}: the answer does not fit the protocol {self.protocol!r}: {error!r}",
-                "check the protocol, and that the server runs a model with one label",
-            ) from error
+    def _count(self, name: str, n: int = 1) -> None:
+        with _COUNTING:
+            self.counts[name] += n
 
     def _warn_of_probabilities(self, scores: np.ndarray) -> None:
         """Scores that all lie in (0, 1), where those of the reference do not: a sigmoid, surely."""
@@ -262,7 +279,7 @@ class RemoteScorer:
             return
         inside = np.mean([0 < quantile < 1 for quantile in self.reference.quantiles])
         if ((finite > 0) & (finite < 1)).all() and inside**finite.size < 1e-9:
-            self.counts["probabilities"] += 1
+            self._count("probabilities")
             logger.warning(
                 f"{self.url}: all {finite.size} scores lie between 0 and 1, unlike those of the "
                 "reference set: the server seems to apply a sigmoid, use_activation=false or not"
@@ -288,6 +305,25 @@ class RemoteScorer:
     def __getstate__(self) -> Mapping[str, Any]:
         """Open connections do not travel."""
         return {**self.__dict__, "_session": None}
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _scored(answer: Any) -> list[float]:
+    """Scores in the order of the request, from an answer of the companion's ``/score``."""
+    return [_number(value) for value in answer["scores"]]
+
+
+def _classified(answer: Any) -> list[float]:
+    """Scores in the order of the request, from an answer of vLLM's ``/classify``."""
+    items = sorted(answer["data"], key=lambda item: item["index"])
+    if [item["index"] for item in items] != list(range(len(items))):
+        raise ValueError("indices that are not 0, 1, 2, …")
+    if any(len(item["probs"]) != 1 for item in items):
+        raise ValueError("several values a text: the model is no scalar reward model")
+    return [_number(item["probs"][0]) for item in items]
 
 
 def is_url(source: str) -> bool:

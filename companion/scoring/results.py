@@ -6,11 +6,12 @@ Chapter 6.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from companion.models.manifest import ReferenceStats
+from companion.models.readout import TokenReadout
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Scores:
     z: np.ndarray | None = None
     percentile: np.ndarray | None = None
 
-    def against(self, reference: ReferenceStats | None) -> Scores:
+    def against(self, reference: ReferenceStats | None) -> Self:
         """Fill in what a reference set gives, if there is one; returns itself."""
         if reference is not None:
             self.centered = reference.centered(self.raw)
@@ -62,6 +63,62 @@ class Scores:
 
     def __len__(self) -> int:
         return len(self.raw)
+
+
+@dataclass(kw_only=True)
+class TokenScores(Scores):
+    """Scores of an outcome or process model, with the values they are made of. Chapter 3.
+
+    ``raw`` is the aggregate of each text's values.
+
+    Attributes
+    ----------
+    values : list of (numpy.ndarray or None)
+        Of each text, the values in [0, 1] that were aggregated: one a completion token (outcome),
+        or one a step (process).
+    wrong : list of (numpy.ndarray or None)
+        P(wrong) at the same places. With one label it is 1 − value.
+    logits : list of (numpy.ndarray or None)
+        ``[places, labels]`` each, what both are made of.
+    places : list of (list of int or None)
+        Where they stand in the text's token ids.
+    readout : TokenReadout
+        How they were read.
+    """
+
+    values: list[np.ndarray | None]
+    wrong: list[np.ndarray | None]
+    logits: list[np.ndarray | None]
+    places: list[list[int] | None]
+    readout: TokenReadout
+
+    def first_errors(self, threshold: float = 0.5) -> list[int | None]:
+        """Index of the first step (or token) whose P(wrong) is above the threshold, or None."""
+        return [_first_above(wrong, threshold) for wrong in self.wrong]
+
+    def record(self, i: int) -> dict[str, Any]:
+        """What a line of a file says of row `i`, which has a score.
+
+        The score; of an outcome model ``token_scores``, of a process model ``step_scores``,
+        ``step_wrong`` (P(wrong) of each step) and ``first_error``: the index of the first step
+        whose P(wrong) is above the threshold of the manifest, or None.
+        """
+        values, wrong = self.values[i], self.wrong[i]
+        assert values is not None
+        assert wrong is not None
+        if self.readout.kind == "outcome":
+            return {**super().record(i), "token_scores": values.tolist()}
+        return {
+            **super().record(i),
+            "step_scores": values.tolist(),
+            "step_wrong": wrong.tolist(),
+            "first_error": _first_above(wrong, self.readout.threshold),
+        }
+
+
+def _first_above(wrong: np.ndarray | None, threshold: float) -> int | None:
+    above = [] if wrong is None else np.flatnonzero(wrong > threshold).tolist()
+    return above[0] if above else None
 
 
 @dataclass

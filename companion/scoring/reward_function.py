@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from companion.errors import CompanionError, DataError, ModelError
+from companion.errors import DataError, ModelError
 from companion.models.manifest import ReferenceStats
 from companion.scoring.results import Scores
 
@@ -52,7 +52,7 @@ class RewardFunction:
 
     Parameters
     ----------
-    scorer : RewardScorer, RemoteScorer or str
+    scorer : Scorer or str
         A scorer, here or on a server, or the folder or hub id of a reward model.
     transform : {"raw", "centered", "z", "sigmoid"}
         What becomes of the raw score: nothing; minus the mean of the manifest's reference set; in
@@ -86,7 +86,7 @@ class RewardFunction:
 
     def __init__(
         self,
-        scorer: RowScorer | str,
+        scorer: RowScorer | Callable[[], RowScorer],
         *,
         transform: Transform = "raw",
         clip: float | None = None,
@@ -100,8 +100,8 @@ class RewardFunction:
             raise DataError(f"clip is {clip}", "use a positive number or None")
         if isinstance(truncated, str) and truncated != "score":
             raise DataError(f"truncated is {truncated!r}", "use 'score', None or a number")
-        self._source = scorer if isinstance(scorer, str) else None
-        self.scorer: RowScorer = _load(scorer) if isinstance(scorer, str) else scorer
+        self._make = scorer if callable(scorer) else None
+        self.scorer: RowScorer = scorer() if callable(scorer) else scorer
         if transform != "raw" and self.scorer.reference is None:
             raise ModelError(
                 f"transform={transform!r} needs a reference set, and the manifest has none",
@@ -193,21 +193,13 @@ class RewardFunction:
         self.counts += Counter({"scored": len(reasons) - bad.total()}) + bad
 
     def __getstate__(self) -> dict[str, Any]:
-        """The model is loaded again where it is unpickled, if it came from a folder or the hub."""
+        """Without its scorer, if that can be made anew."""
         state = dict(self.__dict__)
-        if self._source is not None:
+        if self._make is not None:
             del state["scorer"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if "scorer" not in state:
-            if self._source is None:
-                raise CompanionError("a reward function without its scorer", "make it anew")
-            self.scorer = _load(self._source)
-
-
-def _load(source: str) -> RowScorer:
-    from companion.scoring.scorer import RewardScorer  # which can itself make a reward function
-
-    return RewardScorer.from_pretrained(source)
+        if self._make is not None:
+            self.scorer = self._make()

@@ -6,9 +6,8 @@ chosen and a rejected completion. A model that cannot be packed exactly takes pa
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,10 +19,15 @@ from companion.batching.packing import PackedBatch, pack
 from companion.batching.padded import pad_batch, token_budget_batches
 from companion.batching.plan import plan_batches
 from companion.errors import DataError, ModelError
-from companion.models.forward import packed_scores, reward_scores
-from companion.models.guards import check_texts
-from companion.models.packed_attention import packed_mode, packing_obstacle, without_adapter
-from companion.models.token_models import packed_token_logits, token_logits
+from companion.models.forward import (
+    check_texts,
+    packed_scores,
+    packed_token_logits,
+    reward_scores,
+    token_logits,
+)
+from companion.models.locking import inference_of
+from companion.models.packed_attention import packing_obstacle
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +65,13 @@ class _Forwards(NamedTuple):
 class BatchRunner:
     """Runs rows of token ids through a model, in eval mode and without gradients.
 
+    From several threads at once, too, and beside other runners of the same model: a batch holds the
+    model's lock (:mod:`companion.models.locking`), and between batches others have their turn.
+
     Parameters
     ----------
     model : PreTrainedModel or PeftModel
-        Put into eval mode while it scores, and back.
+        Put into eval mode while a batch runs, and back.
     pad_token_id : int
         For batches that are padded.
     max_tokens : int, optional
@@ -79,9 +86,9 @@ class BatchRunner:
 
     Attributes
     ----------
-    tokens_needed, tokens_computed : int
-        Of the last call: tokens of all texts, and tokens that went through the model (less where
-        prefixes are shared, more where there is padding).
+    tokens : tuple of (int, int)
+        Of the call that ended last: tokens of all texts, and tokens that went through the model
+        (less where prefixes are shared, more where there is padding).
     """
 
     def __init__(
@@ -102,7 +109,7 @@ class BatchRunner:
         self.max_rows = max_rows
         self.packing = packing
         self.padding_side: Literal["right", "left"] = padding_side
-        self.tokens_needed = self.tokens_computed = 0
+        self.tokens = 0, 0
         self._said: str | None = None
 
     def run(
@@ -110,7 +117,8 @@ class BatchRunner:
     ) -> np.ndarray:
         """Score rows of token ids; ``[N]`` float64 in input order.
 
-        A batch that the GPU's memory does not hold is planned again with half the tokens.
+        Equal rows are computed once: their scores are the same to the last bit, and tie. A batch
+        that the GPU's memory does not hold is planned again with half the tokens.
 
         Parameters
         ----------
@@ -134,7 +142,8 @@ class BatchRunner:
             lambda batch, rows: packed_scores(self.model, batch),
             lambda input_ids, mask, rows: reward_scores(self.model, input_ids, mask),
         )
-        self._run(ids, forwards, keep, progress)
+        for first, *copies in self._run(ids, ids, forwards, keep, progress):
+            scores[copies] = scores[first]
         return scores
 
     def run_tokens(
@@ -174,49 +183,36 @@ class BatchRunner:
             first = mask.long().argmax(dim=1).tolist()  # 0 unless padding stands left
             return [logits[i, [first[i] + at for at in places[row]]] for i, row in enumerate(rows)]
 
-        self._run(ids, _Forwards(packed, padded), keep, progress)
+        keys = [(*item, "read", *own) for item, own in zip(ids, places, strict=True)]
+        for first, *copies in self._run(ids, keys, _Forwards(packed, padded), keep, progress):
+            for copy in copies:
+                found[copy] = found[first]
         return found
 
     def _run(
         self,
         ids: Sequence[Sequence[int]],
+        keys: Sequence[Sequence[Any]],
         forwards: _Forwards,
         keep: Callable[[list[int], Any], None],
         progress: Callable[[int], None] | None,
-    ) -> None:
-        self.tokens_needed, self.tokens_computed = sum(map(len, ids)), 0
+    ) -> Iterable[list[int]]:
+        """Run the first row of each key; the rows of each, of which `keep` got the first."""
         if not ids:
-            return
+            self.tokens = 0, 0
+            return []
         check_texts(ids, self.model.config)
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            device = next(self.model.parameters()).device
-            with (
-                torch.inference_mode(),
-                torch.autocast(device.type, enabled=False),
-                contextlib.ExitStack() as stack,
-            ):
-                packed = self.packing == "auto" and self._can_pack()
-                if packed:  # once for all batches: it walks through the model's modules
-                    stack.enter_context(packed_mode(without_adapter(self.model)))
-                self._fill(ids, device, forwards, keep, progress, packed)
-        finally:
-            self.model.train(was_training)
-
-    def _fill(
-        self,
-        ids: Sequence[Sequence[int]],
-        device: torch.device,
-        forwards: _Forwards,
-        keep: Callable[[list[int], Any], None],
-        progress: Callable[[int], None] | None,
-        packed: bool,
-    ) -> None:
+        packed = self.packing == "auto" and self._can_pack()
+        device = next(self.model.parameters()).device
+        computed = 0
         budget = self.max_tokens or default_token_budget(self.model)
         by_speed = self.max_tokens is None and device.type == "cpu"
         tree_tokens = CPU_TREE_TOKENS if by_speed else None
-        waiting = list(range(len(ids)))
+        equal: dict[tuple[Any, ...], list[int]] = {}
+        for row, key in enumerate(keys):
+            equal.setdefault(tuple(key), []).append(row)
+        copies = {rows[0]: rows for rows in equal.values()}
+        waiting = list(copies)
         while waiting:
             done: set[int] = set()
             left = [ids[i] for i in waiting]
@@ -228,7 +224,13 @@ class BatchRunner:
             for rows, tokens, call in plan:
                 places = [waiting[row] for row in rows]
                 try:
-                    keep(places, call(device, places))
+                    with (
+                        torch.inference_mode(),
+                        torch.autocast(device.type, enabled=False),
+                        inference_of(self.model),
+                    ):
+                        values = call(device, places)
+                    keep(places, values)
                 except torch.OutOfMemoryError as error:
                     if len(rows) == 1:
                         raise ModelError(
@@ -240,12 +242,14 @@ class BatchRunner:
                     logger.warning(f"out of memory with {tokens} tokens: going on with {budget}")
                     break
                 done.update(places)
-                self.tokens_computed += tokens
+                computed += tokens
                 if progress is not None:
-                    progress(len(places))
+                    progress(sum(len(copies[place]) for place in places))
             waiting = [i for i in waiting if i not in done]
             if waiting:  # outside the handler, whose traceback holds the tensors
                 torch.cuda.empty_cache()
+        self.tokens = sum(map(len, ids)), computed
+        return copies.values()
 
     def _can_pack(self) -> bool:
         why = packing_obstacle(self.model, training=False)

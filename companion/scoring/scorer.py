@@ -1,61 +1,332 @@
-"""The scorer: rows in, scores out, in the same order, each depending on its own text alone.
+"""Scorers: rows in, scores out, in the same order, each depending on its own text alone.
 
 One rule above all (Chapter 6): a batch, packed or padded, gives each text the score that it has
-alone. In float32 they agree within 1e-5, whatever the batch, the order and the padding side;
-reward-bench #137 shows what happens elsewhere.
+alone. In float32 they agree within 1e-5, whatever the batch, the order, the thread and the padding
+side; reward-bench #137 shows what happens elsewhere.
 """
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import numpy as np
 import torch
 
 from companion.errors import CompanionError, DataError, ModelError, ReadoutError
 from companion.formatting import Encoded, Overlong, RewardFormatter, Row
+from companion.formatting.steps import EncodedSteps
+from companion.models.checkpoint import find_file, model_fingerprint, resolve
 from companion.models.loading import load_reward_model
-from companion.models.manifest import ReferenceStats
+from companion.models.manifest import MANIFEST_FILE, ReferenceStats, RewardManifest
+from companion.models.readout import Readout, ScalarReadout, TokenReadout
 from companion.models.reward_model import RewardModel
-from companion.scoring.results import PairScores, Scores
+from companion.reduction import How
+from companion.scoring.reading import Found, Text, ids_of, reading_of
+from companion.scoring.results import PairScores, Scores, TokenScores
 from companion.scoring.reward_function import RewardFunction
 from companion.scoring.running import BatchRunner, Packing
 
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int], None]
+ScoresT = TypeVar("ScoresT", bound=Scores)
 
 
-class RewardScorer:
-    """Scores with one reward model: token-budget batches, no gradient, eval mode, fp32 head.
+class Scorer(ABC, Generic[ScoresT]):
+    """What all scorers offer, wherever their model runs and however its values are read.
 
-    Parameters
+    A scorer may be called from several threads at once, and several scorers may share a model.
+
+    Attributes
     ----------
-    reward_model : RewardModel
-        From :func:`companion.models.loading.load_reward_model`, or one in training (it is put into
-        eval mode while it scores, and back).
-    max_tokens_per_batch : int, optional
-        Budget for the computed tokens of a batch; default 2,048 on a CPU, on CUDA what the free
-        memory holds. A batch that does not fit is tried again with half of them.
-    max_rows_per_batch : int, optional
-        Most rows of a batch.
-    padding_side : {"right", "left"}
-        Of batches that are padded. Makes no difference to the scores; right is faster.
-    packing : {"auto", "off"}
-        "auto": no padding, and a prompt that several texts share is computed once, where that is
-        exact for the model; the others are padded, and the log says why.
+    readout : ScalarReadout or TokenReadout
+        How the model's values are read: ``scalar``, ``outcome`` or ``process``.
+    max_positions : int or None
+        Longest text that the model has positions for; None where nobody says.
     """
+
+    _cure_of_nan: ClassVar[str] = "score in float32; if it stays, the model's training has diverged"
+
+    def __init__(self, about: RewardModel, readout: Readout, max_positions: int | None) -> None:
+        self._about = about
+        self.readout: Readout = readout
+        self.max_positions = max_positions
+
+    @property
+    def formatter(self) -> RewardFormatter:
+        """The formatter of the model, with its counts."""
+        return self._about.formatter
+
+    @property
+    def tokenizer(self) -> Any:
+        """The reward model's tokenizer."""
+        return self._about.tokenizer
+
+    @property
+    def manifest(self) -> RewardManifest | None:
+        """What was saved with the model; None for one that was not saved by the companion."""
+        return self._about.manifest
+
+    @property
+    def reference(self) -> ReferenceStats | None:
+        """The reference set of the manifest."""
+        return None if self.manifest is None else self.manifest.reference
+
+    @property
+    def notes(self) -> list[str]:
+        """What was repaired or assumed while loading."""
+        return self._about.notes
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """What tells the model from others: a run over a file only goes on with the same one."""
+
+    # ------------------------------------------------------------------ rows
+
+    def score(
+        self,
+        rows: Sequence[Row],
+        *,
+        terminated: bool | None = None,
+        field: str = "completion",
+        on_error: OnError = "raise",
+        names: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> ScoresT:
+        """Score rows.
+
+        Parameters
+        ----------
+        rows : sequence
+            Each a string, a list of messages, ``{"prompt", "completion"}``, ``{"messages"}`` or
+            ``{"text"}``. For an outcome or process model the prompt must be told apart: a mapping
+            with ``prompt`` and ``completion``, or messages, of which the last is the solution; for
+            a process model also ``prompt`` and ``completions``, the steps. A solution in one piece
+            is split at the separator; with ``terminated=False`` its last step is closed by it.
+        terminated : bool, optional
+            False: the completions were cut off. Default: what a row says, else True.
+        field : str
+            Field of the completion in place of ``completion`` (``chosen``, say).
+        on_error : {"raise", "skip"}
+            What to do with a bad row or a score that is not finite: raise an error that names it,
+            or give it NaN and the reason.
+        names : sequence of str, optional
+            How to call the rows in errors; default ``row 0``, …
+        progress : callable, optional
+            Called with the number of texts of each batch done.
+
+        Returns
+        -------
+        Scores or TokenScores
+            In input order, the latter of an outcome or process model. A row that was dropped for
+            its length has NaN and the reason.
+
+        Raises
+        ------
+        CompanionError
+            With ``on_error="raise"``.
+        ServiceError
+            If a model on a server cannot be asked, with ``on_error="skip"`` too: a server that is
+            gone is no bad row.
+        """
+        reading = reading_of(self.readout)
+        rows, names = _named_rows(rows, names)
+        found = reading.rows(self.formatter, rows, names, field, terminated)
+        raw, lengths, reasons, values = self._score_found(found, 1, names, on_error, progress)
+        read = [
+            None if value is None else (texts[0], value[0])  # type: ignore[index]
+            for texts, value in zip(found, values, strict=True)
+        ]
+        scores: Any = reading.scores(raw[:, 0], lengths[:, 0], reasons, read)  # type: ignore[arg-type]
+        return scores.against(self.reference)  # type: ignore[no-any-return]
+
+    def score_pairs(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        on_error: OnError = "raise",
+        names: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> PairScores:
+        """Score ``chosen`` and ``rejected`` of each row (with ``prompt`` or without).
+
+        A pair of which one side is too long has NaN on both, and a reason. Parameters as in
+        :meth:`score`.
+        """
+        rows, names = _named_rows(rows, names)
+        found = reading_of(self.readout).pairs(self.formatter, rows, names)
+        raw, lengths, reasons, _ = self._score_found(found, 2, names, on_error, progress)
+        return PairScores(raw[:, 0], raw[:, 1], lengths[:, 0], lengths[:, 1], reasons)
+
+    def as_reward_func(self, **settings: Any) -> RewardFunction:
+        """This scorer as a reward function for TRL's ``GRPOTrainer`` and ``RLOOTrainer``.
+
+        TRL 1.16 has no PPO trainer; trl #7020 removed it.
+
+        Parameters
+        ----------
+        **settings
+            Those of :class:`companion.scoring.reward_function.RewardFunction`: ``transform``,
+            ``clip``, ``truncated``, ``eos_token_ids``, ``name``.
+        """
+        return RewardFunction(self, **settings)
+
+    # ------------------------------------------------------------------ token ids
+
+    def score_encoded(
+        self,
+        encoded: Sequence[Encoded | EncodedSteps | Sequence[int]],
+        *,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Score token ids, ``[N]`` float64 in input order.
+
+        An outcome model needs :class:`Encoded`, which says where the completion begins, a process
+        model :class:`companion.formatting.steps.EncodedSteps`.
+
+        Raises
+        ------
+        ReadoutError
+            If a score is not finite; it names the first such text and their number.
+        ModelError
+            If a text is longer than the model has positions.
+        """
+        reading = reading_of(self.readout)
+        names = [f"text {index}" for index in range(len(encoded))]
+        texts = [reading.text(item, name) for item, name in zip(encoded, names, strict=True)]
+        limit = self.max_positions
+        for name, text in zip(names, texts, strict=True):
+            if limit is not None and len(ids_of(text)) > limit:
+                raise ModelError(
+                    f"{name} has {len(ids_of(text))} tokens, the model has positions for {limit}",
+                    f"format with max_length={limit}",
+                )
+        return self._score_found([[text] for text in texts], 1, names, "raise", progress)[0][:, 0]
+
+    def logits(
+        self, texts: Sequence[EncodedSteps], *, progress: Progress | None = None
+    ) -> list[torch.Tensor]:
+        """Logits ``[places, labels]`` (float32, on the CPU) of an outcome or process model."""
+        return self._logits([ids_of(text) for text in texts], [t.ends for t in texts], progress)
+
+    # ------------------------------------------------------------------ inside
+
+    @abstractmethod
+    def _scores(self, ids: Sequence[Sequence[int]], progress: Progress | None) -> np.ndarray:
+        """The scalar of each text, ``[N]`` float64."""
+
+    @abstractmethod
+    def _logits(
+        self,
+        ids: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
+        progress: Progress | None,
+    ) -> list[torch.Tensor]:
+        """Of each text the logits at its places, ``[places, labels]`` float32 on the CPU."""
+
+    def _score_found(
+        self,
+        found: Found,
+        width: int,
+        names: Sequence[str],
+        on_error: OnError,
+        progress: Progress | None,
+    ) -> tuple[np.ndarray, np.ndarray, list[str | None], list[list[Any] | None]]:
+        """Scores and lengths ``[N, width]``, reasons, and values of rows of `width` texts each."""
+        if on_error not in ("raise", "skip"):
+            raise DataError(f"on_error is {on_error!r}", "use 'raise' or 'skip'")
+        reading = reading_of(self.readout)
+        raw = np.full((len(found), width), np.nan)
+        lengths = np.zeros((len(found), width), dtype=np.int64)
+        reasons: list[str | None] = [None] * len(found)
+        values: list[list[Any] | None] = [None] * len(found)
+        limit = self.max_positions
+        kept: list[tuple[int, Sequence[Text]]] = []
+        for index, texts in enumerate(found):
+            if isinstance(texts, CompanionError):
+                if on_error == "raise":
+                    raise texts
+                reasons[index] = texts.what
+            elif texts is None:
+                reasons[index] = f"longer than max_length={self.formatter.max_length} tokens"
+            elif limit is not None and (longest := max(len(ids_of(t)) for t in texts)) > limit:
+                reasons[index] = f"{longest} tokens, the model has positions for {limit}"
+                if on_error == "raise" and self.formatter.overlong == "error":
+                    raise DataError(f"{names[index]}: {reasons[index]}", "shorten the text")
+            else:
+                kept.append((index, texts))
+        flat: list[Any] = [text for _, texts in kept for text in texts]
+        read: Any
+        if isinstance(self.readout, ScalarReadout):
+            read = self._scores([ids_of(text) for text in flat], progress)
+        else:
+            read = self.logits(flat, progress=progress)
+        failed: list[int] = []
+        for place, (index, texts) in enumerate(kept):
+            own = list(read[place * width : (place + 1) * width])
+            if not all(bool(np.isfinite(np.asarray(value)).all()) for value in own):
+                failed.append(index)
+                reasons[index] = reading.not_finite(own)
+                continue
+            values[index] = own
+            raw[index] = [reading.score(value) for value in own]
+            lengths[index] = [len(ids_of(text)) for text in texts]
+        if failed and on_error == "raise":
+            raise ReadoutError(
+                f"{names[failed[0]]}: {reasons[failed[0]]}; {len(failed)} such in all",
+                self._cure_of_nan,
+            )
+        return raw, lengths, reasons, values
+
+
+def _named_rows(rows: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequence[str]]:
+    """A list of rows; a single text or row handed over by mistake is an error, not 20 letters."""
+    if isinstance(rows, (str, bytes, Mapping)):
+        raise DataError(
+            f"score takes a list of rows, not one {type(rows).__name__}", "wrap it: score([row])"
+        )
+    listed = list(rows)
+    if listed and all(isinstance(r, Mapping) and {"role", "content"} <= set(r) for r in listed):
+        raise DataError(
+            "score takes a list of rows, and this is one list of messages",
+            "wrap it: score([messages])",
+        )
+    return listed, names if names is not None else [f"row {i}" for i in range(len(listed))]
+
+
+# ---------------------------------------------------------------------- models of this process
+
+
+class LocalScorer(Scorer[ScoresT]):
+    """A scorer with the model in this process: batches by tokens, no gradient, fp32 head.
+
+    Packing, the last layer and eval mode are switched on the model itself, so a batch holds the
+    model's lock (:func:`companion.models.locking.lock_of`) while it runs: scorers in other threads
+    wait for it, a batch at a time, and the model is then as it was. A thread that *trains* or
+    generates with the model does not ask for that lock; let it not score meanwhile.
+    """
+
+    _kinds: ClassVar[tuple[str, ...]]
+    _wrong_kind: ClassVar[tuple[str, str]]
 
     def __init__(
         self,
         reward_model: RewardModel,
+        readout: Readout | None = None,
         *,
         max_tokens_per_batch: int | None = None,
         max_rows_per_batch: int | None = None,
         padding_side: Literal["right", "left"] = "right",
         packing: Packing = "auto",
     ) -> None:
+        readout = readout or reward_model.readout
+        if readout is None or readout.kind not in self._kinds:
+            what, cure = self._wrong_kind
+            raise ModelError(f"the reward model {what}", cure)
+        super().__init__(reward_model, readout, positions_of(reward_model.model.config))
         self.reward_model = reward_model
         self._runner = BatchRunner(
             reward_model.model,
@@ -79,7 +350,7 @@ class RewardScorer:
         overlong: Overlong | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
-    ) -> RewardScorer:
+    ) -> Self:
         """Load a reward model for scoring.
 
         Parameters
@@ -92,7 +363,13 @@ class RewardScorer:
             As for the class.
         max_length, overlong
             In place of what the manifest says.
+
+        Raises
+        ------
+        ModelError
+            For a folder of another kind, which names the class to take.
         """
+        cls._check_kind(path_or_id, revision)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         reward_model = load_reward_model(
@@ -105,226 +382,171 @@ class RewardScorer:
         reward_model.limit_texts(max_length, overlong)
         return cls(reward_model, max_tokens_per_batch=max_tokens_per_batch, packing=packing)
 
+    @classmethod
+    def _check_kind(cls, path_or_id: str | os.PathLike[str], revision: str | None) -> None:
+        if model_kind(path_or_id, revision=revision) not in cls._kinds:
+            what, cure = cls._wrong_kind
+            raise ModelError(f"{os.fspath(path_or_id)}: {what}", cure)
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.reward_model.model.parameters()).device
 
     @property
-    def tokenizer(self) -> Any:
-        """The reward model's tokenizer."""
-        return self.reward_model.tokenizer
-
-    @property
-    def formatter(self) -> RewardFormatter:
-        """The formatter of the model, with its counts."""
-        return self.reward_model.formatter
-
-    @property
-    def reference(self) -> ReferenceStats | None:
-        """The reference set of the manifest."""
-        manifest = self.reward_model.manifest
-        return None if manifest is None else manifest.reference
-
-    @property
-    def notes(self) -> list[str]:
-        """What was repaired or assumed while loading."""
-        return self.reward_model.notes
-
-    @property
     def tokens(self) -> tuple[int, int]:
         """Tokens of all texts of the last call, and tokens that were computed for them.
 
-        Fewer are computed where prefixes are shared, more where there is padding.
+        Fewer are computed where prefixes are shared, more where there is padding. With several
+        threads, of the call that ended last.
         """
-        return self._runner.tokens_needed, self._runner.tokens_computed
+        return self._runner.tokens
 
-    @property
-    def max_positions(self) -> int | None:
-        """Longest text that the model has positions for."""
-        config = self.reward_model.model.config.get_text_config()
-        value = getattr(config, "max_position_embeddings", None)
-        return value if isinstance(value, int) and value > 0 else None
+    def fingerprint(self) -> str:
+        """Of the weights; see :func:`companion.models.checkpoint.model_fingerprint`."""
+        return model_fingerprint(self.reward_model.model)
 
-    # ------------------------------------------------------------------ rows
+    def _scores(self, ids: Sequence[Sequence[int]], progress: Progress | None) -> np.ndarray:
+        return self._runner.run(ids, progress)
 
-    def score(
+    def _logits(
         self,
-        rows: Sequence[Row],
-        *,
-        terminated: bool | None = None,
-        field: str = "completion",
-        on_error: OnError = "raise",
-        names: Sequence[str] | None = None,
-        progress: Progress | None = None,
-    ) -> Scores:
-        """Score rows.
-
-        Parameters
-        ----------
-        rows : sequence
-            Each a string, a list of messages, ``{"prompt", "completion"}``, ``{"messages"}`` or
-            ``{"text"}``.
-        terminated : bool, optional
-            False: the completions were cut off. Default: what a row says, else True.
-        field : str
-            Field of the completion in place of ``completion`` (``chosen``, say).
-        on_error : {"raise", "skip"}
-            What to do with a bad row or a score that is not finite: raise an error that names it,
-            or give it NaN and the reason.
-        names : sequence of str, optional
-            How to call the rows in errors; default ``row 0``, …
-        progress : callable, optional
-            Called with the number of texts of each batch done.
-
-        Returns
-        -------
-        Scores
-            In input order. A row that was dropped for its length has NaN and the reason.
-
-        Raises
-        ------
-        CompanionError
-            With ``on_error="raise"``.
-        """
-        rows = _as_rows(rows)
-        encoded = self.formatter.try_encode_many(rows, field, terminated=terminated, names=names)
-        names = names if names is not None else [f"row {i}" for i in range(len(rows))]
-        groups: list[list[Encoded] | CompanionError | None] = [
-            [item] if isinstance(item, Encoded) else item for item in encoded
-        ]
-        values, lengths, reasons = self._score_groups(groups, 1, names, on_error, progress)
-        return Scores(values[:, 0], lengths[:, 0], reasons).against(self.reference)
-
-    def score_pairs(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        *,
-        on_error: OnError = "raise",
-        names: Sequence[str] | None = None,
-        progress: Progress | None = None,
-    ) -> PairScores:
-        """Score ``chosen`` and ``rejected`` of each row (with ``prompt`` or without).
-
-        A pair of which one side is too long has NaN on both, and a reason. Parameters as in
-        :meth:`score`.
-        """
-        rows = _as_rows(rows)
-        encoded = self.formatter.try_encode_pairs(rows, names=names)
-        names = names if names is not None else [f"row {i}" for i in range(len(rows))]
-        groups: list[list[Encoded] | CompanionError | None] = [
-            list(item) if isinstance(item, tuple) else item for item in encoded
-        ]
-        values, lengths, reasons = self._score_groups(groups, 2, names, on_error, progress)
-        return PairScores(values[:, 0], values[:, 1], lengths[:, 0], lengths[:, 1], reasons)
-
-    def as_reward_func(self, **settings: Any) -> RewardFunction:
-        """This scorer as a reward function for TRL's ``GRPOTrainer`` and ``RLOOTrainer``.
-
-        TRL 1.16 has no PPO trainer; trl #7020 removed it.
-
-        Parameters
-        ----------
-        **settings
-            Those of :class:`RewardFunction`: ``transform``, ``clip``,
-            ``truncated``, ``eos_token_ids``, ``name``.
-        """
-        return RewardFunction(self, **settings)
-
-    # ------------------------------------------------------------------ token ids
-
-    def score_encoded(
-        self, encoded: Sequence[Encoded | Sequence[int]], *, progress: Progress | None = None
-    ) -> np.ndarray:
-        """Score token ids, ``[N]`` float64 in input order.
-
-        Raises
-        ------
-        ReadoutError
-            If a score is not finite; it names the first such text and their number.
-        ModelError
-            If a text is longer than the model has positions.
-        """
-        ids = [list(e.input_ids) if isinstance(e, Encoded) else list(e) for e in encoded]
-        limit = self.max_positions
-        for index, item in enumerate(ids):
-            if limit is not None and len(item) > limit:
-                raise ModelError(
-                    f"text {index} has {len(item)} tokens, the model has positions for {limit}",
-                    f"format with max_length={limit}",
-                )
-        scores = self._runner.run(ids, progress)
-        bad = np.flatnonzero(~np.isfinite(scores))
-        if bad.size:
-            raise ReadoutError(*_not_finite(f"text {bad[0]}", scores[bad[0]], int(bad.size)))
-        return scores
-
-    def _score_groups(
-        self,
-        groups: Sequence[list[Encoded] | CompanionError | None],
-        width: int,
-        names: Sequence[str],
-        on_error: OnError,
+        ids: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
         progress: Progress | None,
-    ) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
-        """Scores ``[N, width]``, lengths ``[N, width]`` and reasons of groups of texts."""
-        if on_error not in ("raise", "skip"):
-            raise DataError(f"on_error is {on_error!r}", "use 'raise' or 'skip'")
-        values = np.full((len(groups), width), np.nan)
-        lengths = np.zeros((len(groups), width), dtype=np.int64)
-        reasons: list[str | None] = [None] * len(groups)
-        limit = self.max_positions
-        kept: list[int] = []
-        for index, group in enumerate(groups):
-            if isinstance(group, CompanionError):
-                if on_error == "raise":
-                    raise group
-                reasons[index] = group.what
-            elif group is None:
-                reasons[index] = f"longer than max_length={self.formatter.max_length} tokens"
-            elif limit is not None and max(map(len, group)) > limit:
-                reasons[index] = (
-                    f"{max(map(len, group))} tokens, the model has positions for {limit}"
-                )
-                if on_error == "raise" and self.formatter.overlong == "error":
-                    raise DataError(f"{names[index]}: {reasons[index]}", "shorten the text")
-            else:
-                kept.append(index)
-        flat = [item.input_ids for index in kept for item in groups[index] or ()]  # type: ignore[union-attr]
-        scores = self._runner.run(flat, progress).reshape(len(kept), width)
-        finite = np.isfinite(scores).all(axis=1)
-        if not finite.all() and on_error == "raise":
-            first = int(np.flatnonzero(~finite)[0])
-            count = int((~finite).sum())
-            raise ReadoutError(*_not_finite(names[kept[first]], scores[first], count))
-        for place, index in enumerate(kept):
-            group = groups[index]
-            assert isinstance(group, list)
-            if finite[place]:
-                values[index] = scores[place]
-                lengths[index] = [len(item) for item in group]
-            else:
-                reasons[index] = f"the score is not finite ({scores[place].tolist()})"
-        return values, lengths, reasons
+    ) -> list[torch.Tensor]:
+        return self._runner.run_tokens(ids, places, progress)
 
 
-def _as_rows(rows: Any) -> Any:
-    """A list of rows; a single text or row handed over by mistake is an error, not 20 letters."""
-    if isinstance(rows, (str, bytes, Mapping)):
-        raise DataError(
-            f"score takes a list of rows, not one {type(rows).__name__}", "wrap it: score([row])"
-        )
-    listed = list(rows)
-    if listed and all(isinstance(r, Mapping) and {"role", "content"} <= set(r) for r in listed):
-        raise DataError(
-            "score takes a list of rows, and this is one list of messages",
-            "wrap it: score([messages])",
-        )
-    return listed
+class RewardScorer(LocalScorer[Scores]):
+    """Scores with one reward model: token-budget batches, no gradient, eval mode, fp32 head.
 
+    It may be called from several threads, and share its model with other scorers: one batch at a
+    time runs in a model. What trains or generates with the same model in another thread does not
+    wait, and is not waited for.
 
-def _not_finite(where: str, value: Any, count: int) -> tuple[str, str]:
-    return (
-        f"{where}: the score is not finite ({np.asarray(value).tolist()}); {count} such in all",
-        "score in float32; if it stays, the model's training has diverged",
+    Parameters
+    ----------
+    reward_model : RewardModel
+        From :func:`companion.models.loading.load_reward_model`, or one in training (it is put into
+        eval mode while it scores, and back).
+    readout : ScalarReadout, optional
+        Default: the model's.
+    max_tokens_per_batch : int, optional
+        Budget for the computed tokens of a batch; default 2,048 on a CPU, on CUDA what the free
+        memory holds. A batch that does not fit is tried again with half of them.
+    max_rows_per_batch : int, optional
+        Most rows of a batch.
+    padding_side : {"right", "left"}
+        Of batches that are padded. Makes no difference to the scores; right is faster.
+    packing : {"auto", "off"}
+        "auto": no padding, and a prompt that several texts share is computed once, where that is
+        exact for the model; the others are padded, and the log says why.
+    """
+
+    _kinds = ("scalar",)
+    _wrong_kind = (
+        "holds a model with a value for each token, not one for a text",
+        "load it with companion.scoring.TokenScorer",
     )
+
+
+class TokenScorer(LocalScorer[TokenScores]):
+    """Scores with one outcome or process model: values of tokens or steps, and their aggregate.
+
+    As :class:`RewardScorer`, with its parameters and its safety: each text's values depend on that
+    text alone, and what a value means is said by the manifest. Chapter 3.
+    """
+
+    readout: TokenReadout
+    _kinds = ("outcome", "process")
+    _wrong_kind = (
+        "holds a reward model with one score a text, no outcome or process model",
+        "load it with companion.scoring.RewardScorer",
+    )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *,
+        aggregation: How | None = None,
+        step_score: Literal["good", "expected"] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Load an outcome or process model that the companion saved.
+
+        Parameters
+        ----------
+        aggregation, step_score : optional
+            In place of what the manifest says.
+        **settings
+            As for :meth:`RewardScorer.from_pretrained`.
+
+        Raises
+        ------
+        ModelError
+            For a folder of another kind, which names the class to take.
+        """
+        scorer = super().from_pretrained(path_or_id, **settings)
+        given = {"aggregation": aggregation, "step_score": step_score}
+        changes: Any = {name: value for name, value in given.items() if value is not None}
+        scorer.readout = replace(scorer.readout, **changes)
+        return scorer
+
+    @classmethod
+    def _check_kind(cls, path_or_id: str | os.PathLike[str], revision: str | None) -> None:
+        if find_file(resolve(path_or_id), MANIFEST_FILE, revision) is None:
+            raise ModelError(
+                f"{os.fspath(path_or_id)}: no {MANIFEST_FILE}: nothing says what the values of its "
+                "tokens mean",
+                "give a folder that 'companion train outcome' or 'companion train process' wrote",
+            )
+        super()._check_kind(path_or_id, revision)
+
+
+def positions_of(config: Any) -> int | None:
+    """Longest text that a model of this configuration has positions for."""
+    value = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def model_kind(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> str:
+    """``outcome`` or ``process`` for such a model, ``scalar`` for any other; reads no weights.
+
+    Raises
+    ------
+    ModelError
+        For a folder that holds no model, or a damaged manifest.
+    """
+    path = find_file(resolve(path_or_id), MANIFEST_FILE, revision)
+    return "scalar" if path is None else RewardManifest.load(path).kind
+
+
+def load_scorer(
+    path_or_id: str | os.PathLike[str], *, revision: str | None = None, **settings: Any
+) -> RewardScorer | TokenScorer:
+    """Load a reward model of any kind for scoring. Chapter 3.
+
+    Parameters
+    ----------
+    path_or_id : str or path
+        Folder or hub id.
+    revision : str, optional
+        Branch, tag or commit of a hub id.
+    **settings
+        Those of :meth:`RewardScorer.from_pretrained`.
+
+    Returns
+    -------
+    RewardScorer or TokenScorer
+        The second for outcome and process models.
+
+    Raises
+    ------
+    ModelError
+        For a folder that holds no reward model, or a damaged one.
+    """
+    if model_kind(path_or_id, revision=revision) == "scalar":
+        return RewardScorer.from_pretrained(path_or_id, revision=revision, **settings)
+    return TokenScorer.from_pretrained(path_or_id, revision=revision, **settings)

@@ -19,10 +19,10 @@ import torch
 from companion.data.writing import write_rows
 from companion.errors import CompanionError, DataError
 from companion.formatting.conversation import as_reply, check_messages, has_text, is_messages
+from companion.models.checkpoint import model_fingerprint
 from companion.resampling import Interval, bootstrap_interval
-from companion.scoring.scorer import OnError, Progress, RewardScorer
-from companion.scoring.streaming import Line, model_fingerprint, parse_line, write_in_chunks
-from companion.scoring.token_scorer import TokenScorer
+from companion.scoring.files import Line, parse_line, write_in_chunks
+from companion.scoring.scorer import OnError, Progress, Scorer
 from companion.search.policy import Policy
 from companion.search.search import best_first, score_rows
 from companion.selection import best_of_n_kl, measured_best_of_n_kl
@@ -71,7 +71,7 @@ class RankReport:
 
 
 def rank_file(
-    scorer: RewardScorer | TokenScorer,
+    scorer: Scorer[Any],
     input_path: str | os.PathLike[str],
     output_path: str | os.PathLike[str],
     *,
@@ -94,7 +94,8 @@ def rank_file(
 
     Parameters
     ----------
-    scorer : RewardScorer or TokenScorer
+    scorer : Scorer
+        Here or on a server.
     input_path : path
         .jsonl or .jsonl.gz. Each row has a ``prompt`` and, without a policy, ``completions``: a
         list of N texts or lists of messages; optionally ``terminated``, a list of N booleans.
@@ -117,7 +118,7 @@ def rank_file(
     on_error : {"raise", "skip"}
         A row that cannot be ranked stops the run, or gets an ``error`` in the ranks.
     overwrite, chunk_rows, progress, on_total
-        As in :func:`companion.scoring.streaming.score_file`.
+        As in :func:`companion.scoring.files.score_file`.
 
     Raises
     ------
@@ -152,9 +153,9 @@ def rank_file(
         "seed": seed,
     }
     state = {
-        "model": model_fingerprint(scorer.reward_model.model),
+        "model": scorer.fingerprint(),
         "formatter": scorer.formatter.fingerprint(),
-        "readout": scorer.readout.to_dict() if isinstance(scorer, TokenScorer) else None,
+        "readout": None if scorer.readout.kind == "scalar" else scorer.readout.to_dict(),
         "policy": None if policy is None else [model_fingerprint(policy.model), sampling],
         "on_error": on_error,
     }
@@ -180,7 +181,7 @@ def rank_file(
 
 
 def _chunk_records(
-    scorer: RewardScorer | TokenScorer,
+    scorer: Scorer[Any],
     source: Path,
     chunk: Sequence[Line],
     policy: Policy | None,

@@ -17,12 +17,11 @@ import numpy as np
 from companion.errors import DataError, ModelError
 from companion.formatting import Text
 from companion.formatting.steps import split_steps
-from companion.scoring.scorer import RewardScorer
-from companion.scoring.token_scorer import TokenScorer
+from companion.scoring.scorer import Scorer, TokenScorer
 from companion.search.policy import Policy, Sample
 
 #: Rows (``prompt``, ``completion``, ``terminated``) in, a score each out; NaN for one without.
-Scorer = RewardScorer | TokenScorer | Callable[[list[dict[str, Any]]], Sequence[float]]
+AnyScorer = Scorer[Any] | Callable[[list[dict[str, Any]]], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,7 @@ def order(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def score_rows(
-    scorer: Scorer, rows: Sequence[Mapping[str, Any]]
+    scorer: AnyScorer, rows: Sequence[Mapping[str, Any]]
 ) -> tuple[np.ndarray, list[str | None], np.ndarray]:
     """Scores ``[N]`` float64 with NaN where there is none, the reasons, and tokens read ``[N]``.
 
@@ -127,7 +126,7 @@ def score_rows(
 
 
 def score_samples(
-    scorer: Scorer, prompts: Sequence[Text], samples: Sequence[Sequence[Sample]]
+    scorer: AnyScorer, prompts: Sequence[Text], samples: Sequence[Sequence[Sample]]
 ) -> list[SearchResult]:
     """Score samples that are there, all in one call, and order them. Chapters 3 and 5.
 
@@ -181,7 +180,7 @@ def within_tokens(samples: Sequence[Sample], budget: int) -> list[Sample]:
 
 def best_of_n_search(
     policy: Policy,
-    scorer: Scorer,
+    scorer: AnyScorer,
     prompts: Sequence[Text],
     n: int,
     *,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from companion.batching import pack, pad_batch, plan_trees
-from companion.models.guards import check_batch, check_texts
+from companion.models.forward import check_texts
+from companion.models.guards import check_batch
 from companion.reduction import SumCount, all_reduce_metrics
 from companion.selection import margin as pair_margin
 from companion.selection import pairwise_accuracy

@@ -22,7 +22,7 @@ from companion.formatting import RewardFormatter
 from companion.formatting.steps import as_conversation
 from companion.labels import outcome_labels
 from companion.losses import IGNORE_INDEX, outcome_loss
-from companion.models.token_readout import AGGREGATIONS
+from companion.models.readout import AGGREGATIONS
 from companion.reduction import How, SumCount, aggregate
 from companion.token_metrics import roc_auc
 from companion.training.exact import make_batch, text_lengths

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
-from companion.models.token_readout import TokenReadout
+from companion.models.readout import TokenReadout
 from companion.token_evaluation import token_table
 from companion.token_metrics import outcome_metrics
 from companion.training.config import ModelArguments, RowArguments

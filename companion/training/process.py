@@ -22,7 +22,7 @@ from companion.formatting import RewardFormatter
 from companion.formatting.steps import encode_steps
 from companion.labels import LABEL_TYPES, NEUTRALS, step_target
 from companion.losses import IGNORE_INDEX, outcome_loss, process_loss
-from companion.models.token_readout import AGGREGATIONS, STEP_SCORES
+from companion.models.readout import AGGREGATIONS, STEP_SCORES
 from companion.reduction import SumCount
 from companion.training.exact import make_batch, text_lengths
 from companion.training.exact_trainer import is_real

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
-from companion.models.token_readout import TokenReadout
+from companion.models.readout import TokenReadout
 from companion.token_evaluation import LabelledSteps, labelled_steps, token_table, true_errors
 from companion.token_metrics import fit_threshold, process_metrics
 from companion.training.config import ModelArguments, RowArguments

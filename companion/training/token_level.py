@@ -15,13 +15,10 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from companion.batching.packing import PackedBatch
 from companion.errors import CompanionError
+from companion.models.forward import packed_token_logits, token_logits
+from companion.models.guards import prepare_token_head
+from companion.models.loading import load_base
 from companion.models.reward_model import RewardModel
-from companion.models.token_models import (
-    load_token_base,
-    packed_token_logits,
-    prepare_token_head,
-    token_logits,
-)
 from companion.training.config import PairwiseRewardConfig
 from companion.training.exact import forward_inputs
 from companion.training.exact_trainer import ExactTrainer
@@ -101,7 +98,7 @@ class TokenTrainer(ExactTrainer):
 
     def load_base(self, name: str) -> RewardModel:
         """A base with a fresh head for every token."""
-        return load_token_base(
+        return load_base(
             name,
             labels=self.labels,
             head_seed=self.args.seed,

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from companion.data.splits import prompt_key
+from companion.models.loading import load_base
 from companion.models.manifest import RewardManifest
+from companion.models.readout import TokenReadout
 from companion.models.reward_model import RewardModel
-from companion.models.token_models import load_token_base, save_token_model
-from companion.models.token_readout import TokenReadout
 from companion.training.config import ModelArguments, PairwiseRewardConfig, describe_settings
 from companion.training.result import save_trained, whole_parameters
 from companion.training.rows import FormatReport
@@ -61,7 +61,7 @@ class TokenTrainingResult:
 def load_start(config: PairwiseRewardConfig, model: ModelArguments, labels: int) -> RewardModel:
     """The base with a fresh head for every token, and an adapter if one is asked for."""
     with whole_parameters():
-        loaded = load_token_base(
+        loaded = load_base(
             str(model.model_name_or_path),
             labels=labels,
             head_seed=config.seed,
@@ -103,12 +103,13 @@ def finish_token(
         manifest.metrics = metrics
         manifest.data = run.manifest_data(len(run.calibration_rows), len(run.test_rows))
     before = run.reward_model
+    before.readout = readout
 
     def load(folder: str) -> RewardModel:
-        found = load_token_base(folder, labels=readout.labels, keep_head=True)
-        return replace(found, formatter=before.formatter)
+        found = load_base(folder, labels=readout.labels, keep_head=True)
+        return replace(found, formatter=before.formatter, readout=readout)
 
-    reward_model = save_trained(trainer, before, manifest, load=load, save=save_token_model)
+    reward_model = save_trained(trainer, before, manifest, load=load)
     return TokenTrainingResult(
         output_dir=Path(str(run.config.output_dir)),
         readout=readout,

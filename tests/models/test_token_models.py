@@ -13,16 +13,15 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from companion.batching import pad_batch
 from companion.errors import ModelError
-from companion.models import load_reward_model
-from companion.models.manifest import MANIFEST_FILE, RewardManifest
-from companion.models.token_models import (
-    load_token_base,
-    load_token_model,
+from companion.models import (
+    load_base,
+    load_reward_model,
     prepare_token_head,
-    save_token_model,
+    save_reward_model,
     token_logits,
 )
-from companion.models.token_readout import TokenReadout
+from companion.models.manifest import MANIFEST_FILE, RewardManifest
+from companion.models.readout import TokenReadout
 from companion.scoring import RewardScorer, TokenScorer
 
 PROCESS = TokenReadout("process", 3, "min", separator="so", step_score="good")
@@ -31,9 +30,9 @@ PROCESS = TokenReadout("process", 3, "min", separator="so", step_score="good")
 @pytest.fixture
 def saved(tiny_bases: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
     def make(kind: str = "qwen3", readout: TokenReadout = PROCESS) -> Path:
-        base = load_token_base(tiny_bases(kind), labels=readout.labels)
+        base = load_base(tiny_bases(kind), labels=readout.labels)
         folder = tmp_path / f"{kind}-{readout.kind}"
-        save_token_model(base, folder, RewardManifest(readout=readout.to_dict()))
+        save_reward_model(base, folder, RewardManifest(readout=readout.to_dict()))
         return folder
 
     return make
@@ -42,8 +41,8 @@ def saved(tiny_bases: Callable[[str], Path], tmp_path: Path) -> Callable[..., Pa
 @pytest.mark.parametrize("kind", ["qwen3", "gemma", "gpt2"])
 def test_stock_transformers_gives_the_same_numbers(saved: Any, kind: str) -> None:
     folder = saved(kind)
-    loaded, readout = load_token_model(folder)
-    assert readout == PROCESS
+    loaded = load_reward_model(folder)
+    assert loaded.readout == PROCESS
     stock = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float32)
     assert stock.config.id2label == {0: "bad", 1: "neutral", 2: "good"}
     assert AutoTokenizer.from_pretrained(folder).pad_token_id == loaded.pad_token_id
@@ -62,9 +61,9 @@ def test_stock_transformers_gives_the_same_numbers(saved: Any, kind: str) -> Non
 
 def test_training_can_go_on_with_a_saved_head(saved: Any) -> None:
     folder = saved("gpt2")
-    loaded, _ = load_token_model(folder)
-    again = load_token_base(folder, labels=3, keep_head=True)
-    fresh = load_token_base(folder, labels=3, head_seed=1)
+    loaded = load_reward_model(folder)
+    again = load_base(folder, labels=3, keep_head=True)
+    fresh = load_base(folder, labels=3, head_seed=1)
     ids = torch.tensor([[9, 10, 2]])
     with torch.no_grad():
         expected, kept, drawn = (token_logits(m.model, ids) for m in (loaded, again, fresh))
@@ -76,26 +75,32 @@ def test_training_can_go_on_with_a_saved_head(saved: Any) -> None:
 def test_stock_token_heads_have_dropout(tiny_base: Path) -> None:
     stock = AutoModelForTokenClassification.from_pretrained(tiny_base, num_labels=1)
     assert stock.dropout.p == 0.1
-    assert load_token_base(tiny_base, labels=1).model.dropout.p == 0.0
+    assert load_base(tiny_base, labels=1).model.dropout.p == 0.0
 
 
 def test_each_kind_of_folder_names_the_class_to_take(saved: Any, tiny_reward: Path) -> None:
-    for load in (load_reward_model, RewardScorer.from_pretrained):
-        for readout in (PROCESS, TokenReadout("outcome")):
-            with pytest.raises(ModelError, match=r"companion\.scoring\.TokenScorer"):
-                load(saved(readout=readout))
+    for readout in (PROCESS, TokenReadout("outcome")):
+        folder = saved(readout=readout)
+        with pytest.raises(ModelError, match=r"companion\.scoring\.TokenScorer"):
+            RewardScorer.from_pretrained(folder)
+        with pytest.raises(ModelError, match=r"companion\.scoring\.TokenScorer"):
+            RewardScorer(load_reward_model(folder))
+        (folder / MANIFEST_FILE).unlink()
+        for load in (load_reward_model, RewardScorer.from_pretrained):
+            with pytest.raises(ModelError, match="nothing says what the values"):
+                load(folder)
     with pytest.raises(ModelError, match=r"companion\.scoring\.RewardScorer"):
         TokenScorer.from_pretrained(tiny_reward)
 
 
 def test_what_is_no_token_model_is_refused(saved: Any, tiny_base: Path, tiny_reward: Path) -> None:
     with pytest.raises(ModelError, match="nothing says what the values"):
-        load_token_model(tiny_base)
+        TokenScorer.from_pretrained(tiny_base)
     with pytest.raises(ModelError, match="labels is 2"):
-        load_token_base(tiny_base, labels=2)
+        load_base(tiny_base, labels=2)
     with pytest.raises(ModelError, match="is a classifier of 1 labels"):
-        load_token_base(tiny_reward, labels=3)
-    base = load_token_base(tiny_base, labels=1)
+        load_base(tiny_reward, labels=3)
+    base = load_base(tiny_base, labels=1)
     with pytest.raises(ModelError, match="has 1 labels, this training needs 3"):
         prepare_token_head(base.model, 3)
     with torch.no_grad():
@@ -113,7 +118,7 @@ def test_what_is_no_token_model_is_refused(saved: Any, tiny_base: Path, tiny_rew
         changed = {**manifest, "readout": {**manifest["readout"], field: value}}
         (folder / MANIFEST_FILE).write_text(json.dumps(changed))
         with pytest.raises(ModelError, match=message):
-            load_token_model(folder)
+            load_reward_model(folder)
 
 
 def test_step_scores() -> None:

@@ -15,8 +15,8 @@ import pytest
 
 from companion.errors import DataError, ServiceError
 from companion.models import load_reward_model
-from companion.models.manifest import ReferenceStats
-from companion.rl import RewardFunction, open_reward
+from companion.models.manifest import ReferenceStats, RewardManifest
+from companion.rl import open_reward
 from companion.scoring import RemoteScorer, RewardScorer
 
 pytestmark = pytest.mark.serving
@@ -106,7 +106,7 @@ def test_scores_are_those_of_the_model_here(
 
 def test_a_reward_function_over_http(service: Service, tiny_reward: Any) -> None:
     there = open_reward(f"{service.url}#{tiny_reward}")
-    here = RewardFunction(str(tiny_reward))
+    here = RewardScorer.from_pretrained(tiny_reward).as_reward_func()
     arguments = {
         "prompts": [USER] * 2,
         "completions": [[{"role": "assistant", "content": text}] for text in ("no", "yes so")],
@@ -178,8 +178,10 @@ def test_a_sigmoid_on_the_server_is_noticed(
             item["probs"] = [1 / (1 + np.exp(-item["probs"][0]))]
         return answer
 
-    scorer = remote(service, tiny_reward)
-    scorer.reference = ReferenceStats.from_scores(np.linspace(-5, 5, 101), "a test")
+    reference = ReferenceStats.from_scores(np.linspace(-5, 5, 101), "a test")
+    scorer = RemoteScorer(
+        service.url, service.scorer.formatter, manifest=RewardManifest(reference=reference)
+    )
     with caplog.at_level(logging.WARNING):
         scorer.score(ROWS * 10)
         assert "sigmoid" not in caplog.text

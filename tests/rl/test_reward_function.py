@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_transforms(with_reference):
 
 
 def test_it_is_named_and_can_be_pickled(tiny_reward, scorer):
-    function = RewardFunction(str(tiny_reward), name="helpful")
+    function = RewardFunction(partial(RewardScorer.from_pretrained, tiny_reward), name="helpful")
     again = pickle.loads(pickle.dumps(function))
     assert again.__name__ == "helpful"
     assert not isinstance(again, torch.nn.Module)

@@ -10,10 +10,10 @@ import pytest
 
 from companion.data.tutor import grade, make_rows
 from companion.errors import DataError, ModelError
-from companion.models.token_readout import TokenReadout
+from companion.models.readout import TokenReadout
 from companion.resampling import bootstrap_interval
 from companion.scoring import TokenScorer
-from companion.scoring.token_scorer import TokenScores
+from companion.scoring.results import TokenScores
 from companion.search import (
     Candidate,
     Policy,

@@ -12,8 +12,8 @@ from sklearn.metrics import roc_auc_score
 from companion import TokenScorer, evaluate_tokens
 from companion.data.splits import prompt_key
 from companion.data.tutor import make_rows
-from companion.models.token_models import load_token_base
-from companion.models.token_readout import TokenReadout
+from companion.models import load_base
+from companion.models.readout import TokenReadout
 from companion.quickstart import TUTOR_BASE
 from companion.training.outcome import OutcomeRewardConfig, OutcomeRewardTrainer
 from companion.training.process import ProcessRewardConfig, ProcessRewardTrainer
@@ -38,7 +38,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found = {}
     for name, (trainer_class, config_class, rows_of, fields, readout) in KINDS.items():
         rows = make_rows(rows_of, 320, seed=51)
-        model = load_token_base(TUTOR_BASE, labels=readout.labels)
+        model = load_base(TUTOR_BASE, labels=readout.labels)
         trainer_class(
             model=model,
             args=config_class(

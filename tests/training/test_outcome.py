@@ -13,8 +13,8 @@ import torch
 from datasets import Dataset, disable_progress_bars
 
 from companion.errors import CompanionError, DataError
-from companion.models.token_models import load_token_base
-from companion.models.token_readout import TokenReadout
+from companion.models import load_base
+from companion.models.readout import TokenReadout
 from companion.reduction import aggregate
 from companion.scoring import TokenScorer
 from companion.training.config import ModelArguments, RowArguments
@@ -63,7 +63,7 @@ def test_the_label_stands_on_every_completion_token() -> None:
 
 
 def test_text_becomes_a_conversation_unless_told_otherwise(tiny_base: Path) -> None:
-    formatter = load_token_base(tiny_base, labels=1).formatter
+    formatter = load_base(tiny_base, labels=1).formatter
     rows = Dataset.from_list(outcomes(3))
     chat, _ = format_outcomes(rows, formatter)
     text = formatter.tokenizer.decode(chat[1]["input_ids"])
@@ -76,7 +76,7 @@ def test_text_becomes_a_conversation_unless_told_otherwise(tiny_base: Path) -> N
 
 
 def test_figures_and_predictions_of_exactly_n_texts(tiny_base: Path, tmp_path: Path) -> None:
-    base = load_token_base(tiny_base, labels=1)
+    base = load_base(tiny_base, labels=1)
     rows = token_rows(7)
     data = Dataset.from_list(rows)
     config = OutcomeRewardConfig(str(tmp_path), per_device_eval_batch_size=3, use_cpu=True, **QUIET)
@@ -103,7 +103,7 @@ def test_figures_and_predictions_of_exactly_n_texts(tiny_base: Path, tmp_path: P
 
 def test_stock_cross_entropy_over_one_class_teaches_nothing(tiny_base: Path) -> None:
     """Loss and gradient are exactly 0, whatever the labels; here they are not."""
-    model = load_token_base(tiny_base, labels=1).model
+    model = load_base(tiny_base, labels=1).model
     batch = OutcomeCollator(model.config.pad_token_id)(token_rows(4))
     labels = batch["labels"].clamp(max=0)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -128,7 +128,7 @@ def test_resumed_run_gives_the_same_weights(tiny_base: Path, tmp_path: Path) -> 
 
     def train(resume: str | None) -> dict[str, torch.Tensor]:
         trainer = OutcomeRewardTrainer(
-            load_token_base(tiny_base, labels=1),
+            load_base(tiny_base, labels=1),
             settings,
             train_dataset=Dataset.from_list(token_rows(7)),
         )
@@ -192,7 +192,7 @@ def test_mistakes_are_named(tiny_base: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(CompanionError, match=message):
             OutcomeRewardConfig(str(tmp_path), **settings)
-    base = load_token_base(tiny_base, labels=1, max_length=12)
+    base = load_base(tiny_base, labels=1, max_length=12)
     rows = Dataset.from_list([{**row, "label": 3} for row in outcomes(2)])
     with pytest.raises(DataError, match="row 0, field 'label': 3"):
         format_outcomes(rows, base.formatter)
@@ -209,7 +209,7 @@ def test_mistakes_are_named(tiny_base: Path, tmp_path: Path) -> None:
 
 
 def test_values_that_are_not_finite_stop_the_run(tiny_base: Path, tmp_path: Path) -> None:
-    base = load_token_base(tiny_base, labels=1)
+    base = load_base(tiny_base, labels=1)
     rows = [{**row, "row": 10 + i} for i, row in enumerate(token_rows(4))]
     rows[2]["input_ids"][3] = 61
     with torch.no_grad():

@@ -13,7 +13,6 @@ from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback
 
 from companion.models import load_base
-from companion.models.token_models import load_token_base
 from companion.training.kwise import KwiseRewardConfig, KwiseRewardTrainer
 from companion.training.outcome import OutcomeRewardConfig, OutcomeRewardTrainer
 from companion.training.process import ProcessRewardConfig, ProcessRewardTrainer
@@ -65,13 +64,13 @@ MAKERS: dict[str, tuple[Any, Any, Callable[[], Any], Callable[[Path], Any]]] = {
         OutcomeRewardTrainer,
         OutcomeRewardConfig,
         outcomes,
-        lambda path: load_token_base(path, labels=1),
+        lambda path: load_base(path, labels=1),
     ),
     "process": (
         ProcessRewardTrainer,
         ProcessRewardConfig,
         steps,
-        lambda path: load_token_base(path, labels=3),
+        lambda path: load_base(path, labels=3),
     ),
 }
 

@@ -15,7 +15,7 @@ from datasets import Dataset, disable_progress_bars
 from companion.data.describe import describe_rows
 from companion.data.loading import load_rows, load_rows_with_report
 from companion.errors import CompanionError, DataError
-from companion.models.token_models import load_token_base
+from companion.models import load_base
 from companion.scoring import TokenScorer
 from companion.training.config import ModelArguments, RowArguments
 from companion.training.process import (
@@ -59,7 +59,7 @@ def token_rows(n: int) -> list[dict[str, Any]]:
 
 
 def test_labels_stand_at_the_ends_of_steps_and_nowhere_else(tiny_base: Path) -> None:
-    formatter = load_token_base(tiny_base, labels=3).formatter
+    formatter = load_base(tiny_base, labels=3).formatter
     given = [*solutions(5), {**solutions(1)[0], "labels": [None] * 3}]
     rows, report = format_steps(Dataset.from_list(given), formatter, separator=SEPARATOR)
     assert str(report) == "steps: 5 of 6 solutions kept; 1 without a label"
@@ -107,7 +107,7 @@ def test_batches_without_any_label_give_zero_and_not_nan(
     tiny_base: Path, tmp_path: Path, label_type: str
 ) -> None:
     labels = 3 if label_type == "three" else 1
-    base = load_token_base(tiny_base, labels=labels)
+    base = load_base(tiny_base, labels=labels)
     rows = [{**row, "targets": [-100.0] * 3} for row in token_rows(4)]
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
     trainer = ProcessRewardTrainer(
@@ -122,7 +122,7 @@ def test_batches_without_any_label_give_zero_and_not_nan(
         assert torch.equal(value, before[name]), name
     # what stock code makes of them
     batch = StepCollator(0, 3)(rows)
-    stock = load_token_base(tiny_base, labels=3).model
+    stock = load_base(tiny_base, labels=3).model
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert torch.isnan(stock(**inputs, labels=batch["labels"]).loss)
     raw = batch["labels"].clone()
@@ -132,7 +132,7 @@ def test_batches_without_any_label_give_zero_and_not_nan(
 
 
 def test_figures_of_exactly_n_steps(tiny_base: Path, tmp_path: Path) -> None:
-    base = load_token_base(tiny_base, labels=3)
+    base = load_base(tiny_base, labels=3)
     rows = token_rows(5)
     data = Dataset.from_list(rows)
     config = ProcessRewardConfig(str(tmp_path), per_device_eval_batch_size=2, use_cpu=True, **QUIET)
@@ -164,7 +164,7 @@ def test_resumed_run_gives_the_same_weights(tiny_base: Path, tmp_path: Path) -> 
 
     def train(resume: str | None) -> dict[str, torch.Tensor]:
         trainer = ProcessRewardTrainer(
-            load_token_base(tiny_base, labels=3),
+            load_base(tiny_base, labels=3),
             settings,
             train_dataset=Dataset.from_list(token_rows(7)),
         )
@@ -222,11 +222,11 @@ def test_mistakes_are_named(tiny_base: Path, tmp_path: Path) -> None:
         with pytest.raises(CompanionError, match=message):
             ProcessRewardConfig(str(tmp_path), **settings)
     assert ProcessRewardConfig(str(tmp_path), step_separator=r"\n").step_separator == "\n"
-    formatter = load_token_base(tiny_base, labels=3).formatter
+    formatter = load_base(tiny_base, labels=3).formatter
     # this tokenizer drops line breaks
     with pytest.raises(DataError, match=r"train, row 0: after step 0 the tokenizer joins"):
         ProcessRewardTrainer(
-            load_token_base(tiny_base, labels=3),
+            load_base(tiny_base, labels=3),
             ProcessRewardConfig(str(tmp_path), **QUIET),
             train_dataset=Dataset.from_list(solutions(3)),
         )

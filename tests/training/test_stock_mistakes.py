@@ -16,7 +16,7 @@ from transformers import AutoModelForTokenClassification
 
 from companion.labels import outcome_labels, step_labels
 from companion.losses import IGNORE_INDEX, outcome_loss, process_loss
-from companion.models.token_models import load_token_base
+from companion.models import load_base
 from companion.reduction import aggregate, mean_of_means, weighted_mean_of_means
 from companion.training.process import StepCollator
 
@@ -84,7 +84,7 @@ def test_a_batch_without_labels_is_nan(tiny_base: Path) -> None:
 
 
 def test_the_token_head_drops_a_tenth_while_it_trains(tiny_base: Path) -> None:
-    model, ours = stock(tiny_base, 1).train(), load_token_base(tiny_base, labels=1).model.train()
+    model, ours = stock(tiny_base, 1).train(), load_base(tiny_base, labels=1).model.train()
     assert model.dropout.p == 0.1
     with torch.no_grad():
         drawn = [net(input_ids=IDS, attention_mask=MASK).logits for net in (model, model)]

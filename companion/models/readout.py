@@ -1,26 +1,44 @@
-"""How the values of a token-level model are read: what its manifest says under ``readout``.
+"""How a model's values are read: what its manifest says under ``readout``.
 
-An outcome model has a value at every token of the completion, a process model one at the end of
-each step. Which values count, what a value means and how they become one score is part of the
-model: another aggregate of the same probabilities is another score. Chapter 3.
+A scalar model has one score, at the last token of a text. An outcome model has a value at every
+token of the completion, a process model one at the end of each step. Which values count, what a
+value means and how they become one score is part of the model: another aggregate of the same
+probabilities is another score. Chapter 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from companion.errors import ModelError
-from companion.models.manifest import TOKEN_RULES
 from companion.reduction import How
 
+#: kind of a model -> the rule by which its values are read
+RULES = {
+    "scalar": "last_token_by_attention_mask",
+    "outcome": "every_completion_token",
+    "process": "step_ends",
+}
 AGGREGATIONS: tuple[How, ...] = ("mean", "min", "product", "log_product", "last")
 STEP_SCORES = ("good", "expected")
 LABEL_NAMES = {1: {0: "right"}, 3: {0: "bad", 1: "neutral", 2: "good"}}
+
+
+@dataclass(frozen=True)
+class ScalarReadout:
+    """One score a text, read at its last token by the attention mask."""
+
+    kind: ClassVar[str] = "scalar"
+    labels: ClassVar[int] = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"rule": RULES[self.kind], "head_dtype": "float32"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,7 @@ class TokenReadout:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("kind", self.kind, tuple(TOKEN_RULES)),
+            ("kind", self.kind, ("outcome", "process")),
             ("labels", self.labels, (1, 3)),
             ("aggregation", self.aggregation, AGGREGATIONS),
             ("step_score", self.step_score, STEP_SCORES),
@@ -72,22 +90,7 @@ class TokenReadout:
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"rule": TOKEN_RULES[self.kind], "head_dtype": "float32", **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str) -> TokenReadout:
-        """From a manifest's ``readout``.
-
-        Raises
-        ------
-        ModelError
-            If fields are missing or unknown.
-        """
-        fields = {key: value for key, value in data.items() if key not in ("rule", "head_dtype")}
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise ModelError(f"{where}: the field 'readout' is malformed: {error}") from error
+        return {"rule": RULES[self.kind], "head_dtype": "float32", **asdict(self)}
 
     def values(self, logits: Tensor) -> Tensor:
         """Logits ``[..., labels]`` to the values in [0, 1] that are aggregated, ``[...]``."""
@@ -103,3 +106,23 @@ class TokenReadout:
         if self.labels == 1:
             return torch.sigmoid(-logits.squeeze(-1))
         return torch.softmax(logits, dim=-1)[..., 0]
+
+
+Readout = ScalarReadout | TokenReadout
+
+
+def readout_from_dict(data: Mapping[str, Any], where: str) -> Readout:
+    """The read-out of a manifest's field ``readout``.
+
+    Raises
+    ------
+    ModelError
+        If fields are missing or unknown.
+    """
+    if data.get("rule") == RULES["scalar"]:
+        return ScalarReadout()
+    fields = {key: value for key, value in data.items() if key not in ("rule", "head_dtype")}
+    try:
+        return TokenReadout(**fields)
+    except TypeError as error:
+        raise ModelError(f"{where}: the field 'readout' is malformed: {error}") from error

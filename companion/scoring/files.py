@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict, Unpack
 
-import torch
+from filelock import FileLock, Timeout
 
 from companion.errors import DataError
-from companion.scoring.scorer import OnError, Progress, RewardScorer
-from companion.scoring.token_scorer import TokenScorer
+from companion.scoring.scorer import OnError, Progress, Scorer
 
 _STATE_VERSION = 1
 _OURS = frozenset(
@@ -49,8 +48,29 @@ class FileReport:
     without_score: int = 0
 
 
+class Writing(TypedDict, total=False):
+    """Settings of a file that is written in chunks.
+
+    Attributes
+    ----------
+    overwrite : bool
+        Throw away an output that is there.
+    chunk_rows : int
+        Rows that are computed, written and made durable at a time; default 1,024.
+    progress : callable
+        Called with the number of rows that have been written, earlier runs' rows first.
+    on_total : callable
+        Called once, before, with the number of rows of the input.
+    """
+
+    overwrite: bool
+    chunk_rows: int
+    progress: Progress | None
+    on_total: Progress | None
+
+
 def score_file(
-    scorer: RewardScorer | TokenScorer,
+    scorer: Scorer[Any],
     input_path: str | os.PathLike[str],
     output_path: str | os.PathLike[str],
     *,
@@ -58,30 +78,22 @@ def score_file(
     completion_field: str = "completion",
     terminated: bool | None = None,
     on_error: OnError = "raise",
-    overwrite: bool = False,
-    chunk_rows: int = 1024,
-    progress: Progress | None = None,
-    on_total: Progress | None = None,
+    **writing: Unpack[Writing],
 ) -> FileReport:
     """Score ``input_path`` (.jsonl or .jsonl.gz) into ``output_path`` (.jsonl).
 
     Parameters
     ----------
-    scorer : RewardScorer or TokenScorer
-        What a line says is its :meth:`Scores.record` or :meth:`TokenScores.record`.
+    scorer : Scorer
+        Here or on a server. What a line says is its :meth:`Scores.record` or
+        :meth:`TokenScores.record`.
     fields : sequence of str
         Fields to copy from the input, besides ``id``; ``("*",)`` copies all. One that has the
         name of an output field (``score``) is called ``input_score``.
     completion_field, terminated, on_error
         As in :meth:`RewardScorer.score`; with ``on_error="skip"`` a bad row gets an ``error``.
-    overwrite : bool
-        Throw away an output that is there.
-    chunk_rows : int
-        Rows that are scored, written and made durable at a time.
-    progress : callable, optional
-        Called with the number of rows that have been written, earlier runs' rows first.
-    on_total : callable, optional
-        Called once, before, with the number of rows of the input.
+    **writing
+        ``overwrite``, ``chunk_rows``, ``progress`` and ``on_total``; see :class:`Writing`.
 
     Returns
     -------
@@ -93,13 +105,12 @@ def score_file(
         For a bad row (file and line), or an output that belongs to another run.
     """
     source = Path(input_path)
-    manifest = scorer.reward_model.manifest
-    reference = None if manifest is None else manifest.reference
+    reference = scorer.reference
     state = {
-        "model": model_fingerprint(scorer.reward_model.model),
+        "model": scorer.fingerprint(),
         "formatter": scorer.formatter.fingerprint(),
         "reference": None if reference is None else vars(reference),
-        "readout": scorer.readout.to_dict() if isinstance(scorer, TokenScorer) else None,
+        "readout": None if scorer.readout.kind == "scalar" else scorer.readout.to_dict(),
         "options": {
             "fields": list(fields),
             "completion_field": completion_field,
@@ -114,10 +125,7 @@ def score_file(
             scorer, source, chunk, fields, completion_field, terminated, on_error
         ),
         state,
-        overwrite=overwrite,
-        chunk_rows=chunk_rows,
-        progress=progress,
-        on_total=on_total,
+        **writing,
     )
 
 
@@ -141,8 +149,10 @@ def write_in_chunks(
         the row has no score.
     state : mapping
         What the records depend on besides the input, as JSON; a run goes on only if it is the same.
-    input_path, output_path, overwrite, chunk_rows, progress, on_total
+    input_path, output_path
         As for :func:`score_file`, with its errors.
+    overwrite, chunk_rows, progress, on_total
+        See :class:`Writing`.
     """
     source, target = Path(input_path), Path(output_path)
     if target.suffix == ".gz":
@@ -175,20 +185,6 @@ def write_in_chunks(
             if progress is not None:
                 progress(len(records))
     return report
-
-
-def model_fingerprint(model: Any) -> str:
-    """SHA-256 over names, shapes, dtypes and a sample of 256 values of every weight.
-
-    Training moves every weight, so a sample tells two versions apart without reading gigabytes.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float64)
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------- input
@@ -238,7 +234,7 @@ def parse_line(path: Path, number: int, line: bytes) -> Any:
 
 
 def _score_chunk(
-    scorer: RewardScorer | TokenScorer,
+    scorer: Scorer[Any],
     source: Path,
     chunk: Sequence[tuple[int, tuple[int, bytes]]],
     fields: Sequence[str],
@@ -291,17 +287,17 @@ def _to_json(record: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[IO[bytes]]:
-    """The output, open for reading and appending, for this process alone."""
-    with open(path, "a+b") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # not on Windows: there two runs are the user's to avoid
-            pass
-        except OSError as error:
-            raise DataError(f"{path}: another process is writing it", "wait for it") from error
-        yield file
+    """The output, open for reading and appending, for this process and thread alone."""
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DataError(f"{path}: another process is writing it", "wait for it") from error
+    try:
+        with open(path, "a+b") as file:
+            yield file
+    finally:
+        lock.release()
 
 
 def _resume(out: IO[bytes], path: Path, state: dict[str, Any], overwrite: bool) -> int:

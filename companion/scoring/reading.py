@@ -1,0 +1,216 @@
+"""From rows to the tokens that a read-out reads, and from the values there to scores. Chapter 3.
+
+One reading for models of one score a text, one for models of a value for each token or step. A
+scorer has the one that its read-out asks for, wherever its model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from companion.errors import CompanionError, DataError
+from companion.formatting import Encoded, RewardFormatter, Row
+from companion.formatting.steps import EncodedSteps, as_conversation, encode_steps, split_steps
+from companion.models.readout import Readout, ScalarReadout, TokenReadout
+from companion.reduction import aggregate
+from companion.scoring.results import Scores, TokenScores
+
+#: A row as token ids; with the places that are read, where the read-out does not say it all.
+Text = Encoded | EncodedSteps
+#: Of each row the texts, one or both sides of a pair; an error; or None for one that was dropped.
+Found = Sequence[Sequence[Text] | CompanionError | None]
+
+
+def ids_of(text: Text) -> list[int]:
+    """A text's token ids."""
+    return text.input_ids if isinstance(text, Encoded) else text.encoded.input_ids
+
+
+class ScalarReading:
+    """A text has one score, at its last token."""
+
+    def __init__(self, readout: ScalarReadout) -> None:
+        self.readout = readout
+
+    def rows(
+        self,
+        formatter: RewardFormatter,
+        rows: Sequence[Row],
+        names: Sequence[str],
+        field: str,
+        terminated: bool | None,
+    ) -> Found:
+        """Encode one field of each row."""
+        found = formatter.try_encode_many(rows, field, terminated=terminated, names=names)
+        return [[item] if isinstance(item, Encoded) else item for item in found]
+
+    def pairs(
+        self, formatter: RewardFormatter, rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+    ) -> Found:
+        """Encode both sides of each row."""
+        return formatter.try_encode_pairs(rows, names=names)
+
+    def text(self, encoded: Any, name: str) -> Text:
+        """Token ids as a text."""
+        return encoded if isinstance(encoded, Encoded) else Encoded(list(encoded), 0, True)
+
+    def score(self, value: Any) -> float:
+        """The score of a text from what was read of it."""
+        return float(value)
+
+    def not_finite(self, values: Sequence[Any]) -> str:
+        """What to say of values that are no numbers."""
+        return f"the score is not finite ({[float(value) for value in values]})"
+
+    def scores(
+        self,
+        raw: np.ndarray,
+        n_tokens: np.ndarray,
+        reasons: list[str | None],
+        read: Sequence[tuple[Text, Any] | None],
+    ) -> Scores:
+        """What scoring returns; `read` are texts and values, None for a row without."""
+        return Scores(raw, n_tokens, reasons)
+
+
+class TokenReading:
+    """A text has a value at each token of its completion, or at the end of each step."""
+
+    def __init__(self, readout: TokenReadout) -> None:
+        self.readout = readout
+
+    def rows(
+        self,
+        formatter: RewardFormatter,
+        rows: Sequence[Row],
+        names: Sequence[str],
+        field: str,
+        terminated: bool | None,
+    ) -> Found:
+        """Encode one field of each row, with the places that are read."""
+        found: list[Any] = []
+        for row, name in zip(rows, names, strict=True):
+            try:
+                found.append(self._solution(row, name, field, terminated))
+            except CompanionError as error:
+                found.append(error)
+        good = [i for i, item in enumerate(found) if not isinstance(item, CompanionError)]
+        solutions, names = [found[i] for i in good], [names[i] for i in good]
+        encoded: Sequence[Any]
+        if self.readout.kind == "process":
+            separator = str(self.readout.separator)
+            chat = self.readout.chat
+            encoded = encode_steps(formatter, solutions, separator, chat=chat, names=names)
+        else:
+            encoded = formatter.try_encode_many(solutions, names=names)
+        for i, item, name in zip(good, encoded, names, strict=True):
+            is_text = isinstance(item, (Encoded, EncodedSteps))
+            found[i] = [self.text(item, name)] if is_text else item
+        return found
+
+    def pairs(
+        self, formatter: RewardFormatter, rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+    ) -> Found:
+        """Encode both sides of each row."""
+        sides = [self.rows(formatter, rows, names, side, None) for side in ("chosen", "rejected")]
+        found: list[Any] = []
+        for pair in zip(*sides, strict=True):
+            bad = [side for side in pair if side is None or isinstance(side, CompanionError)]
+            found.append(bad[0] if bad else [text for side in pair for text in side])  # type: ignore[union-attr]
+        return found
+
+    def text(self, encoded: Any, name: str) -> Text:
+        """Token ids with the places that are read."""
+        if isinstance(encoded, EncodedSteps):
+            return encoded
+        if isinstance(encoded, Encoded) and self.readout.kind == "outcome":
+            return EncodedSteps(encoded, list(range(encoded.prompt_length, len(encoded))))
+        raise DataError(
+            f"{name}: nothing says which of its tokens to read",
+            "give EncodedSteps (companion.formatting.steps.encode_steps), or the rows to score()",
+        )
+
+    def score(self, value: Any) -> float:
+        """The score of a text: the aggregate of its values."""
+        values = self.readout.values(value.double())[None]
+        mask = torch.ones_like(values, dtype=torch.bool)
+        return float(aggregate(values, mask, self.readout.aggregation)[0])
+
+    def not_finite(self, values: Sequence[Any]) -> str:
+        """What to say of values that are no numbers."""
+        return "a value is not finite"
+
+    def scores(
+        self,
+        raw: np.ndarray,
+        n_tokens: np.ndarray,
+        reasons: list[str | None],
+        read: Sequence[tuple[EncodedSteps, torch.Tensor] | None],
+    ) -> TokenScores:
+        """What scoring returns; `read` are texts and logits, None for a row without."""
+
+        def each(make: Any) -> list[Any]:
+            return [None if one is None else make(one[0], one[1].double()) for one in read]
+
+        return TokenScores(
+            raw,
+            n_tokens,
+            reasons,
+            values=each(lambda _, logits: self.readout.values(logits).numpy()),
+            wrong=each(lambda _, logits: self.readout.wrong(logits).numpy()),
+            logits=each(lambda _, logits: logits.numpy()),
+            places=each(lambda text, _: list(text.ends)),
+            readout=self.readout,
+        )
+
+    def _solution(self, row: Any, name: str, field: str, terminated: bool | None) -> dict[str, Any]:
+        """The row as the formatter takes it: the prompt apart, and for a process model the steps.
+
+        Without a prompt nothing would say where the completion begins, and its values would be
+        mixed with those of the prompt.
+        """
+        given = dict(row) if isinstance(row, Mapping) else {"messages": row}
+        messages = given.get("messages")
+        if field in given and field != "completion":
+            given["completion"] = given.pop(field)
+            if f"{field}_terminated" in given:
+                given["terminated"] = given.pop(f"{field}_terminated")
+        elif "prompt" not in given and isinstance(messages, (list, tuple)) and messages:
+            given |= {"prompt": list(messages[:-1]), "completion": [messages[-1]]}
+        if not given.get("prompt"):
+            raise DataError(
+                f"{name}: no prompt, so nothing says where the completion begins",
+                "give prompt and completion, or a list of messages",
+            )
+        if terminated is not None:
+            given["terminated"] = terminated
+        elif not isinstance(given.get("terminated", True), bool):
+            raise DataError(f"{name}: 'terminated' is {given['terminated']!r}, not true or false")
+        completion = given.get("completion")
+        if self.readout.kind == "outcome":
+            if (
+                self.readout.chat
+                and isinstance(given["prompt"], str)
+                and isinstance(completion, str)
+            ):
+                given |= as_conversation(given["prompt"], completion)
+            return given
+        if "completions" in given:
+            return given
+        if isinstance(completion, (list, tuple)) and len(completion) == 1:
+            completion = completion[0].get("content")
+        if not isinstance(completion, str):
+            raise DataError(
+                f"{name}: no steps: neither 'completions' nor a {field!r} of one text or message",
+                "give the steps as a list of texts",
+            )
+        return {**given, "completions": split_steps(completion, str(self.readout.separator))}
+
+
+def reading_of(readout: Readout) -> ScalarReading | TokenReading:
+    """What reads a model's texts by its read-out."""
+    return TokenReading(readout) if isinstance(readout, TokenReadout) else ScalarReading(readout)
