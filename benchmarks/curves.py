@@ -23,7 +23,7 @@ from benchmarks.measuring import table
 from benchmarks.results import add_arguments, save
 from companion.data.splits import prompt_key
 from companion.data.tutor import limits, make_rows
-from companion.evaluation import evaluate_pairs
+from companion.evaluation.pairs import evaluate_pairs
 from companion.models import RewardModel, load_base
 from companion.quickstart import TUTOR_BASE
 from companion.scoring import RewardScorer

@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from companion.data.splits import prompt_key
 from companion.errors import DataError
+from companion.evaluation.tables import format_table
 from companion.judge.agreement import VERDICTS, agreement, verdict_codes
 from companion.judge.rows import GIVEN, spoken
 from companion.resampling import bootstrap_interval
-from companion.tables import format_table
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from companion.evaluation import format_table
+from companion.evaluation.tables import format_table
 from companion.resampling import Interval, bootstrap_interval
 from companion.rl.looks import Look
 

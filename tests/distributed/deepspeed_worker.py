@@ -117,7 +117,7 @@ def whole_run(output: str) -> None:
     from transformers import Qwen3ForCausalLM
 
     from companion.training.config import DataArguments, ModelArguments
-    from companion.training.run import train_pairwise
+    from companion.training.pairwise import train_pairwise
 
     state = PartialState(backend="gloo")
     base_dir, data = Path(f"{output}.base"), Path(f"{output}.jsonl")
