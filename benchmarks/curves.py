@@ -28,7 +28,6 @@ from companion.models import RewardModel, load_base
 from companion.quickstart import TUTOR_BASE
 from companion.scoring import RewardScorer
 from companion.training.config import PairwiseRewardConfig
-from companion.training.forward import remove_forward
 from companion.training.pairwise import PairwiseRewardTrainer
 
 METHODS: dict[str, tuple[Any, Any]] = {
@@ -72,7 +71,8 @@ def one_run(
         begin = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - begin
-    remove_forward(model)
+    if isinstance(trainer, PairwiseRewardTrainer):
+        model = trainer.reward_model().model
     model.eval().float()  # type: ignore[no-untyped-call]
     trained = RewardModel(model, start.tokenizer, start.formatter)
     metrics = evaluate_pairs(RewardScorer(trained), test).metrics
