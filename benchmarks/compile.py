@@ -23,8 +23,9 @@ from benchmarks.shapes import PAD, SHAPES, make_model, mixed_lengths, pairs
 from companion.losses import bradley_terry_loss
 from companion.models import compile_parts
 from companion.scoring.running import BatchRunner
-from companion.training.exact import PairCollator, forward_inputs
+from companion.training.batches import forward_inputs
 from companion.training.forward import install_forward
+from companion.training.pairwise import PairCollator
 
 #: Method -> whether batches are packed, and what of the model is compiled. The first is the base.
 METHODS: dict[str, tuple[bool, str]] = {

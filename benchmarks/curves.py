@@ -23,12 +23,11 @@ from benchmarks.measuring import table
 from benchmarks.results import add_arguments, save
 from companion.data.splits import prompt_key
 from companion.data.tutor import limits, make_rows
-from companion.evaluation import evaluate_pairs
+from companion.evaluation.pairs import evaluate_pairs
 from companion.models import RewardModel, load_base
 from companion.quickstart import TUTOR_BASE
 from companion.scoring import RewardScorer
 from companion.training.config import PairwiseRewardConfig
-from companion.training.forward import remove_forward
 from companion.training.pairwise import PairwiseRewardTrainer
 
 METHODS: dict[str, tuple[Any, Any]] = {
@@ -72,7 +71,8 @@ def one_run(
         begin = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - begin
-    remove_forward(model)
+    if isinstance(trainer, PairwiseRewardTrainer):
+        model = trainer.reward_model().model
     model.eval().float()  # type: ignore[no-untyped-call]
     trained = RewardModel(model, start.tokenizer, start.formatter)
     metrics = evaluate_pairs(RewardScorer(trained), test).metrics

@@ -32,7 +32,6 @@ from companion.resampling import bootstrap_interval
 from companion.scoring import RewardScorer
 from companion.selection import BestOfNCurve, best_of_n_curve, pairwise_accuracy
 from companion.training.config import PairwiseRewardConfig
-from companion.training.forward import remove_forward
 from companion.training.pairwise import PairwiseRewardTrainer
 from companion.votes import ensemble_scores
 
@@ -169,10 +168,9 @@ def train(proxy: Proxy, folder: Path) -> float:
             train_dataset=Dataset.from_list(rows),
         )
         trainer.train()
-        remove_forward(trainer.model)
-    base.model.eval()
-    save_reward_model(base, folder)
-    test = RewardScorer(base).score_pairs(make_rows("pairs", 1000, seed=TEST_SEED))
+    trained = trainer.reward_model()
+    save_reward_model(trained, folder)
+    test = RewardScorer(trained).score_pairs(make_rows("pairs", 1000, seed=TEST_SEED))
     right = pairwise_accuracy(torch.tensor(test.chosen), torch.tensor(test.rejected))
     return float(right.mean())
 

@@ -26,7 +26,7 @@ from benchmarks.results import add_arguments, save
 from companion.data.tutor import make_rows
 from companion.formatting import RewardFormatter
 from companion.training import tokenising
-from companion.training.rows import format_pairs
+from companion.training.pairwise import format_pairs
 
 BASE = Path(companion.__file__).parent / "assets" / "tutor-base"
 

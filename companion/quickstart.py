@@ -21,8 +21,8 @@ from companion.data.splits import prompt_key
 from companion.data.tutor import GOLD, grade, make_rows
 from companion.data.writing import write_rows
 from companion.errors import CompanionError
-from companion.evaluation import EvaluationResult, evaluate_pairs
-from companion.report import write_report
+from companion.evaluation.pairs import PairEvaluation, evaluate_pairs
+from companion.evaluation.report import write_report
 from companion.scoring import RewardScorer, Scores
 
 #: The folder of the base that ships with the companion.
@@ -54,8 +54,8 @@ class QuickstartResult:
     """Where everything is, and the figures."""
 
     output_dir: Path
-    evaluation: EvaluationResult
-    canaries: EvaluationResult
+    evaluation: PairEvaluation
+    canaries: PairEvaluation
     weights: dict[str, tuple[float, float]]  #: of r*: (learned, gold)
     examples: list[dict[str, Any]]
     seconds: dict[str, float] = field(default_factory=dict)
@@ -165,7 +165,7 @@ def run_quickstart(
         If the output folder holds something else, or the settings leave too little data.
     """
     from companion.training.config import DataArguments, ModelArguments, PairwiseRewardConfig
-    from companion.training.run import train_pairwise
+    from companion.training.pairwise import train_pairwise
 
     output = Path(config.output_dir)
     _prepare(output)

@@ -15,15 +15,15 @@ import pytest
 
 from companion.cli.main import main
 from companion.errors import DataError
-from companion.evaluation import (
-    EvaluationResult,
+from companion.evaluation.metrics import pairwise_metrics
+from companion.evaluation.pairs import (
+    PairEvaluation,
     evaluate_pairs,
-    format_table,
     gold_probability,
     subset_rows,
     summary_rows,
 )
-from companion.metrics import pairwise_metrics
+from companion.evaluation.tables import format_table
 
 
 class FakeScorer:
@@ -59,11 +59,11 @@ TABLE = {"good": 1.0, "poor": 0.5, "bad": -1.0}
 
 
 @pytest.fixture
-def result() -> EvaluationResult:
+def result() -> PairEvaluation:
     return evaluate_pairs(FakeScorer(TABLE, temperature=2.0), ROWS, info={"model": "m"})
 
 
-def test_evaluation_is_the_metrics_of_the_scores(result: EvaluationResult) -> None:
+def test_evaluation_is_the_metrics_of_the_scores(result: PairEvaluation) -> None:
     want = pairwise_metrics(
         [1.0, -1.0, 1.0, math.nan],
         [-1.0, 1.0, 0.5, math.nan],
@@ -126,7 +126,7 @@ def test_nothing_to_evaluate() -> None:
         evaluate_pairs(FakeScorer({}), ROWS)
 
 
-def test_json_is_strict_and_complete(result: EvaluationResult, tmp_path: Path) -> None:
+def test_json_is_strict_and_complete(result: PairEvaluation, tmp_path: Path) -> None:
     result.info["odd"] = math.inf
     path = result.save(tmp_path / "new" / "out.json")
     loaded = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -135,7 +135,7 @@ def test_json_is_strict_and_complete(result: EvaluationResult, tmp_path: Path) -
     assert loaded["info"]["model"] == "m"
 
 
-def test_tables(result: EvaluationResult) -> None:
+def test_tables(result: PairEvaluation) -> None:
     rows = {name: (ours, limit) for name, ours, limit in summary_rows(result.metrics)}
     assert rows["pairs scored"][0] == "3 (2 prompts)"
     assert rows["rows dropped"][0] == "1"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from companion.errors import DataError, ShapeError
-from companion.metrics import pairwise_metrics
+from companion.evaluation.metrics import pairwise_metrics
 
 NAN = float("nan")
 

@@ -16,12 +16,11 @@ from datasets import Dataset
 
 from companion.cli.main import main
 from companion.data.tutor import make_rows
-from companion.evaluation import evaluate_pairs
+from companion.evaluation.pairs import evaluate_pairs
 from companion.models import load_base, save_reward_model
 from companion.scoring import RewardScorer
 from companion.search.search import score_rows
 from companion.training.config import PairwiseRewardConfig
-from companion.training.forward import remove_forward
 from companion.training.pairwise import PairwiseRewardTrainer
 
 PAIRS = make_rows("pairs", 24, seed=5)
@@ -32,9 +31,8 @@ SIDES = ("chosen", "rejected")
 def trained(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, Path]:
     """Scores ``[24, 2]`` as the trainer gives them, and the folder of the saved model."""
     folder = tmp_path_factory.mktemp("one-score")
-    base = load_base(tiny_base)
     trainer = PairwiseRewardTrainer(
-        model=base,
+        model=load_base(tiny_base),
         args=PairwiseRewardConfig(
             str(folder / "run"),
             max_steps=2,
@@ -50,9 +48,7 @@ def trained(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[n
     )
     trainer.train()
     scores = np.asarray(trainer.predict(Dataset.from_list(PAIRS)).predictions)
-    remove_forward(trainer.model)
-    base.model.eval()
-    save_reward_model(base, folder / "model")
+    save_reward_model(trainer.reward_model(), folder / "model")
     return scores, folder / "model"
 
 

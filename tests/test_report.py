@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from companion import figures
-from companion.evaluation import EvaluationResult, evaluate_pairs
-from companion.report import write_report
+from companion.evaluation import figures
+from companion.evaluation.pairs import PairEvaluation, evaluate_pairs
+from companion.evaluation.report import write_report
 
 EVIL = "<script>alert('x')</script> & <b>\"bold\"</b>"
 
@@ -54,7 +54,7 @@ def rows(n: int = 60, gold: bool = True) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def result() -> EvaluationResult:
+def result() -> PairEvaluation:
     return evaluate_pairs(Scorer(), rows(), info={"model": EVIL})
 
 
@@ -104,7 +104,7 @@ class Page(HTMLParser):
 
 
 def test_report_is_complete_escaped_and_self_contained(
-    result: EvaluationResult, tmp_path: Path
+    result: PairEvaluation, tmp_path: Path
 ) -> None:
     path = write_report(
         tmp_path / "new" / "report.html",
@@ -139,7 +139,7 @@ def test_report_is_complete_escaped_and_self_contained(
     assert "var(--blue)" in svg
 
 
-def test_best_and_worst_pairs_are_those(result: EvaluationResult, tmp_path: Path) -> None:
+def test_best_and_worst_pairs_are_those(result: PairEvaluation, tmp_path: Path) -> None:
     path = write_report(tmp_path / "r.html", title="t", evaluation=result, n_examples=2)
     text = path.read_text(encoding="utf-8")
     order = np.argsort(result.margins[1:]) + 1
@@ -159,14 +159,14 @@ def test_report_without_truth_log_lengths_or_rows(tmp_path: Path) -> None:
     assert "article" not in page.tags
 
 
-def test_the_report_is_the_same_each_time(result: EvaluationResult, tmp_path: Path) -> None:
+def test_the_report_is_the_same_each_time(result: PairEvaluation, tmp_path: Path) -> None:
     texts = [
         write_report(tmp_path / name, title="t", evaluation=result).read_bytes() for name in "ab"
     ]
     assert texts[0] == texts[1]
 
 
-def test_the_style_stays_in_the_report(result: EvaluationResult, tmp_path: Path) -> None:
+def test_the_style_stays_in_the_report(result: PairEvaluation, tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     write_report(tmp_path / "r.html", title="t", evaluation=result)
     assert dict(matplotlib.rcParams) == before

@@ -15,12 +15,12 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from companion.cli.main import main
 from companion.errors import DataError
+from companion.evaluation.rankings import evaluate_rankings
+from companion.evaluation.tokens import evaluate_tokens
 from companion.models import load_base, save_reward_model
 from companion.models.manifest import RewardManifest
 from companion.models.readout import TokenReadout
-from companion.ranking_evaluation import evaluate_rankings
 from companion.scoring import RewardScorer, TokenScorer, load_scorer, model_kind, score_file
-from companion.token_evaluation import evaluate_tokens
 
 SEPARATOR = " so "
 READOUTS = {
@@ -323,7 +323,7 @@ def test_evaluate_on_rankings_is_evaluate_on_their_pairs(
     tiny_reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from companion.data.loading import load_rows
-    from companion.evaluation import evaluate_pairs
+    from companion.evaluation.pairs import evaluate_pairs
 
     data, out = write(tmp_path / "rankings.jsonl", rankings(14)), tmp_path / "out.json"
     report = tmp_path / "report.html"

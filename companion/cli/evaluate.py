@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         print(f"\nfigures: {result.save(args.json)}")
     if args.report is not None:
-        from companion.report import write_report
+        from companion.evaluation.report import write_report
 
         title = f"{Path(args.model).name or args.model} on {Path(args.dataset_name).name}"
         print(f"report: {write_report(args.report, title=title, evaluation=result, run_info=info)}")
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace, kind: str) -> tuple[Any, str]:
     """The rows, and of which kind they are."""
     from companion.data.loading import load_rows_with_report
-    from companion.token_evaluation import ROWS
+    from companion.evaluation.tokens import ROWS
 
     rows, report = load_rows_with_report(
         args.dataset_name,
@@ -108,9 +108,10 @@ def _load(args: argparse.Namespace, kind: str) -> tuple[Any, str]:
 
 def _evaluate(scorer: Any, rows: Any, kind: str, info: dict[str, Any]) -> Any:
     """The figures that belong to the kind of the rows."""
-    from companion.evaluation import evaluate_pairs
-    from companion.ranking_evaluation import evaluate_rankings
-    from companion.token_evaluation import evaluate_tokens
+
+    from companion.evaluation.pairs import evaluate_pairs
+    from companion.evaluation.rankings import evaluate_rankings
+    from companion.evaluation.tokens import evaluate_tokens
 
     total = len(rows)
     if kind == "pairs":

@@ -39,7 +39,7 @@ def _show(result: QuickstartResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from companion.evaluation import summary_rows
+    from companion.evaluation.pairs import summary_rows
 
     console = Console(highlight=False)
     examples = Table(title="One prompt, six completions", title_justify="left")

@@ -11,57 +11,17 @@ import difflib
 import gc
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from companion.errors import CompanionError
+from companion.training.kind import KINDS, load_kind
 
-_MODEL = "companion.training.config:ModelArguments"
-#: kind -> (rows, the runner, its data arguments, model arguments and settings, what it trains);
-#: beside the runner stands ``summary``, which words its result
-KINDS: dict[str, tuple[str, str, str, str, str, str]] = {
-    "pairwise": (
-        "PAIRS",
-        "companion.training.run:train_pairwise",
-        "companion.training.config:DataArguments",
-        _MODEL,
-        "companion.training.config:PairwiseRewardConfig",
-        "a score from pairs, chosen against rejected (Bradley–Terry)",
-    ),
-    "kwise": (
-        "RANKINGS",
-        "companion.training.kwise_run:train_kwise",
-        "companion.training.config:RowArguments",
-        _MODEL,
-        "companion.training.kwise:KwiseRewardConfig",
-        "a score from rankings of K completions of a prompt (Plackett–Luce)",
-    ),
-    "outcome": (
-        "OUTCOMES",
-        "companion.training.outcome_run:train_outcome",
-        "companion.training.config:RowArguments",
-        _MODEL,
-        "companion.training.outcome:OutcomeRewardConfig",
-        "the probability that a solution is right, at every token (ORM)",
-    ),
-    "process": (
-        "STEPS",
-        "companion.training.process_run:train_process",
-        "companion.training.config:RowArguments",
-        _MODEL,
-        "companion.training.process:ProcessRewardConfig",
-        "whether each step of a solution is good, at its end (PRM)",
-    ),
-    "grpo": (
-        "PROMPTS",
-        "companion.rl.run:train_grpo",
-        "companion.rl.config:PromptArguments",
-        "companion.rl.config:PolicyArguments",
-        "companion.rl.config:GRPORunConfig",
-        "a policy against a reward model, watched for over-optimisation",
-    ),
-}
+#: what is no training of a reward model, and what it trains
+GRPO = "grpo", "a policy against a reward model, watched for over-optimisation"
 _USAGE = """usage: companion train KIND --model_name_or_path BASE --dataset_name ROWS \\
            --output_dir DIR [--config FILE.yaml] [any other setting]
 
@@ -79,27 +39,54 @@ Settings of --config are overridden by flags. 'companion train KIND --help' list
 def run_argv(argv: Sequence[str]) -> int:
     """Run ``companion train …`` with what follows ``train``; return the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(_USAGE.format(kinds="\n".join(f"  {k:<10}{v[5]}" for k, v in KINDS.items())))
+        lines = [f"  {name:<10}{what}" for name, what in purposes().items()]
+        print(_USAGE.format(kinds="\n".join(lines)))
         return 0 if argv else 2
-    if argv[0] not in KINDS:
+    if argv[0] not in purposes():
         raise CompanionError(
-            f"there is no training of the kind {argv[0]!r}", f"there are: {', '.join(KINDS)}"
+            f"there is no training of the kind {argv[0]!r}", f"there are: {', '.join(purposes())}"
         )
     _before_process_group()
     data, model, config = parse(argv[1:], argv[0])
-    runner = KINDS[argv[0]][1]
-    result = _named(runner)(config, model, data)
+    training = _load(argv[0])
+    result = training.run(config, model, data)
     if config.process_index == 0:
-        print(_named(runner.split(":")[0] + ":summary")(result))
+        print(training.summary(result))
     del result  # and with it the trainer and its model under DDP, which hold the group
     _leave_process_group()
     return 0
 
 
-def _named(place: str) -> Any:
-    """What ``module:name`` names."""
-    module, name = place.split(":")
-    return getattr(importlib.import_module(module), name)
+def purposes() -> dict[str, str]:
+    """What can be trained, and what each is."""
+    return {**{name: what for name, (_, what) in KINDS.items()}, GRPO[0]: GRPO[1]}
+
+
+class Training(NamedTuple):
+    """What is asked for: what --dataset_name holds, the classes of the settings, what runs."""
+
+    rows: str
+    data: type
+    model: type
+    config: type
+    run: Callable[..., Any]
+    summary: Callable[[Any], str]
+
+
+def _load(name: str) -> Training:
+    if name == GRPO[0]:
+        from companion.rl.config import GRPORunConfig, PolicyArguments, PromptArguments
+        from companion.rl.run import summary, train_grpo
+
+        return Training(
+            "PROMPTS", PromptArguments, PolicyArguments, GRPORunConfig, train_grpo, summary
+        )
+    from companion.training.config import ModelArguments
+    from companion.training.run import TrainingResult, train
+
+    kind = load_kind(name)
+    settings = kind.data, ModelArguments, kind.trainer.config_class
+    return Training(kind.rows.upper(), *settings, partial(train, kind), TrainingResult.summary)
 
 
 def parse(argv: Sequence[str], kind: str = "pairwise") -> tuple[Any, Any, Any]:
@@ -113,30 +100,36 @@ def parse(argv: Sequence[str], kind: str = "pairwise") -> tuple[Any, Any, Any]:
     """
     from trl import TrlParser
 
-    rows, _, data_class, model_class, config_class, _ = KINDS[kind]
+    training = _load(kind)
     help_line = f"'companion train {kind} --help' lists every setting"
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
             raise CompanionError(message, help_line)
 
-    settings: Any = (_named(data_class), _named(model_class), _named(config_class))
+    settings: Any = (training.data, training.model, training.config)
     parser = Parser(
         settings,
         prog=f"companion train {kind}",
-        usage=f"%(prog)s --model_name_or_path BASE --dataset_name {rows} --output_dir DIR "
+        usage=f"%(prog)s --model_name_or_path BASE --dataset_name {training.rows} --output_dir DIR "
         "[settings]",
         allow_abbrev=False,
     )
     known = {action.dest for action in parser._actions}
+    missing = {
+        own.name: own.metadata["not_offered"]
+        for own in fields(training.config)
+        if "not_offered" in own.metadata
+    }
     arguments = _split_equals(argv)
-    _check_config(arguments, known, help_line)
+    _check_config(arguments, known, missing, help_line)
     flags = {name for action in parser._actions for name in action.option_strings}
     for argument in arguments:
         if argument.startswith("--") and argument not in flags and argument != "--config":
+            name = argument.lstrip("-").replace("-", "_")
             raise CompanionError(
                 f"there is no setting {argument}",
-                _near(argument.lstrip("-"), known, help_line, "--"),
+                missing.get(name) or _near(name, known, help_line, "--"),
             )
     try:
         data, model, config = parser.parse_args_and_config(args=arguments)
@@ -158,7 +151,9 @@ def _split_equals(argv: Sequence[str]) -> list[str]:
     return out
 
 
-def _check_config(arguments: Sequence[str], known: set[str], help_line: str) -> None:
+def _check_config(
+    arguments: Sequence[str], known: set[str], missing: Mapping[str, str], help_line: str
+) -> None:
     """Look at the YAML file before TRL does, whose messages name neither file nor cure."""
     import yaml
 
@@ -182,7 +177,7 @@ def _check_config(arguments: Sequence[str], known: set[str], help_line: str) -> 
     if unknown:
         raise CompanionError(
             f"{path}: there is no setting {', '.join(map(repr, unknown))}",
-            "; ".join(_near(name, known, help_line) for name in unknown),
+            "; ".join(missing.get(name) or _near(name, known, help_line) for name in unknown),
         )
 
 

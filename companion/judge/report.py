@@ -24,9 +24,9 @@ from companion.data.problems import RowError, RowProblem
 from companion.data.readers import read_rows
 from companion.data.splits import prompt_key
 from companion.errors import DataError, ShapeError
+from companion.evaluation.tables import format_table
 from companion.judge.items import GIVEN, spoken
 from companion.resampling import bootstrap_interval
-from companion.tables import format_table
 
 Codes = npt.NDArray[np.int64]
 #: The verdicts of a pair, in the order of their codes.

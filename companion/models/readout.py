@@ -107,22 +107,27 @@ class TokenReadout:
             return torch.sigmoid(-logits.squeeze(-1))
         return torch.softmax(logits, dim=-1)[..., 0]
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str) -> TokenReadout:
+        """The read-out of a manifest's field ``readout``.
+
+        Raises
+        ------
+        ModelError
+            If fields are missing or unknown.
+        """
+        fields = {key: value for key, value in data.items() if key not in ("rule", "head_dtype")}
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ModelError(f"{where}: the field 'readout' is malformed: {error}") from error
+
 
 Readout = ScalarReadout | TokenReadout
 
 
 def readout_from_dict(data: Mapping[str, Any], where: str) -> Readout:
-    """The read-out of a manifest's field ``readout``.
-
-    Raises
-    ------
-    ModelError
-        If fields are missing or unknown.
-    """
+    """The read-out of any kind; see :meth:`TokenReadout.from_dict`."""
     if data.get("rule") == RULES["scalar"]:
         return ScalarReadout()
-    fields = {key: value for key, value in data.items() if key not in ("rule", "head_dtype")}
-    try:
-        return TokenReadout(**fields)
-    except TypeError as error:
-        raise ModelError(f"{where}: the field 'readout' is malformed: {error}") from error
+    return TokenReadout.from_dict(data, where)

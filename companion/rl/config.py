@@ -12,7 +12,7 @@ import torch
 from trl import GRPOConfig
 
 from companion.errors import CompanionError
-from companion.training.arguments import LoadArguments, SourceArguments
+from companion.training.config import LoadArguments, SourceArguments
 
 
 @dataclass

@@ -23,6 +23,7 @@ from trl import GRPOTrainer
 
 from companion.data.splits import prompt_key, split_by_prompt
 from companion.errors import CompanionError, DataError
+from companion.evaluation.tables import format_table
 from companion.models.causal import load_causal
 from companion.models.checkpoint import load_tokenizer, resolve
 from companion.resampling import Interval, bootstrap_interval
@@ -37,9 +38,7 @@ from companion.rl.rewards import (
     weighted_sum,
 )
 from companion.search.policy import Policy, end_token_ids
-from companion.tables import format_table
-from companion.training.result import whole_parameters
-from companion.training.stages import Say, checkpoint_of, load_given
+from companion.training.run import Say, checkpoint_of, load_given, whole_parameters
 
 RESULT_FILE = "grpo_result.json"
 

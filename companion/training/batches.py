@@ -1,18 +1,19 @@
-"""What makes the gradient exact: every pair once, weighted, counted over the whole step.
+"""What makes the gradient exact: every row once, weighted, counted over the whole step.
 
-The gradient of a step has to be that of the mean over all pairs of the global batch, whatever the
+The gradient of a step has to be that of the mean over all items of the global batch, whatever the
 number of ranks, the accumulation and the size of the last batch. Stock trainers give the mean of
 local means, and accelerate's ``even_batches`` repeats rows to fill the last batch, so that some
 pairs count more than others (cosine with the exact gradient on 9 pairs, batch 4, 2 ranks: 0.41).
-Here the last batch is filled with *padding pairs* of weight 0, which keep the ranks in step and
+Here the last batch is filled with *padding rows* of weight 0, which keep the ranks in step and
 count nowhere. Chapter 8.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,8 +21,11 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from companion.batching import pack, pad_batch, plan_trees
 from companion.batching.packing import PackedBatch
 from companion.errors import DataError
+from companion.models.forward import check_texts
+from companion.models.guards import check_batch
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -32,7 +36,7 @@ else:
 
 logger = logging.getLogger(__name__)
 
-#: the index that stands for a padding pair
+#: the index that stands for a padding row
 PADDING = -1
 
 
@@ -50,7 +54,7 @@ class PaddedSampler(Sampler[int]):
     n_rows : int
         Length of that sequence.
     batch_size, ranks : int
-        Pairs of a micro-batch, and number of processes.
+        Rows of a micro-batch, and number of processes.
     drop_last : bool
         Leave the short round out in place of filling it.
     """
@@ -146,55 +150,162 @@ def _shuffled(rows: Sequence[int], step: int, generator: torch.Generator) -> lis
     return [row for rows_of_step in shuffled for row in rows_of_step]
 
 
-class PairRows(TorchDataset[dict[str, Any]]):
-    """Tokenised pairs; the index :data:`PADDING` gives a padding pair of one token a side."""
+class PaddedRows(TorchDataset[dict[str, Any]]):
+    """Tokenised rows; the index :data:`PADDING` gives the `padding` row, of weight 0."""
 
-    def __init__(self, rows: Any) -> None:
-        self._rows = rows
-        # any real token does: the pair has weight 0, but must not look like padding to the guards
-        token = int(rows[0]["chosen_ids"][-1])
-        self._padding = {"chosen_ids": [token], "rejected_ids": [token], "weight": 0.0}
-
-    @property
-    def rows(self) -> Any:
-        """The rows without the padding."""
-        return self._rows
+    def __init__(self, rows: Any, padding: Mapping[str, Any]) -> None:
+        #: the rows without the padding
+        self.rows = rows
+        self._padding = {**padding, "weight": 0.0}
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return dict(self._padding) if index == PADDING else self._rows[index]
+        return dict(self._padding) if index == PADDING else self.rows[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Fetch many at once, which `datasets` does far faster than one by one."""
         wanted = [index for index in indices if index != PADDING]
-        if not hasattr(self._rows, "__getitems__"):
+        if not hasattr(self.rows, "__getitems__"):
             return [self[index] for index in indices]
-        found = iter(self._rows.__getitems__(wanted) if wanted else [])
+        found = iter(self.rows.__getitems__(wanted) if wanted else [])
         return [dict(self._padding) if index == PADDING else next(found) for index in indices]
 
 
+@dataclass
+class Collator:
+    """Rows of token ids to a batch, its texts padded at the right or packed; no text is ever cut.
+
+    Gives, of N texts, ``input_ids`` and ``attention_mask`` ``[N, T]``. Packed, ``input_ids`` is
+    ``[1, T]`` without padding, a prompt stands there once for all texts of the batch that begin
+    with it, and in place of the mask there are ``packed`` (a
+    :class:`companion.batching.PackedBatch`, its rows in the order of the texts) and ``lengths``
+    ``[N]``. Besides, of B rows, ``real`` ``[B]``, 0 for padding, ``row`` ``[B]`` (the row of the
+    source, -1 if unknown), and what the kind gives, at least ``weight`` ``[B]``.
+
+    Parameters
+    ----------
+    pad_token_id : int
+        What the padding is filled with.
+    pad_to_multiple_of : int, optional
+        Round the width up.
+    config : transformers.PretrainedConfig, optional
+        With it, every batch passes the guards (:func:`companion.models.guards.check_batch`), so
+        stock transformers would read the same tokens.
+    packing : bool
+        Pack; only for models that :func:`companion.models.packing_obstacle` lets pass.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    config: Any = None
+    packing: bool = False
+
+    def texts(self, examples: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """The token ids of all texts of the rows."""
+        raise NotImplementedError
+
+    def labels(
+        self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """What the kind needs of the rows, beside the texts of the `batch`."""
+        raise NotImplementedError
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Make the batch.
+
+        Raises
+        ------
+        ReadoutError
+            If a guard refuses it.
+        """
+        batch = self._batch(self.texts(examples))
+        batch["real"] = torch.tensor([float(e.get("weight", 1.0) > 0) for e in examples])
+        batch["row"] = torch.tensor([int(e.get("row", -1)) for e in examples])
+        return {**batch, **self.labels(examples, batch)}
+
+    def _batch(self, ids: Sequence[list[int]]) -> dict[str, Any]:
+        if self.packing:
+            if self.config is not None:
+                check_texts(ids, self.config)
+            packed = pack(ids, plan_trees(ids))
+            lengths = torch.tensor([len(text) for text in ids])
+            return {"input_ids": packed.input_ids, "packed": packed, "lengths": lengths}
+        padded = pad_batch(ids, self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
+        if self.config is not None:
+            check_batch(padded["input_ids"], padded["attention_mask"], self.config)
+        return dict(padded)
+
+
+def text_lengths(inputs: Mapping[str, Any]) -> Tensor:
+    """Tokens of each text of a batch, ``[N]``."""
+    lengths: Tensor = inputs["lengths"] if "packed" in inputs else inputs["attention_mask"].sum(1)
+    return lengths
+
+
+def forward_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model's forward is given of a batch."""
+    name = "packed" if "packed" in inputs else "attention_mask"
+    return {"input_ids": inputs["input_ids"], name: inputs[name]}
+
+
+class ItemTables:
+    """Figures of many items, kept one by one until they are asked for.
+
+    Batches are added as tables ``[B, columns]`` on their device, without a copy to the host; rows
+    whose first column is 0 are padding, and left out. Means are taken of the whole (trl #7010: the
+    mean of batch means of 5 pairs in batches of 4 was 0.75 where 0.60 is true).
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[Tensor] = []
+
+    @property
+    def used(self) -> bool:
+        """Whether anything was added since the last :meth:`pop`."""
+        return bool(self._tables)
+
+    def add(self, table: Tensor) -> None:
+        """Add a table ``[B, columns]``."""
+        self._tables.append(table.detach())
+
+    def pop(self) -> Tensor:
+        """All real items so far, ``[n, columns]`` float64 on the CPU; begins anew."""
+        if not self._tables:
+            return torch.zeros(0, 0, dtype=torch.float64)
+        table = torch.cat(self._tables).to("cpu").to(torch.float64)
+        self._tables = []
+        return table[table[:, 0] > 0]
+
+
 class ExactBatches(_Base):
-    """The part of the trainer that makes batches and counts their pairs."""
+    """The part of the trainer that makes batches and counts what they hold."""
 
-    _order: PaddedSampler | None = None
+    #: columns by which rows are known to hold token ids already
+    ids: ClassVar[tuple[str, ...]]
+    #: what else the collator looks at
+    extras: ClassVar[tuple[str, ...]] = ()
+    #: what an item of the loss is called in logs ("pairs")
+    items: ClassVar[str]
     #: see :func:`epoch_order`
-    _shuffle_steps = False
-    #: what the collator looks at
-    _columns: tuple[str, ...] = ("chosen_ids", "rejected_ids", "margin", "row", "weight")
+    shuffle_steps: ClassVar[bool] = False
+    _order: PaddedSampler | None = None
 
-    def _with_padding(self, rows: Any) -> PairRows:
-        """The rows, with a row of weight 0 at the index :data:`PADDING`."""
-        return PairRows(rows)
+    def padding_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row that counts nowhere, made in the likeness of a real one.
 
-    def _row_lengths(self, dataset: Any) -> list[int]:
+        Any real token does for its text; it must not look like padding to the guards.
+        """
+        raise NotImplementedError
+
+    def row_lengths(self, dataset: Any) -> list[int]:
         """Tokens of each row's longest text, to group rows by."""
-        return [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset]
+        raise NotImplementedError
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns: Any = list(self._columns)
+            self._signature_columns: Any = [*self.ids, *self.extras, "row", "weight"]
 
     def _get_dataloader(
         self,
@@ -205,14 +316,15 @@ class ExactBatches(_Base):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> DataLoader[Any]:
-        """As in transformers, over rows that include padding pairs."""
+        """As in transformers, over rows that include padding."""
         name = self.args.length_column_name
         lengths = None
         if is_training and self.args.train_sampling_strategy == "group_by_length":
             lengths = (
-                list(dataset[name]) if name in dataset.column_names else self._row_lengths(dataset)
+                list(dataset[name]) if name in dataset.column_names else self.row_lengths(dataset)
             )
-        rows = self._with_padding(self._remove_unused_columns(dataset, description=description))
+        rows = self._remove_unused_columns(dataset, description=description)
+        rows = PaddedRows(rows, self.padding_row(rows[0]))
 
         def sampler(_: Any) -> Sampler[int]:
             return self._sampler(len(rows), batch_size, is_training, lengths)
@@ -238,13 +350,13 @@ class ExactBatches(_Base):
             seed=args.seed if args.data_seed is None else args.data_seed,
             lengths=lengths,
             step=batch_size * ranks * args.gradient_accumulation_steps,
-            shuffle_steps=self._shuffle_steps,
+            shuffle_steps=self.shuffle_steps,
         )
         drop_last = is_training and args.dataloader_drop_last
         left_out = n_rows % (batch_size * ranks) if drop_last else 0
         if left_out:
             logger.warning(
-                f"dataloader_drop_last leaves {left_out} of {n_rows:,} pairs out of an epoch"
+                f"dataloader_drop_last leaves {left_out} of {n_rows:,} rows out of an epoch"
             )
         sampler = PaddedSampler(
             order, n_rows, batch_size=batch_size, ranks=ranks, drop_last=drop_last
@@ -267,7 +379,7 @@ class ExactBatches(_Base):
         return super()._prepare_input(data)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor | None:
-        """Pairs of the whole step: all its micro-batches, on all ranks."""
+        """Weight of the whole step: all its micro-batches, on all ranks."""
         if not batch_samples:
             return None
         weight = torch.stack([batch["weight"].sum() for batch in batch_samples]).sum()

@@ -1,8 +1,9 @@
-"""Settings of a pairwise run: every field is a flag of ``companion train pairwise``.
+"""Settings of training: every field is a flag of ``companion train KIND``.
 
 Three groups: the model, the data, and the training itself (all of transformers'
 ``TrainingArguments`` and TRL's ``RewardConfig``, with the defaults that a reward model wants).
-Chapter 4.
+A kind of training adds its own settings to the last group, and takes out what it cannot honour
+(:func:`not_offered`). Chapter 4.
 """
 
 from __future__ import annotations
@@ -15,7 +16,91 @@ import torch
 from trl import RewardConfig
 
 from companion.errors import CompanionError
-from companion.training.arguments import LoadArguments, SourceArguments
+
+
+@dataclass
+class LoadArguments:
+    """Which model to start from, and whether to train all of it."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model to start from: a folder or a hub id."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit on the hub."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Number format of the weights. With bf16 on, float32 weights are computed "
+            "with in bf16; the head of a reward model is float32 in any case.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2, …"}
+    )
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train a LoRA adapter, and a reward model's head."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers to adapt; default: all linear ones."}
+    )
+
+
+@dataclass
+class SourceArguments:
+    """Where the rows come from."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Rows: a file (.jsonl, .parquet, .csv, …), a folder, or a hub id."},
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a hub dataset."}
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a hub dataset."}
+    )
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split to train on; slices such as train[:1000] work."}
+    )
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to hold out. Default: a part of the prompts of the train split."},
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out rows from another source."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Another seed, another split."})
+    limit: int | None = field(default=None, metadata={"help": "Take this many rows at most."})
+    on_error: str = field(
+        default="raise",
+        metadata={
+            "help": "Bad rows: stop with all of them named, or skip and count them.",
+            "choices": ["raise", "skip"],
+        },
+    )
+
+
+def not_offered(why: str, default: Any = None) -> Any:
+    """A field of a base class that a subclass does not offer: neither argument nor flag.
+
+    `why` is what ``companion train`` says to those who ask for it all the same.
+    """
+    return field(init=False, default=default, metadata={"not_offered": why})
+
+
+#: of kinds whose trainer is not TRL's
+NO_OFFLOADING = (
+    "activations are moved to the CPU by TRL's trainer alone, that of pairs; take "
+    "activation_checkpointing, which saves memory too"
+)
+_LOADED_HERE = "models are loaded by companion.models.load_base, which chooses pad and EOS safely"
 
 
 @dataclass
@@ -104,6 +189,16 @@ class PairwiseRewardConfig(RewardConfig):
             "choices": ["auto", "off"],
         },
     )
+    eos_token: str | None = not_offered(f"{_LOADED_HERE}; set it in the tokenizer's own files")
+    pad_token: str | None = not_offered(f"{_LOADED_HERE}; set it in the tokenizer's own files")
+    model_init_kwargs: dict[str, Any] | str | None = not_offered(  # noqa: RUF009
+        f"{_LOADED_HERE}; take dtype, attn_implementation and model_revision"
+    )
+    average_tokens_across_devices: bool = not_offered(
+        "it is always on: the mean of local means has another gradient whenever the ranks hold "
+        "different numbers of items",
+        default=True,
+    )
 
     def __post_init__(self) -> None:
         if self.packing not in ("auto", "off"):
@@ -122,12 +217,6 @@ class PairwiseRewardConfig(RewardConfig):
                 f"label_smoothing_factor is {self.label_smoothing_factor}",
                 "give a probability in [0, 0.5) with which a label is flipped",
             )
-        if not self.average_tokens_across_devices:
-            raise CompanionError(
-                "average_tokens_across_devices=False asks for the mean of local means, whose "
-                "gradient is wrong whenever the ranks hold different numbers of pairs",
-                "leave it on",
-            )
         settings: Any = self.accelerator_config
         if settings.split_batches or settings.dispatch_batches:
             raise CompanionError(
@@ -140,13 +229,6 @@ class PairwiseRewardConfig(RewardConfig):
                 "train_sampling_strategy 'batch_rebalance' is not supported",
                 "take 'group_by_length', which also saves padding",
             )
-        for name in ("eos_token", "pad_token", "model_init_kwargs"):
-            if getattr(self, name) is not None:
-                raise CompanionError(
-                    f"{name} is set, but models are loaded by companion.models.load_base, "
-                    "which chooses pad and EOS safely",
-                    "set the token in the tokenizer's own files",
-                )
 
 
 @dataclass

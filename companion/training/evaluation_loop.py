@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
 
 from companion.errors import ModelError
-from companion.training.exact import COLUMNS, PairMetrics, summarise
+from companion.training.batches import ItemTables
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -31,21 +31,17 @@ class ExactEvaluation(_Base):
     """Replaces ``Trainer.evaluation_loop``, which averages what batches report.
 
     In transformers the loss of a batch is repeated batch-size times and averaged, and TRL's metrics
-    are means of batch means over ranks (trl #7010). Here each rank's pairs are gathered as they
-    are, the padding pairs are taken out, and the figures are computed from the whole table. A
-    trainer of other rows gives :meth:`item_table` and :meth:`evaluated` of its own.
+    are means of batch means over ranks (trl #7010). Here each rank's items are gathered as they
+    are, the padding is taken out, and the figures are computed from the whole table.
     """
 
     def item_table(self, model: Any, inputs: Any) -> Any:
         """Figures of each item of a batch, ``[B, columns]``; padding has 0 in its first column."""
-        return self.per_pair(model, inputs)  # type: ignore[attr-defined]
+        raise NotImplementedError
 
-    def evaluated(self, table: Any) -> tuple[dict[str, Any], Any]:
+    def evaluated(self, table: Any) -> tuple[dict[str, float], Any]:
         """Figures and predictions from the table of all items, padding taken out."""
-        figures: dict[str, Any] = summarise(table)
-        del figures["tokens"]
-        chosen = COLUMNS.index("chosen")
-        return figures, table[:, chosen : chosen + 2].to(torch.float32).numpy()
+        raise NotImplementedError
 
     def evaluation_loop(
         self,
@@ -65,7 +61,7 @@ class ExactEvaluation(_Base):
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()  # type: ignore[union-attr]
         size = self.args.eval_batch_size
-        while (pairs := self._score_all(model, dataloader)) is None:
+        while (tables := self._score_all(model, dataloader)) is None:
             # outside of the handler, whose traceback holds the tensors
             torch.cuda.empty_cache()
             if size == 1:
@@ -78,7 +74,7 @@ class ExactEvaluation(_Base):
             self.args.per_device_eval_batch_size = size
             rows: Any = dataloader.dataset
             dataloader = self._get_dataloader(rows.rows, description, size)
-        figures, predictions = self.evaluated(pairs.pop())
+        figures, predictions = self.evaluated(tables.pop())
         labels = np.zeros(len(predictions), dtype=np.int64)
         if self.compute_metrics is not None:
             more = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
@@ -92,10 +88,10 @@ class ExactEvaluation(_Base):
             predictions=predictions, label_ids=labels, metrics=metrics, num_samples=len(predictions)
         )
 
-    def _score_all(self, model: Any, dataloader: DataLoader[Any]) -> PairMetrics | None:
+    def _score_all(self, model: Any, dataloader: DataLoader[Any]) -> ItemTables | None:
         """The items of all batches and ranks; None on all ranks if the memory of one has ended."""
         self.callback_handler.eval_dataloader = dataloader
-        pairs = PairMetrics()
+        tables = ItemTables()
         for batch in dataloader:
             table = None
             try:
@@ -107,12 +103,12 @@ class ExactEvaluation(_Base):
                     raise  # the other ranks wait in the middle of their forward
             if self._on_any_rank(table is None):
                 return None
-            # every rank holds as many rows, padding pairs included, so a plain gather fits
-            pairs.add(self.accelerator.gather(table).cpu())
+            # every rank holds as many rows, padding included, so a plain gather fits
+            tables.add(self.accelerator.gather(table).cpu())
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
-        return pairs
+        return tables
 
     def _on_any_rank(self, said: bool) -> bool:
         if self.accelerator.num_processes == 1:

@@ -1,15 +1,20 @@
-"""The forward of a model while it trains: read out by the mask, head in fp32 (Chapter 2)."""
+"""The forwards of a model while it trains: read out by the mask, or at every token; head in fp32.
+
+Each has to be the model's own ``forward``, since DDP, FSDP, DeepSpeed and peft do their work around
+that. Extra arguments that peft passes on (``labels=None`` and the like) are ignored. Chapter 2.
+"""
 
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 
 from companion.batching.packing import PackedBatch
-from companion.models.forward import packed_scores, reward_scores
+from companion.models.forward import packed_scores, packed_token_logits, reward_scores, token_logits
 from companion.models.packed_attention import restore_attention
 
 
@@ -20,10 +25,7 @@ def forward_scores(
     packed: PackedBatch | None = None,
     **kwargs: Any,
 ) -> SequenceClassifierOutputWithPast:
-    """A model's ``forward`` while it trains: read out by the mask, head in fp32.
-
-    It has to be the model's own ``forward``, since DDP, FSDP, DeepSpeed and peft do their work
-    around that. Extra arguments that peft passes on (``labels=None`` and the like) are ignored.
+    """One score a text, read out by the mask, head in fp32.
 
     Parameters
     ----------
@@ -44,10 +46,26 @@ def forward_scores(
     return SequenceClassifierOutputWithPast(logits=scores[:, None])
 
 
-def install_forward(model: Any) -> None:
-    """Give the model (below a LoRA wrapper) :func:`forward_scores`."""
+def forward_tokens(
+    self: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    packed: PackedBatch | None = None,
+    **kwargs: Any,
+) -> TokenClassifierOutput:
+    """Logits of every token, head in fp32, no dropout.
+
+    ``[B, T, labels]`` of a padded batch, ``[1, T, labels]`` of a packed one.
+    """
+    if packed is not None:
+        return TokenClassifierOutput(logits=packed_token_logits(self, packed)[None])
+    return TokenClassifierOutput(logits=token_logits(self, input_ids, attention_mask, check=False))
+
+
+def install_forward(model: Any, forward: Callable[..., Any] = forward_scores) -> None:
+    """Give the model (below a LoRA wrapper) one of the forwards of this module."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inner.forward = types.MethodType(forward_scores, inner)
+    inner.forward = types.MethodType(forward, inner)
 
 
 def remove_forward(model: Any) -> None:

@@ -11,31 +11,35 @@ Chapter 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, List, Value
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
 
-from companion.errors import CompanionError, DataError
+from companion.errors import DataError
+from companion.evaluation.rankings import RankingEvaluation, scored_rankings
 from companion.formatting import RewardFormatter
 from companion.losses import grouped_pair_loss
-from companion.models.guards import check_head
-from companion.models.head import find_head, install_head
-from companion.models.loading import load_base
-from companion.models.reward_model import RewardModel
+from companion.models.manifest import RewardManifest
 from companion.rankings import best_is_best, ordered_pairs, ranking_loss
 from companion.reduction import SumCount
-from companion.training.config import PairwiseRewardConfig
-from companion.training.exact import forward_inputs, make_batch, text_lengths
-from companion.training.exact_trainer import ExactTrainer, is_real
-from companion.training.forward import install_forward
-from companion.training.kind_rows import OVERLONG, check_columns, format_all, ids_feature
-from companion.training.rows import FormatReport
-from companion.training.setup import refuse_not_finite
+from companion.training.batches import Collator, forward_inputs, text_lengths
+from companion.training.config import (
+    NO_OFFLOADING,
+    ModelArguments,
+    PairwiseRewardConfig,
+    RowArguments,
+    not_offered,
+)
+from companion.training.kind import Kind
+from companion.training.rows import OVERLONG, FormatReport, check_columns, format_all, ids_feature
+from companion.training.run import Say, TrainingResult, train
+from companion.training.trainer import OWN, WEIGHT, ExactTrainer
 
 LOSSES = ("plackett_luce", "pairs")
 
@@ -57,23 +61,11 @@ class KwiseRewardConfig(PairwiseRewardConfig):
         },
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.label_smoothing_factor:
-            raise CompanionError(
-                "label_smoothing_factor is set: it is not defined for whole rankings",
-                "leave it at 0, or train on pairs (companion train pairwise)",
-            )
-        refuse_offloading(self)
-
-
-def refuse_offloading(config: PairwiseRewardConfig) -> None:
-    """Only the pairwise trainer, which is TRL's, moves activations to the CPU."""
-    if config.activation_offloading:
-        raise CompanionError(
-            "activation_offloading is not supported by this kind of training",
-            "take activation_checkpointing, which saves memory too",
-        )
+    label_smoothing_factor: float = not_offered(
+        "it is not defined for whole rankings; train on pairs (companion train pairwise)",
+        default=0.0,
+    )
+    activation_offloading: bool = not_offered(NO_OFFLOADING, default=False)
 
 
 # ---------------------------------------------------------------------- rows
@@ -159,31 +151,22 @@ def _rankings_to_ids(
     return found
 
 
-@dataclass
-class RankingCollator:
-    """Rankings to a batch: all texts of all prompts, right-padded one below the other,
-    or packed (:func:`companion.training.exact.make_batch`), a prompt once for all its completions.
+class RankingCollator(Collator):
+    """Rankings to a batch: N texts, all of all prompts; packed, a prompt once for all its texts.
 
-    Gives, besides the texts, N the number of all completions:
-    ``index`` ``[B, K]``, where each prompt's completions stand among the N, and -1 beyond its own;
-    ``ranks`` ``[B, K]``; ``weight``, ``real`` and ``row`` ``[B]``.
+    Besides what :class:`companion.training.batches.Collator` gives: ``index`` ``[B, K]``, where
+    each prompt's completions stand among the N, and -1 beyond its own; ``ranks`` ``[B, K]``;
+    ``weight`` ``[B]``, 0 where no completion beats another.
     """
 
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
-    config: Any = None
-    packing: bool = False
+    def texts(self, examples: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """One ranking's completions behind the other's."""
+        return [list(ids) for e in examples for ids in e["completion_ids"]]
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Make the batch."""
-        texts = [list(ids) for e in examples for ids in e["completion_ids"]]
-        batch = make_batch(
-            texts,
-            self.pad_token_id,
-            packing=self.packing,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            config=self.config,
-        )
+    def labels(
+        self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Places, ranks and weights."""
         sizes = [len(e["completion_ids"]) for e in examples]
         index = torch.full((len(examples), max(sizes)), -1)
         ranks = torch.zeros(index.shape)
@@ -193,91 +176,60 @@ class RankingCollator:
             ranks[row, :size] = torch.tensor([float(rank) for rank in example["ranks"]])
             begin += size
         ordered = ordered_pairs(torch.zeros(index.shape), ranks, index >= 0)[1] > 0
-        real = is_real(examples)
-        return {
-            **batch,
-            "index": index,
-            "ranks": ranks,
-            "real": real,
-            "weight": real * ordered,
-            "row": torch.tensor([int(e.get("row", -1)) for e in examples]),
-        }
+        return {"index": index, "ranks": ranks, "weight": batch["real"] * ordered}
 
 
 # ---------------------------------------------------------------------- trainer
 
 
-class KwiseRewardTrainer(ExactTrainer):
+class KwiseRewardTrainer(ExactTrainer, Trainer):
     """Train a reward model on whole rankings, exactly. Chapter 3.
 
     Parameters
     ----------
     model, args, train_dataset, eval_dataset, formatter, processing_class, **kwargs
-        As for :class:`companion.training.exact_trainer.ExactTrainer`, with
-        :class:`KwiseRewardConfig` and rows of the kind ``rankings``, or with ``completion_ids`` and
-        ``ranks``. ``predict`` gives ``[n, K]`` scores, NaN beyond a row's own completions.
+        As for :class:`companion.training.trainer.ExactTrainer`, with :class:`KwiseRewardConfig` and
+        rows of the kind ``rankings``, or with ``completion_ids`` and ``ranks``. ``predict`` gives
+        ``[n, K]`` scores, NaN beyond a row's own completions.
     """
 
     args: KwiseRewardConfig
+    config_class = KwiseRewardConfig
+    collator_class = RankingCollator
     ids = ("completion_ids", "ranks")
     items = "prompts"
-    _columns = ("completion_ids", "ranks", "row", "weight")
-    _OWN = ("nll", "right", "pairs", "top")
+    predicted = slice(OWN + 4, None)
+    _most = 0  # completions of a row, so that all tables are equally wide
 
-    def __init__(self, model: Any, args: KwiseRewardConfig | None = None, **kwargs: Any) -> None:
-        self._most = 0  # completions of a row, so that all tables are equally wide
-        super().__init__(model, args or KwiseRewardConfig(), **kwargs)
-
-    def load_base(self, name: str) -> RewardModel:
-        """A base with a fresh scalar head."""
-        return load_base(
-            name,
-            head_seed=self.args.seed,
-            max_length=self.args.max_length,
-            overlong=self.args.overlong,  # type: ignore[arg-type]
-            trust_remote_code=self.args.trust_remote_code,
-        )
-
-    def prepare_model(self, model: Any) -> None:
-        """As for pairs: one scalar, head in fp32, read out by the mask."""
-        if type(find_head(model)) is nn.Linear and not hasattr(model, "peft_config"):
-            install_head(model)
-        check_head(model)
-        install_forward(model)
-
-    def format_rows(self, dataset: Dataset, source: str) -> tuple[Dataset, FormatReport]:
+    @classmethod
+    def format_rows(
+        cls, dataset: Dataset, formatter: RewardFormatter, args: Any, source: str
+    ) -> tuple[Dataset, FormatReport]:
         """See :func:`format_rankings`."""
-        return format_rankings(
-            dataset, self.formatter, source=source, num_proc=self.args.dataset_num_proc
-        )
+        return format_rankings(dataset, formatter, source=source, num_proc=args.dataset_num_proc)
 
     def prepare_rows(self, dataset: Dataset, name: str) -> Dataset:
         """Tokenise, and note the largest K."""
         rows = super().prepare_rows(dataset, name)
-        sizes = [len(ranks) for ranks in rows["ranks"]]
-        self._most = max(self._most, max(sizes, default=0))
+        self._most = max(self._most, *(len(ranks) for ranks in rows["ranks"]))
         return rows
-
-    def make_collator(self, pad_token_id: int, config: Any) -> Callable[[Sequence[Any]], Any]:
-        """See :class:`RankingCollator`."""
-        multiple: Any = self.args.pad_to_multiple_of
-        return RankingCollator(pad_token_id, multiple, config)
 
     def padding_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """One completion of one real token."""
         return {"completion_ids": [[int(row["completion_ids"][0][-1])]], "ranks": [1.0]}
 
-    def _row_lengths(self, dataset: Any) -> list[int]:
+    def row_lengths(self, dataset: Any) -> list[int]:
+        """Of the longest completion."""
         return [max(map(len, ids)) for ids in dataset["completion_ids"]]
 
     def item_table(self, model: Any, inputs: Any) -> Tensor:
-        """Columns: those of ``Table``, ``nll``, pairs right, pairs, best is best, K scores."""
+        """The kind's own columns: ``nll``, pairs right, pairs, best is best, and K scores."""
         flat = model(**forward_inputs(inputs))
         index, ranks = inputs["index"], inputs["ranks"]
         mask = index >= 0
         scores = flat.logits.squeeze(-1).float()[index.clamp(min=0)].masked_fill(~mask, 0.0)
         bad = ~torch.isfinite(scores.detach()).all(dim=1) & (inputs["real"] > 0)
-        refuse_not_finite(bad, inputs["row"], self.state.global_step)
+        self.refuse_not_finite(bad, inputs["row"])
         loss = ranking_loss if self.args.loss_type == "plackett_luce" else grouped_pair_loss
         nll = loss(scores, ranks, mask)
         total = nll
@@ -297,23 +249,51 @@ class KwiseRewardTrainer(ExactTrainer):
 
     def sums(self, table: Tensor) -> dict[str, SumCount]:
         """``nll`` and ``top1`` a prompt, ``accuracy`` over all ordered pairs."""
-        nll, right, pairs, top = table[:, 4:8].T
-        counts = table[:, 1] > 0
+        nll, right, pairs, top = table[:, OWN : OWN + 4].T
+        counts = table[:, WEIGHT] > 0
         return {
             "nll": SumCount().add(nll, counts),
             "accuracy": SumCount(float(right.sum()), round(float(pairs.sum()))),
             "top1": SumCount().add(top, counts),
         }
 
-    def evaluated(self, table: Tensor) -> tuple[dict[str, Any], Any]:
-        """Figures, and the scores ``[n, K]``."""
-        figures, columns = super().evaluated(table)
-        return figures, columns[:, len(self._OWN) :]
 
-
-def ranked_scores(predictions: np.ndarray, rows: Dataset) -> list[np.ndarray]:
-    """The scores of each formatted row's completions, from ``predict``'s padded table."""
-    return [
-        values[: len(ranks)].astype(np.float64)
-        for values, ranks in zip(predictions, rows["ranks"], strict=True)
+def _scored(
+    given: Sequence[Mapping[str, Any]],
+    rows: Dataset,
+    predictions: np.ndarray,
+    about: RewardManifest,
+) -> RankingEvaluation:
+    """Completions that were left out for their length have no score, as those of a scorer."""
+    scores = [np.full(len(row["completions"]), np.nan) for row in given]
+    lengths = [np.zeros(len(row["completions"])) for row in given]
+    for i, row in enumerate(rows):
+        scores[i][row["place"]] = predictions[i, : len(row["place"])]
+        lengths[i][row["place"]] = [len(ids) for ids in row["completion_ids"]]
+    overlong = f"longer than max_length={about.training['max_length']} tokens"
+    reasons = [
+        overlong if np.isnan(score) and rank is not None else None
+        for row, own in zip(given, scores, strict=True)
+        for rank, score in zip(row["ranks"], own, strict=True)
     ]
+    return scored_rankings(given, scores, lengths, reasons, temperature=about.temperature)
+
+
+KIND = Kind(KwiseRewardTrainer, "rankings", _scored, RowArguments)
+
+
+def train_kwise(
+    config: KwiseRewardConfig,
+    model: ModelArguments,
+    data: RowArguments,
+    *,
+    say: Say | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> TrainingResult[RankingEvaluation]:
+    """Train, calibrate, measure and save a reward model on whole rankings.
+
+    What is saved is the same plain checkpoint that a pairwise run gives, and what is held out is
+    measured as the pairs that its rankings hold, so that both stand side by side. See
+    :func:`companion.training.run.train`.
+    """
+    return train(KIND, config, model, data, say=say, callbacks=callbacks)

@@ -9,32 +9,41 @@ cross-entropy over the one class, which is 0 whatever the model says. Chapter 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, Value
 from torch import Tensor
+from transformers import TrainerCallback
 
-from companion.errors import CompanionError, DataError
+from companion.errors import DataError
+from companion.evaluation.token_metrics import roc_auc
+from companion.evaluation.tokens import AGGREGATES, OutcomeEvaluation
 from companion.formatting import RewardFormatter
 from companion.formatting.steps import as_conversation
 from companion.labels import outcome_labels
 from companion.losses import IGNORE_INDEX, outcome_loss
-from companion.models.readout import AGGREGATIONS
-from companion.reduction import How, SumCount, aggregate
-from companion.token_metrics import roc_auc
-from companion.training.exact import make_batch, text_lengths
-from companion.training.exact_trainer import is_real
-from companion.training.kind_rows import OVERLONG, check_columns, format_all, ids_feature
-from companion.training.rows import FormatReport
-from companion.training.setup import refuse_not_finite
-from companion.training.token_level import TokenRewardConfig, TokenTrainer, text_logits
+from companion.models.manifest import MANIFEST_FILE, RewardManifest
+from companion.models.readout import AGGREGATIONS, TokenReadout
+from companion.reduction import SumCount, aggregate
+from companion.training.batches import text_lengths
+from companion.training.config import ModelArguments, RowArguments
+from companion.training.kind import Kind
+from companion.training.rows import OVERLONG, FormatReport, check_columns, format_all, ids_feature
+from companion.training.run import Say, TrainingResult, train
+from companion.training.token_level import (
+    TextCollator,
+    TokenRewardConfig,
+    TokenTrainer,
+    check_choices,
+    text_logits,
+)
+from companion.training.trainer import OWN
 
 REDUCTIONS = ("token", "sequence")
-#: aggregates that are computed of every text, in the order of the trainer's predictions
-MEASURED: tuple[How, ...] = ("mean", "min", "log_product", "last")
 
 
 @dataclass
@@ -63,11 +72,7 @@ class OutcomeRewardConfig(TokenRewardConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("reduction", REDUCTIONS), ("aggregation", AGGREGATIONS)):
-            if getattr(self, name) not in known:
-                raise CompanionError(
-                    f"{name} is {getattr(self, name)!r}", f"take one of: {', '.join(known)}"
-                )
+        check_choices(self, reduction=REDUCTIONS, aggregation=AGGREGATIONS)
 
 
 def format_outcomes(
@@ -145,37 +150,26 @@ def _outcomes_to_ids(
 
 
 @dataclass
-class OutcomeCollator:
+class OutcomeCollator(TextCollator):
     """Outcomes to a batch with the label on every completion token.
 
-    Gives the texts as :func:`companion.training.exact.make_batch` has them, padded or packed;
-    ``labels`` ``[B, T]`` (0, 1, or -100 on the prompt and beyond the text); ``weight`` ``[B]``: the
-    number of labelled tokens (``reduction="token"``) or 1;
-    ``outcome``, ``real`` and ``row`` ``[B]``.
+    Besides what :class:`companion.training.batches.Collator` gives: ``labels`` ``[B, T]`` (0, 1, or
+    -100 on the prompt and beyond the text); ``weight`` ``[B]``: the number of labelled tokens
+    (`reduction` ``"token"``) or 1; ``outcome`` ``[B]``.
     """
 
-    pad_token_id: int
     reduction: str = "token"
-    pad_to_multiple_of: int | None = None
-    config: Any = None
-    packing: bool = False
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Make the batch.
+    def labels(
+        self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Labels and weights.
 
         Raises
         ------
         DataError
             If a row has no completion token.
         """
-        ids = [list(e["input_ids"]) for e in examples]
-        batch = make_batch(
-            ids,
-            self.pad_token_id,
-            packing=self.packing,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            config=self.config,
-        )
         prompts = torch.tensor([int(e.get("prompt_length", 0)) for e in examples])
         outcome = torch.tensor([int(e.get("label", 0)) for e in examples])
         lengths = text_lengths(batch)
@@ -183,16 +177,8 @@ class OutcomeCollator:
         width = seen.shape[1] if self.packing else batch["input_ids"].shape[1]
         seen = torch.nn.functional.pad(seen, (0, width - seen.shape[1]))
         labels = outcome_labels(seen, prompts, outcome)
-        real = is_real(examples)
-        count = (labels != IGNORE_INDEX).sum(dim=1)
-        return {
-            **batch,
-            "labels": labels,
-            "outcome": outcome,
-            "real": real,
-            "weight": real * (count if self.reduction == "token" else 1),
-            "row": torch.tensor([int(e.get("row", -1)) for e in examples]),
-        }
+        count = (labels != IGNORE_INDEX).sum(dim=1) if self.reduction == "token" else 1
+        return {"labels": labels, "outcome": outcome, "weight": batch["real"] * count}
 
 
 class OutcomeRewardTrainer(TokenTrainer):
@@ -201,57 +187,99 @@ class OutcomeRewardTrainer(TokenTrainer):
     Parameters
     ----------
     model, args, train_dataset, eval_dataset, formatter, processing_class, **kwargs
-        As for :class:`companion.training.exact_trainer.ExactTrainer`, with
-        :class:`OutcomeRewardConfig` and rows of the kind ``outcomes``, or with ``input_ids``,
-        ``prompt_length`` and ``label``. ``predict`` gives ``[n, 4]``: the aggregates of
-        :data:`MEASURED` (the product as its logarithm).
+        As for :class:`companion.training.trainer.ExactTrainer`, with :class:`OutcomeRewardConfig`
+        and rows of the kind ``outcomes``, or with ``input_ids``, ``prompt_length`` and ``label``.
+        ``predict`` gives ``[n, 4]``: the aggregates of
+        :data:`companion.evaluation.tokens.AGGREGATES` (the product as its logarithm).
     """
 
     args: OutcomeRewardConfig
+    config_class = OutcomeRewardConfig
     ids = ("input_ids", "prompt_length", "label")
-    _columns = ("input_ids", "prompt_length", "label", "row", "weight")
+    predicted = slice(OWN + 1, None)
 
-    def __init__(self, model: Any, args: OutcomeRewardConfig | None = None, **kwargs: Any) -> None:
-        super().__init__(model, args or OutcomeRewardConfig(), **kwargs)
+    @classmethod
+    def readout(cls, args: Any) -> TokenReadout:
+        """One logit, aggregated over the completion."""
+        return TokenReadout("outcome", 1, args.aggregation, chat=args.as_chat)
 
-    def format_rows(self, dataset: Dataset, source: str) -> tuple[Dataset, FormatReport]:
+    @classmethod
+    def format_rows(
+        cls, dataset: Dataset, formatter: RewardFormatter, args: Any, source: str
+    ) -> tuple[Dataset, FormatReport]:
         """See :func:`format_outcomes`."""
         return format_outcomes(
-            dataset,
-            self.formatter,
-            chat=self.args.as_chat,
-            source=source,
-            num_proc=self.args.dataset_num_proc,
+            dataset, formatter, chat=args.as_chat, source=source, num_proc=args.dataset_num_proc
         )
 
-    def make_collator(self, pad_token_id: int, config: Any) -> Callable[[Sequence[Any]], Any]:
+    @classmethod
+    def make_collator(cls, pad_token_id: int, args: Any, config: Any) -> OutcomeCollator:
         """See :class:`OutcomeCollator`."""
-        multiple: Any = self.args.pad_to_multiple_of
-        return OutcomeCollator(pad_token_id, self.args.reduction, multiple, config)
+        return OutcomeCollator(
+            pad_token_id, args.pad_to_multiple_of, config, reduction=args.reduction
+        )
 
     def item_table(self, model: Any, inputs: Any) -> Tensor:
-        """Columns: those of ``Table``, the outcome, and the four aggregates."""
+        """The kind's own columns: the outcome, and the four aggregates."""
         labels = inputs["labels"]
         logits = text_logits(model, inputs).squeeze(-1).float()
         counted = labels != IGNORE_INDEX
         finite = torch.isfinite(logits.detach()) | ~counted
         bad = ~finite.all(dim=1) & (inputs["real"] > 0)
-        refuse_not_finite(bad, inputs["row"], self.state.global_step)
+        self.refuse_not_finite(bad, inputs["row"])
         loss = outcome_loss(logits, labels).sum(dim=1) / counted.sum(dim=1)
         probabilities = torch.sigmoid(logits.detach()).masked_fill(~counted, 0.0)
         columns = [inputs["real"], inputs["weight"], loss, text_lengths(inputs), inputs["outcome"]]
-        columns += [aggregate(probabilities, counted, how) for how in MEASURED]
+        columns += [aggregate(probabilities, counted, how) for how in AGGREGATES]
         return torch.stack([column.to(loss.dtype) for column in columns], dim=1)
 
     def sums(self, table: Tensor) -> dict[str, SumCount]:
         """``accuracy``: the value at the last token against the outcome, a text."""
-        right = (table[:, 4 + 1 + MEASURED.index("last")] > 0.5) == (table[:, 4] > 0.5)
-        return {"accuracy": SumCount().add(right.double())}
+        outcome, last = self._outcome_and_last(table)
+        return {"accuracy": SumCount().add(((last > 0.5) == (outcome > 0.5)).double())}
 
-    def evaluated(self, table: Tensor) -> tuple[dict[str, Any], Any]:
+    def evaluated(self, table: Tensor) -> tuple[dict[str, float], Any]:
         """Figures with the AUC of the value at the last token, and the aggregates ``[n, 4]``."""
-        figures, columns = super().evaluated(table)
-        outcome, last = columns[:, 0], columns[:, 1 + MEASURED.index("last")]
+        figures, predictions = super().evaluated(table)
+        outcome, last = self._outcome_and_last(table.to(torch.float32))
         if 0 < outcome.sum() < len(outcome):
-            figures["auc"] = roc_auc(last, outcome)
-        return figures, columns[:, 1:]
+            figures["auc"] = roc_auc(last.numpy(), outcome.numpy())
+        return figures, predictions
+
+    @staticmethod
+    def _outcome_and_last(table: Tensor) -> tuple[Tensor, Tensor]:
+        return table[:, OWN], table[:, OWN + 1 + AGGREGATES.index("last")]
+
+
+def _scored(
+    given: Sequence[Mapping[str, Any]],
+    rows: Dataset,
+    predictions: np.ndarray,
+    about: RewardManifest,
+) -> OutcomeEvaluation:
+    columns = predictions.astype(np.float64).T
+    return OutcomeEvaluation(
+        list(given),
+        [None] * len(given),
+        TokenReadout.from_dict(about.readout, MANIFEST_FILE),
+        aggregates=dict(zip(AGGREGATES, columns, strict=True)),
+        lengths=np.asarray(rows["length"][:]),
+    )
+
+
+KIND = Kind(OutcomeRewardTrainer, "outcomes", _scored, RowArguments)
+
+
+def train_outcome(
+    config: OutcomeRewardConfig,
+    model: ModelArguments,
+    data: RowArguments,
+    *,
+    say: Say | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> TrainingResult[OutcomeEvaluation]:
+    """Train, measure and save an outcome reward model, a plain token-classification checkpoint.
+
+    See :func:`companion.training.run.train`.
+    """
+    return train(KIND, config, model, data, say=say, callbacks=callbacks)

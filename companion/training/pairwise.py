@@ -1,214 +1,245 @@
-"""``PairwiseRewardTrainer``: TRL's ``RewardTrainer`` with the exact gradient and exact metrics.
+"""Pairwise reward models: Bradley–Terry on chosen against rejected.
 
-What it changes, each with its reason:
-
-* the loss of a micro-batch is a weighted *sum* over its pairs, divided by the number of pairs of
-  the whole step on all ranks. TRL's is the mean of local means, whose gradient is another one
-  whenever micro-batches differ in size (Chapter 8);
-* the ranks are kept in step by padding pairs of weight 0; accelerate's ``even_batches`` repeats
-  rows;
-* metrics are computed per pair and reduced by sum and count (trl #7010), and ``predict`` returns a
-  row for each pair (TRL returned 9 rewards for 5 pairs);
-* rows are tokenised by :class:`companion.formatting.RewardFormatter` only, and what it drops or
-  cuts is counted and logged; TRL drops pairs above ``max_length`` without a word;
-* the score is read by the attention mask, by a head in fp32 (Chapter 2);
-* a batch is packed where that is exact for the model: no padding, and each prompt computed once for
-  all its completions, with the same gradient. TRL computes it twice and pads to the longest text.
-
-All the rest (optimisers, schedules, DDP, FSDP, DeepSpeed, checkpoints, trackers, callbacks) is that
-of TRL and transformers.
+The order of things in :func:`train_pairwise`, as for every kind: load and check the rows; hold out
+whole prompts; tokenise; train; on a part of the held-out pairs fit the temperature and take the
+reference statistics; on the others, which nothing was chosen by, compute the figures; save all of
+it as one checkpoint. Chapter 4.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
-from datasets import Dataset
-from torch import Tensor, nn
-from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PredictionOutput, TrainOutput
+from datasets import Dataset, Value
+from torch import Tensor
+from transformers import TrainerCallback
 from trl import RewardTrainer
 
-from companion.errors import ModelError
+from companion.errors import DataError
+from companion.evaluation.pairs import PairEvaluation, scored_pairs
 from companion.formatting import RewardFormatter
 from companion.losses import bradley_terry_loss, centering_penalty
-from companion.models.guards import check_head, check_tokenizer_and_config
-from companion.models.head import find_head, install_head
-from companion.models.loading import load_base
-from companion.training.batches import ExactBatches
-from companion.training.config import PairwiseRewardConfig
-from companion.training.evaluation_loop import ExactEvaluation
-from companion.training.exact import (
-    PairCollator,
-    PairMetrics,
-    forward_inputs,
-    summarise,
-    text_lengths,
+from companion.models.manifest import RewardManifest
+from companion.reduction import SumCount
+from companion.scoring.results import PairScores
+from companion.selection import margin as pair_margin
+from companion.selection import pairwise_accuracy
+from companion.training.batches import Collator, forward_inputs, text_lengths
+from companion.training.config import DataArguments, ModelArguments, PairwiseRewardConfig
+from companion.training.kind import Kind
+from companion.training.rows import (
+    IDENTICAL,
+    OVERLONG,
+    FormatReport,
+    check_columns,
+    format_all,
+    ids_feature,
 )
-from companion.training.forward import install_forward
-from companion.training.progress import TrainingProgress
-from companion.training.rows import FormatReport, check_formatted, format_pairs, is_formatted
-from companion.training.setup import (
-    refuse_not_finite,
-    refuse_shared_rows,
-    require_rows,
-    switch_evaluation_off,
-    unpack_model,
-    use_packing,
-)
+from companion.training.run import Say, TrainingResult, train
+from companion.training.trainer import OWN, ExactTrainer
 
-logger = logging.getLogger(__name__)
+IDS = ("chosen_ids", "rejected_ids")
 
 
-class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
-    """Train a Bradley–Terry reward model, exactly. Chapters 4 and 8.
+# ---------------------------------------------------------------------- rows
+
+
+def format_pairs(
+    dataset: Dataset,
+    formatter: RewardFormatter,
+    *,
+    source: str = "pairs",
+    num_proc: int | None = None,
+) -> tuple[Dataset, FormatReport]:
+    """Tokenise pairs by the one formatter.
 
     Parameters
     ----------
-    model : str, RewardModel, PreTrainedModel or PeftModel
-        A base's name is loaded by :func:`companion.models.load_base`. A bare model needs
-        `processing_class` or `formatter`.
-    args : PairwiseRewardConfig, optional
-    train_dataset : datasets.Dataset
-        Pairs (``chosen``, ``rejected``, optionally ``prompt`` and ``margin``), or rows that hold
-        ``chosen_ids`` and ``rejected_ids`` already.
-    eval_dataset : Dataset or dict of Dataset, optional
-        Without it, evaluation during training is switched off.
-    formatter : RewardFormatter, optional
-        Default: that of the reward model, or one made from `processing_class`.
-    processing_class : PreTrainedTokenizerBase, optional
-    compute_metrics : callable, optional
-        Gets ``EvalPrediction(predictions=[n, 2], label_ids=zeros[n])``: the scores of chosen and
-        rejected, and the index of the chosen.
-    **kwargs
-        ``callbacks``, ``optimizers``, ``peft_config``, … as for TRL's trainer.
+    dataset : datasets.Dataset
+        Rows with ``chosen`` and ``rejected``, optionally ``prompt`` and ``margin``.
+    formatter : RewardFormatter
+        Its ``max_length`` and ``overlong`` say what happens to long texts.
+    source : str
+        How to call the set in messages.
+    num_proc : int, optional
+        Processes; default :func:`companion.training.tokenising.default_processes`.
 
-    Attributes
-    ----------
-    format_reports : dict of str to FormatReport
-        What became of the rows of each set.
+    Returns
+    -------
+    rows : datasets.Dataset
+        ``chosen_ids``, ``rejected_ids``, ``row`` (index in the source), ``length`` (of the longer
+        side) and ``margin`` if the source has one.
+    report : FormatReport
 
     Raises
     ------
-    ReadoutError, ModelError
-        From the guards, before anything is trained.
     DataError
-        For bad rows, or if no row is left.
+        For a bad row, which it names; a margin that is missing or not finite; and if no row is
+        left.
+    """
+    check_columns(dataset, ("chosen", "rejected"), source, "pairs")
+    columns: dict[str, Any] = dict.fromkeys(IDS, ids_feature())
+    if "margin" in dataset.column_names:
+        columns["margin"] = Value("float32")
+    return format_all(
+        dataset,
+        formatter,
+        _pairs_to_ids,
+        columns,
+        source=source,
+        noun="pairs",
+        num_proc=num_proc,
+        has_margin="margin" in columns,
+    )
+
+
+def _pairs_to_ids(
+    rows: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    formatter: RewardFormatter,
+    has_margin: bool,
+) -> list[dict[str, Any]]:
+    given = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    found: list[dict[str, Any]] = []
+    encoded = formatter.encode_pairs(given, names=names)
+    for row, name, pair in zip(given, names, encoded, strict=True):
+        if has_margin:
+            _check_margin(row.get("margin"), name)
+        if pair is None:
+            found.append({"fate": OVERLONG})
+            continue
+        chosen, rejected = pair
+        found.append(
+            {
+                "chosen_ids": chosen.input_ids,
+                "rejected_ids": rejected.input_ids,
+                "margin": row.get("margin"),
+                "length": max(len(chosen), len(rejected)),
+                "cut": chosen.cut_tokens + rejected.cut_tokens,
+                "fate": IDENTICAL if chosen.input_ids == rejected.input_ids else "",
+            }
+        )
+    return found
+
+
+def _check_margin(value: Any, where: str) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise DataError(
+            f"{where}, field 'margin': {value!r} is no finite number",
+            "give every pair a number, or leave the column out (--margins none)",
+        )
+
+
+class PairCollator(Collator):
+    """Pairs to a batch, N = 2B texts: the chosen first, then the rejected.
+
+    Besides what :class:`companion.training.batches.Collator` gives, ``weight`` ``[B]`` (1, and 0
+    for padding) and, if the rows have one, ``margin`` ``[B]``.
     """
 
-    # `compute_loss` divides by the number of pairs of the whole step, so that `training_step` must
-    # not divide by the accumulation once more.
-    loss_is_scaled_for_ga = True
-    args: PairwiseRewardConfig
+    def texts(self, examples: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """All chosen, then all rejected."""
+        return [list(e[side]) for side in IDS for e in examples]
 
-    def __init__(
-        self,
-        model: Any,
-        args: PairwiseRewardConfig | None = None,
-        *,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
-        formatter: RewardFormatter | None = None,
-        processing_class: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        args = args if args is not None else PairwiseRewardConfig()
-        require_rows(train_dataset, "pairs")
-        if isinstance(model, str):
-            model = load_base(
-                model,
-                head_seed=args.seed,
-                max_length=args.max_length,
-                overlong=args.overlong,  # type: ignore[arg-type]
-                trust_remote_code=args.trust_remote_code,
-            )
-        model, processing_class, self.formatter = unpack_model(
-            model, args, processing_class, formatter
-        )
-        self.format_reports: dict[str, FormatReport] = {}
-        if eval_dataset is None:
-            switch_evaluation_off(args, "pairs")
-        check_tokenizer_and_config(processing_class, model.config)
-        head = find_head(model)
-        if type(head) is nn.Linear and not hasattr(model, "peft_config"):
-            install_head(model)
-        check_head(model)
-        self._keep_head_trained(model, kwargs.get("peft_config"))
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=kwargs.pop("data_collator", None)
-            or PairCollator(
-                processing_class.pad_token_id,
-                args.pad_to_multiple_of,  # type: ignore[arg-type]
-                model.config,
-            ),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,  # type: ignore[arg-type]
-            processing_class=processing_class,
-            **kwargs,
-        )
-        install_forward(self.model)
-        if isinstance(self.data_collator, PairCollator):
-            self.data_collator.packing = use_packing(self.model, self.args)
-        if type(self.pop_callback(ProgressCallback)) is ProgressCallback:
-            self.add_callback(TrainingProgress())
-        refuse_shared_rows(self, "pairs")
-        self._window = PairMetrics()  # pairs since the last log
-        self._all_pairs = np.zeros(2)  # sum of the loss, and number of pairs, of this call
+    def labels(
+        self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Weights and margins."""
+        found = {"weight": torch.tensor([float(e.get("weight", 1.0)) for e in examples])}
+        if any("margin" in e for e in examples):
+            found["margin"] = torch.tensor([float(e.get("margin", 0.0)) for e in examples])
+        return found
 
-    @staticmethod
-    def _keep_head_trained(model: Any, peft_config: Any) -> None:
-        """LoRA neither trains nor saves the head unless it is told to."""
-        if peft_config is not None:
-            kept = list(peft_config.modules_to_save or [])
-            if "score" not in kept:
-                peft_config.modules_to_save = [*kept, "score"]  # type: ignore[assignment]
-                logger.warning("LoRA: 'score' added to modules_to_save, else the head stays random")
-        elif not any(p.requires_grad for p in find_head(model).parameters()):
-            raise ModelError(
-                "the head is frozen, so the reward stays random",
-                'wrap the model with modules_to_save=["score"], or by companion.models.apply_lora',
-            )
 
-    # ------------------------------------------------------------------ rows
+# ---------------------------------------------------------------------- trainer
+
+
+class PairwiseRewardTrainer(ExactTrainer, RewardTrainer):
+    """Train a Bradley–Terry reward model, exactly; TRL's ``RewardTrainer``. Chapters 4 and 8.
+
+    Parameters
+    ----------
+    model, args, train_dataset, eval_dataset, formatter, processing_class, **kwargs
+        As for :class:`companion.training.trainer.ExactTrainer`, with
+        :class:`companion.training.config.PairwiseRewardConfig`, ``peft_config`` as for TRL's
+        trainer, and pairs (``chosen``, ``rejected``, optionally ``prompt`` and ``margin``), or rows
+        with ``chosen_ids`` and ``rejected_ids``. ``predict`` gives ``[n, 2]``: the scores of chosen
+        and rejected.
+    """
+
+    config_class = PairwiseRewardConfig
+    collator_class = PairCollator
+    ids = IDS
+    extras = ("margin",)
+    items = "pairs"
+    total = "train_pairs"
+    predicted = slice(OWN, OWN + 2)
+
+    @classmethod
+    def format_rows(
+        cls, dataset: Dataset, formatter: RewardFormatter, args: Any, source: str
+    ) -> tuple[Dataset, FormatReport]:
+        """See :func:`format_pairs`."""
+        return format_pairs(dataset, formatter, source=source, num_proc=args.dataset_num_proc)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
-        """Tokenise by the formatter; count and log what was dropped or cut."""
-        if is_formatted(dataset):
-            rows, report = check_formatted(dataset, max_length=args.max_length, source=dataset_name)
-        else:
-            rows, report = format_pairs(
-                dataset,
-                self.formatter,
-                source=dataset_name,
-                num_proc=args.dataset_num_proc,
-            )
-        self.format_reports[dataset_name] = report
-        lost = report.dropped_overlong or report.truncated or report.identical
-        if args.process_index == 0:
-            logger.log(logging.WARNING if lost else logging.INFO, str(report))
-        return rows
+        return dataset  # TRL would tokenise; that is done
 
-    # ------------------------------------------------------------------ loss
-
-    def per_pair(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """Score a batch; the table ``[B, 6]`` of :data:`companion.training.exact.COLUMNS`.
+    def check_rows(self, dataset: Dataset, source: str) -> tuple[Sequence[int], FormatReport]:
+        """Drop what is longer than ``max_length``.
 
         Raises
         ------
-        ModelError
-            If a score is not finite; the message names the rows.
+        DataError
+            For an empty sequence, a margin that is not finite, or if no row is left.
         """
-        output, lengths = model(**forward_inputs(inputs)), text_lengths(inputs)
-        scores = output.logits.squeeze(-1)
+        table = dataset.select_columns(list(IDS)).with_format("arrow")[:]
+        sizes = [pc.list_value_length(table[name]).to_numpy() for name in IDS]
+        empty = np.flatnonzero((sizes[0] == 0) | (sizes[1] == 0))
+        if empty.size:
+            raise DataError(f"{source}, row {empty[0]}: a side has no tokens", "drop empty texts")
+        if "margin" in dataset.column_names:
+            for index, value in enumerate(dataset["margin"][:]):
+                _check_margin(value, f"{source}, row {index}")
+        lengths, limit = np.maximum(*sizes), self.args.max_length
+        keep = np.flatnonzero(lengths <= (math.inf if limit is None else limit))
+        if not keep.size:
+            raise DataError(
+                f"{source}: all {len(dataset):,} pairs have a side of more than {limit} tokens, so "
+                "none is left",
+                "raise --max_length",
+            )
+        alike = keep[sizes[0][keep] == sizes[1][keep]]
+        sides = (table[name].take(alike).to_pylist() for name in IDS)
+        report = FormatReport(
+            source,
+            rows=len(dataset),
+            kept=len(keep),
+            dropped_overlong=len(dataset) - len(keep),
+            identical=sum(chosen == rejected for chosen, rejected in zip(*sides, strict=True)),
+            longest=int(lengths[keep].max()),
+        )
+        return keep.tolist(), report
+
+    def padding_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """One real token a side."""
+        return {side: [int(row["chosen_ids"][-1])] for side in IDS}
+
+    def row_lengths(self, dataset: Any) -> list[int]:
+        """Of the longer side."""
+        return [max(len(row[side]) for side in IDS) for row in dataset]
+
+    def item_table(self, model: Any, inputs: Any) -> Tensor:
+        """The kind's own columns: chosen, rejected, ``-log sigmoid(margin)`` in nats."""
+        lengths = text_lengths(inputs)
+        scores = model(**forward_inputs(inputs)).logits.squeeze(-1)
         chosen, rejected = scores.float().chunk(2)
         nll = bradley_terry_loss(chosen, rejected)
         smoothing = self.args.label_smoothing_factor
@@ -220,105 +251,62 @@ class PairwiseRewardTrainer(ExactBatches, ExactEvaluation, RewardTrainer):
         if self.args.center_rewards_coefficient:
             penalty = centering_penalty(chosen, rejected)
             loss = loss + self.args.center_rewards_coefficient * penalty
-        weight = inputs["weight"].to(loss.dtype)
         first, second = lengths.to(loss.dtype).chunk(2)
-        table = torch.stack([weight, loss, nll, chosen, rejected, first + second], dim=1)
-        bad = ~torch.isfinite(table.detach()).all(dim=1) & (weight > 0)
-        refuse_not_finite(bad, inputs["row"], self.state.global_step)
+        columns = [inputs["real"], inputs["weight"], loss, first + second, chosen, rejected, nll]
+        table = torch.stack([column.to(loss.dtype) for column in columns], dim=1)
+        bad = ~torch.isfinite(table.detach()).all(dim=1) & (inputs["real"] > 0)
+        self.refuse_not_finite(bad, inputs["row"])
         return table
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """This micro-batch's share of the mean over the step's pairs, times the number of ranks.
+    def sums(self, table: Tensor) -> dict[str, SumCount]:
+        """A tie is no win."""
+        chosen, rejected, nll = table[:, OWN:].T
+        return {
+            "nll": SumCount().add(nll),
+            "accuracy": SumCount().add(pairwise_accuracy(chosen, rejected)),
+            "ties": SumCount().add((chosen == rejected).double()),
+            "margin": SumCount().add(pair_margin(chosen, rejected)),
+            "mean_reward": SumCount().add(torch.cat([chosen, rejected])),
+        }
 
-        DDP, FSDP and DeepSpeed average the gradients of the ranks, hence the factor. Without
-        `num_items_in_batch` it is the mean over this batch alone.
-        """
-        table = self.per_pair(model, inputs)
-        weight, loss = table[:, 0].detach(), table[:, 1]
-        total = torch.where(weight > 0, loss, 0.0).sum()
-        if num_items_in_batch is None:
-            loss = total / weight.sum().clamp(min=1)
-        else:
-            loss = total * (self.accelerator.num_processes / num_items_in_batch)
-            self._window.add(table)
-        return (loss, {"logits": table[:, 3:5]}) if return_outputs else loss
-
-    # ------------------------------------------------------------------ figures
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in transformers; ``training_loss`` is the mean over the pairs of this call."""
-        self._window, self._all_pairs = PairMetrics(), np.zeros(2)
-        output = super().train(*args, **kwargs)
-        return output._replace(training_loss=output.metrics["train_loss"])
-
-    def _drain(self) -> dict[str, float]:
-        """Figures of the pairs since the last call, over all ranks."""
-        gather = self.accelerator.gather if self.accelerator.num_processes > 1 else None
-        figures = summarise(
-            self._window.pop(),
-            None if gather is None else lambda x: gather(x.to(self.args.device)).cpu(),
-        )
-        if figures["num_pairs"]:
-            self._all_pairs += [figures["loss"] * figures["num_pairs"], figures["num_pairs"]]
+    def summarise(self, table: Tensor, *, all_ranks: bool = False) -> dict[str, float]:
+        """With the lowest and the highest score; infinite where there is none."""
+        figures = super().summarise(table, all_ranks=all_ranks)
+        scores = table[:, self.predicted].flatten()
+        none = torch.tensor([math.inf], dtype=table.dtype)
+        extremes = torch.stack([torch.cat([side, none]).min() for side in (scores, -scores)])[None]
+        if all_ranks:
+            extremes = self.accelerator.gather(extremes.to(self.args.device)).cpu()
+        low, high = extremes.amin(dim=0).tolist()
+        figures["min_reward"], figures["max_reward"] = low, -high
         return figures
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Put the exact figures of the pairs since the last log in place of averaged averages."""
-        if "loss" in logs and "eval_loss" not in logs:
-            figures = self._drain()
-            self._total_train_tokens += round(figures.pop("tokens"))
-            pairs = figures.pop("num_pairs")
-            if pairs:
-                logs |= figures
-            logs["num_tokens"] = self._total_train_tokens
-        elif "train_loss" in logs:
-            self._drain()
-            total, count = self._all_pairs
-            if count:
-                logs["train_loss"] = float(total / count)
-            logs["train_pairs"] = float(count)
-        super().log(logs, start_time)
 
-    def predict(
-        self,
-        test_dataset: Dataset,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "test",
-    ) -> PredictionOutput:
-        """Score pairs: predictions ``[n, 2]`` (chosen, rejected) in the order of the rows.
+def _scored(
+    given: Sequence[Mapping[str, Any]],
+    rows: Dataset,
+    predictions: np.ndarray,
+    about: RewardManifest,
+) -> PairEvaluation:
+    chosen, rejected = (np.array([len(ids) for ids in rows[side]]) for side in IDS)
+    columns = predictions.T
+    scores = PairScores(columns[0], columns[1], chosen, rejected, [None] * len(given))
+    return scored_pairs(given, scores, temperature=about.temperature)
 
-        A pair that the formatter dropped for its length has NaN in its place; the metrics leave it
-        out, and a log line says how many there are.
-        """
-        n_rows = len(test_dataset)
-        rows = self._prepare_dataset(
-            test_dataset, self.processing_class, self.args, metric_key_prefix
-        )
-        output = super().predict(rows, ignore_keys, metric_key_prefix)
-        if len(rows) == n_rows:
-            return output
-        place = self._places(test_dataset, rows)
-        predictions = np.full((n_rows, 2), math.nan, dtype=np.float32)
-        predictions[place] = output.predictions
-        return output._replace(predictions=predictions)
 
-    def _places(self, given: Dataset, rows: Dataset) -> list[int]:
-        if not is_formatted(given):
-            return list(rows["row"])
-        limit = self.args.max_length
-        sizes = (max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in given)
-        return [i for i, size in enumerate(sizes) if limit is None or size <= limit]
+KIND = Kind(PairwiseRewardTrainer, "pairs", _scored, DataArguments)
 
-    # ------------------------------------------------------------------ saving
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        # with the chat template in use and its recipe, a checkpoint is a whole reward model
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        self.formatter.save_pretrained(str(folder))
+def train_pairwise(
+    config: PairwiseRewardConfig,
+    model: ModelArguments,
+    data: DataArguments,
+    *,
+    say: Say | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> TrainingResult[PairEvaluation]:
+    """Train, calibrate, measure and save a Bradley–Terry reward model.
+
+    See :func:`companion.training.run.train`.
+    """
+    return train(KIND, config, model, data, say=say, callbacks=callbacks)

@@ -9,27 +9,38 @@ is that of the mean over all labelled steps of the whole step of the optimiser. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, List, Value
 from torch import Tensor
+from transformers import TrainerCallback
 
 from companion.errors import CompanionError, DataError
+from companion.evaluation.tokens import StepEvaluation, step_targets
 from companion.formatting import RewardFormatter
 from companion.formatting.steps import encode_steps
 from companion.labels import LABEL_TYPES, NEUTRALS, step_target
 from companion.losses import IGNORE_INDEX, outcome_loss, process_loss
-from companion.models.readout import AGGREGATIONS, STEP_SCORES
+from companion.models.manifest import MANIFEST_FILE, RewardManifest
+from companion.models.readout import AGGREGATIONS, STEP_SCORES, TokenReadout
 from companion.reduction import SumCount
-from companion.training.exact import make_batch, text_lengths
-from companion.training.exact_trainer import is_real
-from companion.training.kind_rows import OVERLONG, check_columns, format_all, ids_feature
-from companion.training.rows import FormatReport
-from companion.training.setup import refuse_not_finite
-from companion.training.token_level import TokenRewardConfig, TokenTrainer, text_logits
+from companion.training.batches import text_lengths
+from companion.training.config import ModelArguments, RowArguments
+from companion.training.kind import Kind
+from companion.training.rows import OVERLONG, FormatReport, check_columns, format_all, ids_feature
+from companion.training.run import Say, TrainingResult, train
+from companion.training.token_level import (
+    TextCollator,
+    TokenRewardConfig,
+    TokenTrainer,
+    check_choices,
+    text_logits,
+)
+from companion.training.trainer import OWN, WEIGHT
 
 
 @dataclass
@@ -83,16 +94,13 @@ class ProcessRewardConfig(TokenRewardConfig):
         super().__post_init__()
         # a shell and a YAML scalar without quotes hand the two characters over
         self.step_separator = self.step_separator.replace(r"\n", "\n").replace(r"\t", "\t")
-        for name, known in (
-            ("label_type", LABEL_TYPES),
-            ("neutral", NEUTRALS),
-            ("step_score", STEP_SCORES),
-            ("aggregation", AGGREGATIONS),
-        ):
-            if getattr(self, name) not in known:
-                raise CompanionError(
-                    f"{name} is {getattr(self, name)!r}", f"take one of: {', '.join(known)}"
-                )
+        check_choices(
+            self,
+            label_type=LABEL_TYPES,
+            neutral=NEUTRALS,
+            step_score=STEP_SCORES,
+            aggregation=AGGREGATIONS,
+        )
         if not self.step_separator:
             raise CompanionError("step_separator is empty", r"give one, such as '\n'")
 
@@ -199,56 +207,42 @@ def _steps_to_ids(
 
 
 @dataclass
-class StepCollator:
+class StepCollator(TextCollator):
     """Solutions to a batch with a label at the token that ends each labelled step.
 
-    Gives the texts as :func:`companion.training.exact.make_batch` has them, padded or packed;
-    ``labels`` ``[B, T]``: classes (int64,
-    three labels) or probabilities (float32), and -100 elsewhere; ``ends`` ``[B, S]``, -1 beyond a
-    row's own steps; ``weight``: the number of labelled steps, ``real`` and ``row`` ``[B]``.
+    Besides what :class:`companion.training.batches.Collator` gives: ``labels`` ``[B, T]``: classes
+    (int64, three labels) or probabilities (float32), and -100 elsewhere; ``ends`` ``[B, S]``, -1
+    beyond a row's own steps; ``weight`` ``[B]``: the number of labelled steps.
     """
 
-    pad_token_id: int
     num_labels: int = 3
-    pad_to_multiple_of: int | None = None
-    config: Any = None
-    packing: bool = False
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Make the batch.
+    def labels(
+        self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Labels, ends and weights.
 
         Raises
         ------
         DataError
             If a step ends outside of its text.
         """
-        ids = [list(e["input_ids"]) for e in examples]
-        batch = make_batch(
-            ids,
-            self.pad_token_id,
-            packing=self.packing,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            config=self.config,
-        )
-        width = max(map(len, ids)) if self.packing else batch["input_ids"].shape[1]
-        labels = torch.full((len(ids), width), float(IGNORE_INDEX))
+        lengths = text_lengths(batch).tolist()
+        width = max(lengths) if self.packing else batch["input_ids"].shape[1]
+        labels = torch.full((len(examples), width), float(IGNORE_INDEX))
         most = max((len(e["ends"]) for e in examples if "ends" in e), default=0)
         ends = torch.full((len(examples), max(most, 1)), -1)
-        for row, (example, text) in enumerate(zip(examples, ids, strict=True)):
+        for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
             places = list(example.get("ends", []))
-            if places and not 0 <= min(places) <= max(places) < len(text):
+            if places and not 0 <= min(places) <= max(places) < length:
                 raise DataError(f"row {row} of a batch: a step ends outside of its text")
             ends[row, : len(places)] = torch.tensor(places, dtype=torch.int64)
             labels[row, places] = torch.tensor(list(example.get("targets", [])))
         count = (labels != IGNORE_INDEX).sum(dim=1)
-        real = is_real(examples)
         return {
-            **batch,
             "labels": labels.long() if self.num_labels == 3 else labels,
             "ends": ends,
-            "real": real,
-            "weight": real * count,
-            "row": torch.tensor([int(e.get("row", -1)) for e in examples]),
+            "weight": batch["real"] * count,
         }
 
 
@@ -258,59 +252,68 @@ class ProcessRewardTrainer(TokenTrainer):
     Parameters
     ----------
     model, args, train_dataset, eval_dataset, formatter, processing_class, **kwargs
-        As for :class:`companion.training.exact_trainer.ExactTrainer`, with
-        :class:`ProcessRewardConfig` and rows of the kind ``steps``, or with ``input_ids``, ``ends``
-        and ``targets``. ``predict`` gives logits ``[n, S × labels]`` at the ends of the steps, NaN
-        beyond a row's own.
+        As for :class:`companion.training.trainer.ExactTrainer`, with :class:`ProcessRewardConfig`
+        and rows of the kind ``steps``, or with ``input_ids``, ``ends`` and ``targets``. ``predict``
+        gives logits ``[n, S × labels]`` at the ends of the steps, NaN beyond a row's own.
     """
 
     args: ProcessRewardConfig
+    config_class = ProcessRewardConfig
     ids = ("input_ids", "ends", "targets")
-    _columns = ("input_ids", "ends", "targets", "row", "weight")
+    predicted = slice(OWN + 1, None)
+    _most = 1  # steps of a row, so that all tables are equally wide
 
-    def __init__(self, model: Any, args: ProcessRewardConfig | None = None, **kwargs: Any) -> None:
-        self._most = 1  # steps of a row, so that all tables are equally wide
-        super().__init__(model, args or ProcessRewardConfig(), **kwargs)
+    @classmethod
+    def readout(cls, args: Any) -> TokenReadout:
+        """Three classes or one logit at the end of each step."""
+        return TokenReadout(
+            "process",
+            args.num_labels,
+            args.aggregation,
+            separator=args.step_separator,
+            step_score=args.step_score,
+            chat=args.as_chat,
+        )
 
-    @property
-    def labels(self) -> int:
-        """Three classes, or one logit."""
-        return self.args.num_labels
-
-    def format_rows(self, dataset: Dataset, source: str) -> tuple[Dataset, FormatReport]:
+    @classmethod
+    def format_rows(
+        cls, dataset: Dataset, formatter: RewardFormatter, args: Any, source: str
+    ) -> tuple[Dataset, FormatReport]:
         """See :func:`format_steps`."""
         return format_steps(
             dataset,
-            self.formatter,
-            separator=self.args.step_separator,
-            label_type=self.args.label_type,
-            neutral=self.args.neutral,
-            chat=self.args.as_chat,
+            formatter,
+            separator=args.step_separator,
+            label_type=args.label_type,
+            neutral=args.neutral,
+            chat=args.as_chat,
             source=source,
-            num_proc=self.args.dataset_num_proc,
+            num_proc=args.dataset_num_proc,
         )
 
     def prepare_rows(self, dataset: Dataset, name: str) -> Dataset:
         """Tokenise, and note the largest number of steps."""
         rows = super().prepare_rows(dataset, name)
-        self._most = max(self._most, max((len(ends) for ends in rows["ends"]), default=0))
+        self._most = max(self._most, *(len(ends) for ends in rows["ends"]))
         return rows
 
-    def make_collator(self, pad_token_id: int, config: Any) -> Callable[[Sequence[Any]], Any]:
+    @classmethod
+    def make_collator(cls, pad_token_id: int, args: Any, config: Any) -> StepCollator:
         """See :class:`StepCollator`."""
-        multiple: Any = self.args.pad_to_multiple_of
-        return StepCollator(pad_token_id, self.labels, multiple, config)
+        return StepCollator(
+            pad_token_id, args.pad_to_multiple_of, config, num_labels=args.num_labels
+        )
 
     def item_table(self, model: Any, inputs: Any) -> Tensor:
-        """Columns: those of ``Table``, labelled steps that are right, and the steps' logits."""
+        """The kind's own columns: labelled steps that are right, and the steps' logits."""
         labels, ends = inputs["labels"], inputs["ends"]
         logits = text_logits(model, inputs).float()
         counted = labels != IGNORE_INDEX
         detached = logits.detach()
         finite = torch.isfinite(detached).all(dim=-1) | ~counted
         bad = ~finite.all(dim=1) & (inputs["real"] > 0)
-        refuse_not_finite(bad, inputs["row"], self.state.global_step)
-        if self.labels == 3:
+        self.refuse_not_finite(bad, inputs["row"])
+        if logits.shape[-1] == 3:
             losses = process_loss(logits, labels)
             right = detached.argmax(dim=-1) == labels
         else:
@@ -322,17 +325,52 @@ class ProcessRewardTrainer(TokenTrainer):
         columns = [inputs["real"], inputs["weight"], loss, text_lengths(inputs)]
         columns.append((right & counted).sum(dim=1))
         head = torch.stack([column.to(loss.dtype) for column in columns], dim=1)
-        at_ends = detached.gather(1, ends.clamp(min=0)[..., None].expand(-1, -1, self.labels))
-        wide = detached.new_full((len(ends), self._most, self.labels), float("nan"))
+        at_ends = detached.gather(1, ends.clamp(min=0)[..., None].expand(-1, -1, logits.shape[-1]))
+        wide = detached.new_full((len(ends), self._most, logits.shape[-1]), float("nan"))
         wide[:, : ends.shape[1]] = at_ends.masked_fill((ends < 0)[..., None], float("nan"))
         return torch.cat([head, wide.flatten(1)], dim=1)
 
     def sums(self, table: Tensor) -> dict[str, SumCount]:
         """``accuracy`` over all labelled steps."""
-        return {"accuracy": SumCount(float(table[:, 4].sum()), round(float(table[:, 1].sum())))}
+        right, labelled = table[:, OWN].sum(), table[:, WEIGHT].sum()
+        return {"accuracy": SumCount(float(right), round(float(labelled)))}
 
-    def evaluated(self, table: Tensor) -> tuple[dict[str, Any], Any]:
+    def evaluated(self, table: Tensor) -> tuple[dict[str, float], Any]:
         """Figures, and the logits ``[n, S × labels]``."""
-        figures, columns = super().evaluated(table)
-        figures["num_steps"] = float(table[:, 1].sum())
-        return figures, columns[:, 1:]
+        figures, predictions = super().evaluated(table)
+        figures["num_steps"] = float(table[:, WEIGHT].sum())
+        return figures, predictions
+
+
+def _scored(
+    given: Sequence[Mapping[str, Any]],
+    rows: Dataset,
+    predictions: np.ndarray,
+    about: RewardManifest,
+) -> StepEvaluation:
+    readout = TokenReadout.from_dict(about.readout, MANIFEST_FILE)
+    targets = step_targets(given, readout, about.training)
+    logits = [
+        values.reshape(-1, readout.labels)[: len(own)]
+        for values, own in zip(predictions, targets, strict=True)
+    ]
+    return StepEvaluation(list(given), [None] * len(given), readout, logits=logits, targets=targets)
+
+
+KIND = Kind(ProcessRewardTrainer, "steps", _scored, RowArguments)
+
+
+def train_process(
+    config: ProcessRewardConfig,
+    model: ModelArguments,
+    data: RowArguments,
+    *,
+    say: Say | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> TrainingResult[StepEvaluation]:
+    """Train, measure and save a process reward model, a plain token-classification checkpoint.
+
+    The threshold of the first error is fitted on held-out rows that are not those of the figures.
+    See :func:`companion.training.run.train`.
+    """
+    return train(KIND, config, model, data, say=say, callbacks=callbacks)

@@ -1,84 +1,457 @@
-"""``train_pairwise``: rows in, a saved reward model with honest figures out (Chapter 4).
+"""A run of training of any kind: from files of rows and a base to a saved reward model.
 
-The order of things: load and check the rows; hold out whole prompts; tokenise; train; on a part of
-the held-out pairs fit the temperature and take the reference statistics; on the others, which
-nothing was chosen by, compute the figures; save all of it as one checkpoint.
+Load and check the rows; hold out whole prompts; tokenise; train; on a part of the held-out rows fit
+what the manifest says of the scores; on the others, which nothing was chosen by, compute the
+figures; save all of it as one checkpoint. Chapter 4.
 """
 
 from __future__ import annotations
 
-from transformers import TrainerCallback
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic
 
-from companion.evaluation import format_table, summary_rows
-from companion.training.config import DataArguments, ModelArguments, PairwiseRewardConfig
-from companion.training.pairwise import PairwiseRewardTrainer
-from companion.training.result import TrainingResult, scored_set
-from companion.training.rows import format_pairs
-from companion.training.stages import (
-    RowKind,
-    Say,
-    finish_scalar,
-    load_scalar,
-    start_run,
-    train_and_score,
+from datasets import Dataset, disable_progress_bars
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from companion.data.loading import load_rows_with_report
+from companion.data.splits import dataset_fingerprint, overlap_report, prompt_key, split_by_prompt
+from companion.errors import CompanionError, DataError
+from companion.models.loading import load_base, load_reward_model
+from companion.models.lora import apply_lora
+from companion.models.manifest import MANIFEST_FILE, RewardManifest
+from companion.models.readout import readout_from_dict
+from companion.models.reward_model import RewardModel
+from companion.models.saving import save_reward_model
+from companion.training.config import (
+    DataArguments,
+    ModelArguments,
+    PairwiseRewardConfig,
+    RowArguments,
+    SourceArguments,
+    describe_settings,
 )
+from companion.training.kind import E, Kind
+from companion.training.rows import FormatReport
+from companion.training.trainer import is_sharded
 
-PAIRS = RowKind("pairs", format_pairs, load_scalar)
+Say = Callable[[str], None]
 
 
-def train_pairwise(
+@dataclass
+class TrainingResult(Generic[E]):
+    """What :func:`train` returns.
+
+    Attributes
+    ----------
+    output_dir : Path
+        Folder of the model.
+    calibration, test : Evaluation
+        The held-out rows with their scores: those that the manifest was calibrated on, and those
+        of the figures. The same rows if there were too few to split.
+    log_history : list of dict
+        All that was logged, as transformers keeps it.
+    train_metrics : dict
+        Run time, mean loss, weight of all items.
+    reports : dict of str to FormatReport
+        What became of the rows of each set.
+    reward_model : RewardModel
+        The trained model, in eval mode (on every rank; of no use there under ZeRO-3).
+    manifest : RewardManifest
+        As saved.
+    notes : list of str
+        What was repaired, assumed or dropped.
+    """
+
+    output_dir: Path
+    calibration: E
+    test: E
+    log_history: list[dict[str, Any]]
+    train_metrics: dict[str, float]
+    reports: dict[str, FormatReport]
+    reward_model: RewardModel
+    manifest: RewardManifest
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The held-out figures, those of ``companion evaluate``; empty on ranks other than 0."""
+        return self.test.metrics
+
+    @property
+    def temperature(self) -> float | None:
+        """T that calibrates ``sigmoid(margin / T)``; None for token-level models."""
+        return self.manifest.temperature
+
+    def summary(self) -> str:
+        """The table that ends a run."""
+        return f"{self.test.closing(self.calibration)}\nsaved in {self.output_dir}"
+
+
+def train(
+    kind: Kind[E],
     config: PairwiseRewardConfig,
     model: ModelArguments,
-    data: DataArguments,
+    data: RowArguments,
     *,
     say: Say | None = None,
     callbacks: list[TrainerCallback] | None = None,
-) -> TrainingResult:
-    """Train, calibrate, measure and save a Bradley–Terry reward model.
+) -> TrainingResult[E]:
+    """Train, calibrate, measure and save a reward model of any kind; every rank must call.
 
     Parameters
     ----------
+    kind : Kind
     config : PairwiseRewardConfig
-        ``output_dir`` becomes a plain Hugging Face checkpoint with ``reward_manifest.json``;
-        training checkpoints lie in it as ``checkpoint-N``.
+        Of the kind's own class. ``output_dir`` becomes a plain Hugging Face checkpoint with
+        ``reward_manifest.json``; training checkpoints lie in it as ``checkpoint-N``.
     model : ModelArguments
         The base, and whether to train a LoRA adapter.
-    data : DataArguments
-        The pairs, and which to hold out.
+    data : RowArguments
+        The rows, of the kind's own kind, and which to hold out.
     say : callable, optional
         Gets lines of text on rank 0; default: ``print``.
     callbacks : list of TrainerCallback, optional
-
-    Returns
-    -------
-    TrainingResult
 
     Raises
     ------
     CompanionError
         For settings, rows or a base that cannot be used, with the cure.
     """
-    run = start_run(PAIRS, config, model, data, say=say)
-    trainer, train_metrics, predictions = train_and_score(run, PairwiseRewardTrainer, callbacks)
-    scored = scored_set(run.sets.held_out, run.formatted["held_out"], predictions)
-    return finish_scalar(run, trainer, train_metrics, scored)
+    main = config.process_index == 0
+    tell: Say = (say or print) if main else (lambda line: None)
+    if not main:
+        disable_progress_bars()
+    _check_arguments(model, data)
+    resume = checkpoint_of(config)
+    sets = load_sets(data, kind.rows)
+    notes = sets.notes
+    if main and sets.train_source != sets.held_out_source:
+        overlap = overlap_report(sets.train, sets.held_out)
+        if not overlap.clean:
+            notes.append(
+                f"held-out prompts stand in the training rows: {overlap.shared_prompts:,} prompts, "
+                f"{overlap.test_rows_affected:,} held-out rows; the figures flatter the model"
+            )
+    start = _load_start(kind.trainer.labels(config), config, model)
+    for note in [*notes, *start.notes]:
+        tell(f"note: {note}")
 
-
-def summary(result: TrainingResult) -> str:
-    """The table that ends a run."""
-    figures = result.metrics
-    lines = [
-        format_table(("held-out figure", "ours", "best possible"), summary_rows(figures)),
-        "",
-        f"temperature {result.temperature:.3f}, fitted on {len(result.calibration):,} pairs",
-    ]
-    floor = figures.get("longer_wins")
-    if floor:
-        better = figures["accuracy"] > floor["accuracy"]
-        lines.append(
-            f"{figures['n']:,} pairs: accuracy {figures['accuracy']:.3f}; preferring the longer "
-            f"text is right in {floor['accuracy']:.3f}"
-            + ("" if better else ": the model does not beat that floor")
+    formatted: dict[str, Dataset] = {}
+    reports: dict[str, FormatReport] = {}
+    for name, part in sets.parts.items():
+        formatted[name], reports[name] = kind.trainer.format_rows(
+            part, start.formatter, config, name.replace("_", " ")
         )
-    lines.append(f"saved in {result.output_dir}")
-    return "\n".join(lines)
+        tell(str(reports[name]))
+    rows = formatted["held_out"]
+    calibration_rows, test_rows = _halves(sets.held_out, rows, data)
+    if calibration_rows is test_rows:
+        notes.append(
+            f"temperature and figures come from the same held-out {kind.rows}, which flatters the "
+            "calibration a little"
+        )
+        tell(f"note: {notes[-1]}")
+
+    trainer: Any = kind.trainer(
+        start,
+        config,
+        train_dataset=formatted["train"],
+        eval_dataset=rows.select(calibration_rows),
+        callbacks=callbacks,
+    )
+    reported = trainer.train(resume_from_checkpoint=resume).metrics
+    predictions = trainer.predict(rows, metric_key_prefix="held_out").predictions
+
+    manifest = RewardManifest(
+        base_model=model.model_name_or_path,
+        training={
+            **describe_settings(config, model),
+            **{name: value for name, value in reported.items() if isinstance(value, (int, float))},
+        },
+        readout=kind.trainer.readout(config).to_dict(),
+    )
+
+    def scored(places: list[int]) -> E:
+        own = rows.select(places)
+        given = [sets.held_out[row] for row in own["row"][:]]
+        return kind.scored(given, own, predictions[places], manifest)
+
+    calibration = scored(calibration_rows)
+    for warning in calibration.calibrate(manifest, sets.held_out_source):
+        notes.append(warning)
+        tell(f"note: {warning}")
+    test = scored(test_rows)
+    manifest.notes = list(notes)
+    if main:
+        manifest.metrics = test.measure().metrics
+        manifest.data = {
+            name: _describe(source, part, reports[name])
+            for (name, part), source in zip(sets.parts.items(), sets.sources, strict=True)
+        }
+        manifest.data["held_out"] |= {"calibration": len(calibration), "test": len(test)}
+    reward_model = _save(trainer, start, manifest)
+    return TrainingResult(
+        output_dir=Path(str(config.output_dir)),
+        calibration=calibration,
+        test=test,
+        log_history=trainer.state.log_history,
+        train_metrics=dict(reported),
+        reports=reports,
+        reward_model=reward_model,
+        manifest=manifest,
+        notes=[*notes, *reward_model.notes],
+    )
+
+
+# ---------------------------------------------------------------------- rows
+
+
+@dataclass
+class RowSets:
+    """Rows to train on, rows to hold out, and where they came from."""
+
+    train: Dataset
+    held_out: Dataset
+    train_source: str
+    held_out_source: str
+    notes: list[str]
+
+    @property
+    def sources(self) -> tuple[str, str]:
+        """Of both."""
+        return self.train_source, self.held_out_source
+
+    @property
+    def parts(self) -> dict[str, Dataset]:
+        """Both by name."""
+        return {"train": self.train, "held_out": self.held_out}
+
+
+def load_sets(data: RowArguments, kind: str = "pairs") -> RowSets:
+    """Load rows of a kind and split them by prompt.
+
+    Raises
+    ------
+    DataError
+        For rows that cannot be used, or too few prompts to hold any out.
+    """
+    margins = {"margins": data.margins} if isinstance(data, DataArguments) else {}
+    rows, held, notes = load_given(data, kind, **margins)
+    train_source = held_source = str(data.dataset_name)
+    if held is None:
+        train, held = split_by_prompt(rows, data.eval_fraction, seed=data.split_seed, exact=True)
+        return RowSets(train, held, train_source, held_source, notes)
+    held_source = f"{data.eval_dataset_name or data.dataset_name}"
+    if data.eval_dataset_name is None:
+        held_source += f" [{data.dataset_test_split}]"
+    return RowSets(rows, held, train_source, held_source, notes)
+
+
+def load_given(
+    data: SourceArguments, kind: str, **settings: Any
+) -> tuple[Dataset, Dataset | None, list[str]]:
+    """The rows, the held-out rows if they are named, and notes of what became of the first.
+
+    Raises
+    ------
+    DataError
+        For rows that cannot be used.
+    """
+    settings |= {"kind": kind, "on_error": data.on_error}
+    rows, report = load_rows_with_report(
+        data.dataset_name,
+        split=data.dataset_train_split,
+        name=data.dataset_config,
+        revision=data.dataset_revision,
+        limit=data.limit,
+        **settings,
+    )
+    notes = [f"{text} ({count:,} rows)" for text, count in report.notes.items()]
+    for word, counter in (("skipped", report.skipped), ("left out", report.left_out)):
+        notes += [f"{count:,} rows {word}: {why}" for why, count in counter.items()]
+    if data.eval_dataset_name is None and data.dataset_test_split is None:
+        return rows, None, notes
+    other = data.eval_dataset_name is not None
+    held, _ = load_rows_with_report(
+        data.eval_dataset_name if other else data.dataset_name,
+        split=data.dataset_test_split or "train",
+        name=None if other else data.dataset_config,
+        revision=None if other else data.dataset_revision,
+        **settings,
+    )
+    return rows, held, notes
+
+
+def _halves(given: Dataset, rows: Dataset, data: RowArguments) -> tuple[list[int], list[int]]:
+    """Split the formatted held-out rows by prompt: places for calibration, places for the figures.
+
+    They are the same list if ``calibration_fraction`` is 1, or there is but one prompt.
+    """
+    keys: list[dict[str, Any]] = [
+        {"place": i, "key": prompt_key(given[row])} for i, row in enumerate(rows["row"][:])
+    ]
+    everything = list(range(len(rows)))
+    if data.calibration_fraction >= 1:
+        return everything, everything
+    try:
+        test, calibration = split_by_prompt(
+            keys, data.calibration_fraction, seed=data.split_seed + 1, key="key", exact=True
+        )
+    except DataError:
+        return everything, everything
+    places = [[row["place"] for row in part] for part in (calibration, test)]
+    return places[0], places[1]
+
+
+def _describe(source: str, rows: Dataset, report: FormatReport) -> dict[str, Any]:
+    """Where a set came from, its fingerprint, and what became of its rows."""
+    counts = {key: value for key, value in report.to_dict().items() if key != "source"}
+    return {"source": source, "sha256": dataset_fingerprint(rows), **counts}
+
+
+def _check_arguments(model: ModelArguments, data: RowArguments) -> None:
+    for flag, value in (
+        ("model_name_or_path", model.model_name_or_path),
+        ("dataset_name", data.dataset_name),
+    ):
+        if not value:
+            raise CompanionError(f"--{flag} is missing", "give it as a flag or in the YAML file")
+    for flag, share, top in (
+        ("eval_fraction", data.eval_fraction, False),
+        ("calibration_fraction", data.calibration_fraction, True),
+    ):
+        if not (0 < share < 1 or (top and share == 1)):
+            raise CompanionError(f"--{flag} is {share}", "give a share between 0 and 1")
+
+
+def checkpoint_of(config: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: a path as given, or the last one for 'true' and 'last'."""
+    asked = config.resume_from_checkpoint
+    if asked is None or str(asked).lower() in ("false", "none", "no"):
+        return None
+    if str(asked).lower() in ("true", "last", "yes"):
+        folder = str(config.output_dir)
+        found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if found is None:
+            raise CompanionError(
+                f"{folder}: there is no checkpoint to go on from",
+                "leave out --resume_from_checkpoint, or check --output_dir",
+            )
+        return str(found)
+    if not (Path(str(asked)) / "trainer_state.json").is_file():
+        raise CompanionError(
+            f"{asked}: is no training checkpoint (it has no trainer_state.json)",
+            "give a folder checkpoint-N, or 'last'",
+        )
+    return str(asked)
+
+
+# ---------------------------------------------------------------------- the model
+
+
+def _load_start(
+    labels: int | None, config: PairwiseRewardConfig, model: ModelArguments
+) -> RewardModel:
+    """The base with a fresh head, and an adapter if one is asked for."""
+    with whole_parameters():
+        start = load_base(
+            str(model.model_name_or_path),
+            labels=labels,
+            head_seed=config.seed,
+            keep_head=model.keep_head,
+            dtype=model.dtype,
+            max_length=config.max_length,
+            overlong=config.overlong,  # type: ignore[arg-type]
+            chat_template=_read_template(config),
+            attn_implementation=model.attn_implementation,
+            revision=model.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+        _fit_positions(start, config)
+        if model.use_peft:
+            apply_lora(
+                start,
+                r=model.lora_r,
+                alpha=model.lora_alpha,
+                dropout=model.lora_dropout,
+                target_modules=model.lora_target_modules or "all-linear",
+                use_rslora=model.use_rslora,
+            )
+        return start
+
+
+def _read_template(config: PairwiseRewardConfig) -> str | None:
+    """The chat template of ``--chat_template_path``, if one is given."""
+    if config.chat_template_path is None:
+        return None
+    path = Path(config.chat_template_path)
+    if not path.is_file():
+        raise CompanionError(f"{path}: no such file", "give a Jinja file")
+    return path.read_text(encoding="utf-8")
+
+
+def _fit_positions(reward_model: RewardModel, config: PairwiseRewardConfig) -> None:
+    """A model cannot read beyond the positions that it was made for."""
+    most = getattr(reward_model.model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return
+    if config.max_length is None or config.max_length > most:
+        reward_model.notes.append(
+            f"max_length set to {most} tokens (was {config.max_length}): the base has no more "
+            "positions"
+        )
+        config.max_length = most
+        reward_model.formatter.max_length = most
+
+
+def _save(trainer: Any, start: RewardModel, manifest: RewardManifest) -> RewardModel:
+    """Save the trained model with its manifest; every rank must call.
+
+    Under ZeRO-3 and FSDP no rank holds the whole model: the shards are gathered into a checkpoint
+    first, which rank 0 then reads on the CPU (merging a LoRA adapter) and completes.
+    """
+    folder, rank = str(trainer.args.output_dir), trainer.args.process_index
+    labels = trainer.labels(trainer.args)
+    reward_model = start
+    if not is_sharded(trainer):
+        reward_model = trainer.reward_model()
+    else:
+        trainer.save_model(folder)
+        trainer.accelerator.wait_for_everyone()
+        if rank == 0:
+            with whole_parameters():
+                found = (
+                    load_reward_model(folder)
+                    if labels is None
+                    else load_base(folder, labels=labels, keep_head=True)
+                )
+            reward_model = replace(found, formatter=start.formatter, notes=start.notes)
+    reward_model.readout = readout_from_dict(manifest.readout, MANIFEST_FILE)
+    if rank == 0:
+        save_reward_model(reward_model, folder, manifest)
+    reward_model.manifest = manifest
+    trainer.accelerator.wait_for_everyone()
+    return reward_model
+
+
+@contextlib.contextmanager
+def whole_parameters() -> Iterator[None]:
+    """Load a model in full on the CPU although ZeRO-3 is on.
+
+    transformers would partition each parameter as it is made: the fresh head could not be drawn
+    from a seed, and a load on one rank alone would wait for the others for ever. DeepSpeed
+    partitions the model when it is prepared, a moment later.
+    """
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if reference is not None and reference() is not None:
+            deepspeed.set_hf_deepspeed_config(reference())

@@ -2,12 +2,11 @@
 
 Usage: ``torchrun --nproc_per_node 2 deepspeed_worker.py STAGE|run OUTPUT [KIND]`` (environment:
 ``DS_ACCELERATOR=cpu ACCELERATE_USE_DEEPSPEED=true``); stage 0 is plain PyTorch. KIND is one of
-``kinds_worker.KINDS``; without it pairs are trained on.
+``gradient_worker.KINDS``.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -15,25 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import gradient_worker as worker
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from tokenizers import pre_tokenizers
-
-
-def neighbour(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-base = neighbour("exact_worker")
-
-from companion.training.config import PairwiseRewardConfig  # noqa: E402
-from companion.training.pairwise import PairwiseRewardTrainer  # noqa: E402
 
 N_PAIRS, STEP_MICRO, ACCUMULATION = 9, 4, 2
 
@@ -57,24 +42,18 @@ def settings(stage: int, ranks: int) -> dict[str, Any]:
     }
 
 
-def main(stage: int, output: str, name: str | None = None) -> None:
+def main(stage: int, output: str, name: str) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if stage:
         PartialState(backend="gloo")
-    if name is None:
-        make_model, rows = base.make_model, base.make_rows(N_PAIRS, margin=True)
-        trainer_class, config_class = PairwiseRewardTrainer, PairwiseRewardConfig
-        own: dict[str, Any] = {"center_rewards_coefficient": base.CENTERING}
-    else:
-        kind = neighbour("kinds_worker").KINDS[name]()
-        make_model, rows, own = kind.model, kind.rows(N_PAIRS), kind.settings
-        trainer_class, config_class = kind.trainer, kind.config
+    kind = worker.KINDS[name]()
+    make_model, rows = kind.model, kind.rows(N_PAIRS)
     start = dict(make_model().state_dict())  # before DeepSpeed partitions every new module
     rows = Dataset.from_list(rows)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_class(
+        trainer = kind.trainer(
             model=make_model(),
-            args=config_class(
+            args=kind.config(
                 folder,
                 per_device_train_batch_size=STEP_MICRO // ranks,
                 per_device_eval_batch_size=2,
@@ -89,10 +68,10 @@ def main(stage: int, output: str, name: str | None = None) -> None:
                 report_to="none",
                 disable_tqdm=True,
                 **settings(stage, ranks),
-                **own,
+                **kind.settings,
             ),
             train_dataset=rows,
-            processing_class=base.make_tokenizer(),
+            processing_class=worker.make_tokenizer(),
         )
         trainer.train()
         held_out = trainer.evaluate(rows.select(range(5)))
@@ -116,20 +95,20 @@ def whole_run(output: str) -> None:
     """``train_pairwise`` under ZeRO-3, from a base on disk to a saved reward model."""
     from transformers import Qwen3ForCausalLM
 
-    from companion.training.config import DataArguments, ModelArguments
-    from companion.training.run import train_pairwise
+    from companion.training.config import DataArguments, ModelArguments, PairwiseRewardConfig
+    from companion.training.pairwise import train_pairwise
 
     state = PartialState(backend="gloo")
     base_dir, data = Path(f"{output}.base"), Path(f"{output}.jsonl")
     words = [f"w{i}" for i in range(40)]
     if state.is_main_process:
-        tokenizer = base.make_tokenizer()
+        tokenizer = worker.make_tokenizer()
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.chat_template = (
             "{% for m in messages %}w0 {{ m['content'] }} {{ eos_token }}{% endfor %}"
         )
         tokenizer.save_pretrained(base_dir)
-        Qwen3ForCausalLM(base.make_model().config).save_pretrained(base_dir)
+        Qwen3ForCausalLM(worker.make_model().config).save_pretrained(base_dir)
         rows = [
             {
                 "prompt": [{"role": "user", "content": words[i % 40]}],

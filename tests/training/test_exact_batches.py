@@ -15,8 +15,8 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from companion.errors import ReadoutError
-from companion.training.batches import PADDING, PaddedSampler, PairRows, epoch_order
-from companion.training.exact import PairCollator, PairMetrics, summarise
+from companion.training.batches import PADDING, ItemTables, PaddedRows, PaddedSampler, epoch_order
+from companion.training.pairwise import PairCollator, PairwiseRewardTrainer
 
 SIZES = {
     "n": st.integers(1, 60),
@@ -155,7 +155,7 @@ ROWS = [
 
 
 def test_collator_right_pads_and_marks_padding_pairs() -> None:
-    rows = PairRows(ROWS)
+    rows = PaddedRows(ROWS, {"chosen_ids": [7], "rejected_ids": [7]})
     batch = PairCollator(pad_token_id=0)([rows[1], rows[PADDING]])
     assert batch["input_ids"].tolist() == [[9, 2, 0, 0], [7, 0, 0, 0], [3, 4, 6, 2], [7, 0, 0, 0]]
     assert batch["attention_mask"].sum(dim=1).tolist() == [2, 1, 4, 1]
@@ -181,19 +181,18 @@ def test_collator_refuses_rows_that_end_with_the_pad_id(
 
 
 def table(chosen: list[float], rejected: list[float], weight: list[float]) -> torch.Tensor:
-    columns = [
-        weight,
-        [1.0] * len(weight),
-        [0.5] * len(weight),
-        chosen,
-        rejected,
-        [4.0] * len(weight),
-    ]
+    one = torch.ones(len(weight)).tolist()
+    columns = [weight, weight, one, [4.0 * x for x in one], chosen, rejected, one]
     return torch.tensor(columns).T
 
 
+def summarise(table: torch.Tensor) -> dict[str, float]:
+    """As the trainer of pairs does it, which is not made for that."""
+    return PairwiseRewardTrainer.summarise(object.__new__(PairwiseRewardTrainer), table)
+
+
 def test_figures_are_those_of_all_pairs_and_leave_padding_out() -> None:
-    metrics = PairMetrics()
+    metrics = ItemTables()
     metrics.add(table([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [1.0] * 4))
     metrics.add(table([2.0, 99.0], [0.0, 0.0], [1.0, 0.0]))
     figures = summarise(metrics.pop())
@@ -209,9 +208,9 @@ def test_figures_are_those_of_all_pairs_and_leave_padding_out() -> None:
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=6))
 def test_figures_do_not_depend_on_the_batches(cuts: list[int]) -> None:
     torch.manual_seed(1)
-    whole = torch.randn(21, 6)
-    whole[:, 0] = (whole[:, 0] > -1).float()
-    one, many = PairMetrics(), PairMetrics()
+    whole = torch.randn(21, 7)
+    whole[:, 0] = whole[:, 1] = (whole[:, 0] > -1).float()
+    one, many = ItemTables(), ItemTables()
     one.add(whole)
     edges = [0, *sorted(cuts), 21]
     for begin, end in itertools.pairwise(edges):

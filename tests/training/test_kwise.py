@@ -3,64 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
+from example_kinds import KWISE, rankings
 
 from companion.data.loading import load_rows_with_report
-from companion.errors import CompanionError, DataError
+from companion.errors import DataError
 from companion.models import load_base, load_reward_model
 from companion.scoring import RewardScorer
-from companion.training.config import ModelArguments, RowArguments
-from companion.training.kwise import (
-    KwiseRewardConfig,
-    KwiseRewardTrainer,
-    RankingCollator,
-    format_rankings,
-)
-from companion.training.kwise_run import train_kwise
-from companion.training.run import summary
-
-disable_progress_bars()
-QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-
-
-def rankings(n: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """The more often 'good', the better; two to four completions in any order."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for i in range(n):
-        size = 2 + i % 3
-        order = torch.randperm(size, generator=generator).tolist()
-        texts = ["the answer is " + "good " * k + "bad " * (size - k) for k in order]
-        rows.append(
-            {
-                "prompt": [{"role": "user", "content": f"Ana has {i % 20} pens and {i // 20}"}],
-                "completions": [[{"role": "assistant", "content": t}] for t in texts],
-                "ranks": [float(size - k) for k in order],
-            }
-        )
-    return rows
-
-
-def token_rows(n: int) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(3)
-
-    def ids() -> list[int]:
-        length = int(torch.randint(2, 9, (1,), generator=generator))
-        return [*torch.randint(9, 60, (length,), generator=generator).tolist(), 2]
-
-    sizes = [2 + i % 3 for i in range(n)]
-    return [
-        {"completion_ids": [ids() for _ in range(k)], "ranks": [1.0 + j for j in range(k)]}
-        for k in sizes
-    ]
+from companion.training.kwise import RankingCollator, format_rankings
 
 
 def test_rows_that_lose_completions_or_teach_nothing_are_counted(tiny_base: Path) -> None:
@@ -91,26 +47,26 @@ def test_one_prompts_completions_stand_in_one_batch() -> None:
 
 
 def test_figures_of_exactly_n_prompts(tiny_base: Path, tmp_path: Path) -> None:
-    base = load_base(tiny_base)
-    rows = token_rows(7)
+    rows = KWISE.ids(7)
     data = Dataset.from_list(rows)
-    trainer = KwiseRewardTrainer(
-        base,
-        KwiseRewardConfig(str(tmp_path), per_device_eval_batch_size=3, use_cpu=True, **QUIET),
-        train_dataset=data,
-        eval_dataset=data,
-    )
+    trainer = KWISE.trainer(tiny_base, tmp_path, rows=rows, per_device_eval_batch_size=3)
+    trainer.eval_dataset = data
     figures = trainer.evaluate()
     predictions = trainer.predict(data).predictions
     assert predictions.shape == (7, 4)
-    scorer = RewardScorer(base)
+    scorer = RewardScorer(load_base(tiny_base))
     right = pairs = top = 0
     for row, values in zip(rows, predictions, strict=True):
         scores = scorer.score_encoded(row["completion_ids"])
         np.testing.assert_allclose(values[: len(scores)], scores, atol=1e-5)
         assert np.isnan(values[len(scores) :]).all()
-        right += sum(a > b for a, b in itertools.combinations(scores, 2))
-        pairs += len(scores) * (len(scores) - 1) // 2
+        ordered = [
+            (i, j)
+            for i, j in itertools.combinations(range(len(scores)), 2)
+            if row["ranks"][i] < row["ranks"][j]
+        ]
+        right += sum(scores[i] > scores[j] for i, j in ordered)
+        pairs += len(ordered)
         top += int(scores.argmax() == 0)
     assert figures["eval_accuracy"] == pytest.approx(right / pairs)
     assert figures["eval_top1"] == pytest.approx(top / 7)
@@ -122,50 +78,21 @@ def test_figures_of_exactly_n_prompts(tiny_base: Path, tmp_path: Path) -> None:
     assert trainer.evaluate(Dataset.from_list(wide))["eval_num_prompts"] == 2
 
 
-def test_resumed_run_gives_the_same_weights(tiny_base: Path, tmp_path: Path) -> None:
-    settings = KwiseRewardConfig(
-        str(tmp_path),
-        per_device_train_batch_size=2,
-        num_train_epochs=2,
-        learning_rate=1e-3,
-        **{**QUIET, "save_strategy": "steps"},
-        save_steps=5,
-        save_total_limit=None,
-    )
-
-    def train(resume: str | None) -> dict[str, torch.Tensor]:
-        trainer = KwiseRewardTrainer(
-            load_base(tiny_base), settings, train_dataset=Dataset.from_list(token_rows(7))
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-    whole, resumed = train(None), train(f"{settings.output_dir}/checkpoint-5")
-    assert max(float((whole[name] - resumed[name]).abs().max()) for name in whole) == 0.0
-
-
-@pytest.mark.parametrize("loss_type", ["plackett_luce", "pairs"])
-def test_a_whole_run(tiny_bases: Callable[[str], Path], tmp_path: Path, loss_type: str) -> None:
-    path = tmp_path / "rankings.jsonl"
-    path.write_text("\n".join(map(json.dumps, rankings(90))))
-    result = train_kwise(
-        KwiseRewardConfig(
-            str(tmp_path / "model"),
-            loss_type=loss_type,
-            per_device_train_batch_size=8,
-            learning_rate=5e-3,
-            max_length=60,
-            **QUIET,
-        ),
-        ModelArguments(model_name_or_path=str(tiny_bases("qwen3"))),
-        RowArguments(dataset_name=str(path), eval_fraction=0.3),
-        say=lambda line: None,
-    )
+@pytest.mark.xdist_group("whole_runs")
+@pytest.mark.parametrize("name", ["kwise", "kwise, pairs"])
+def test_a_whole_run(whole_runs: Callable[[str], Any], name: str) -> None:
+    result = whole_runs(name)
     assert result.metrics["accuracy"] > 0.9
-    assert "longer text is right in" in summary(result)
+    assert result.metrics["rankings"]["best_is_best"] > 0.9
+    # completions too long, of which the pairs are counted as a scorer counts them
+    assert list(result.metrics["dropped"]["reasons"]) == ["longer than max_length=60 tokens"]
+    assert result.metrics["rankings"]["dropped"] > 0
+    assert "longer text is right in" in result.summary()
     loaded = load_reward_model(result.output_dir)
     assert loaded.manifest is not None
-    assert loaded.manifest.training["loss_type"] == loss_type
+    assert loaded.manifest.training["loss_type"] == (
+        "pairs" if name == "kwise, pairs" else "plackett_luce"
+    )
     # the folder is a reward model as any other: pairs of the held-out rankings get the same scores
     scorer = RewardScorer.from_pretrained(result.output_dir)
     row = rankings(90)[4]
@@ -173,11 +100,7 @@ def test_a_whole_run(tiny_bases: Callable[[str], Path], tmp_path: Path, loss_typ
     assert np.argsort(-scores.raw).tolist() == np.argsort(row["ranks"]).tolist()
 
 
-def test_mistakes_are_named(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(CompanionError, match="label_smoothing_factor"):
-        KwiseRewardConfig(str(tmp_path), label_smoothing_factor=0.1)
-    with pytest.raises(CompanionError, match="activation_offloading"):
-        KwiseRewardConfig(str(tmp_path), activation_offloading=True)
+def test_mistakes_are_named(tiny_base: Path) -> None:
     formatter = load_base(tiny_base).formatter
     with pytest.raises(DataError, match="no column 'completions'"):
         format_rankings(Dataset.from_list([{"prompt": "a", "chosen": "b"}]), formatter)

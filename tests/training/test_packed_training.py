@@ -16,14 +16,12 @@ from transformers import TrainerCallback
 from companion.errors import CompanionError, ModelError, ReadoutError
 from companion.models import load_base, reward_scores
 from companion.models.packed_attention import PACKED
-from companion.training.batches import PADDING, PairRows
+from companion.training.batches import PADDING, PaddedRows
 from companion.training.config import PairwiseRewardConfig
-from companion.training.exact import PairCollator
-from companion.training.forward import remove_forward
-from companion.training.pairwise import PairwiseRewardTrainer
+from companion.training.pairwise import PairCollator, PairwiseRewardTrainer
+from companion.training.trainer import OWN
 
 disable_progress_bars()
-KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
 
 
 def shared_rows(n: int = 7, *, seed: int = 0) -> list[dict[str, Any]]:
@@ -51,14 +49,14 @@ class Recorder(TrainerCallback):
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny_bases: Callable[[str], Path]) -> Callable[..., Any]:
-    def go(kind: str = "qwen3", rows: Any = None, **settings: Any) -> Any:
+def run(tmp_path: Path, tiny_base: Path) -> Callable[..., Any]:
+    def go(rows: Any = None, **settings: Any) -> Any:
         recorder = Recorder()
         rows = Dataset.from_list(rows or shared_rows())
         plain = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
         training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         trainer = PairwiseRewardTrainer(
-            load_base(tiny_bases(kind)),
+            load_base(tiny_base),
             PairwiseRewardConfig(
                 str(tmp_path / "out"),
                 max_grad_norm=0.0,
@@ -75,41 +73,20 @@ def run(tmp_path: Path, tiny_bases: Callable[[str], Path]) -> Callable[..., Any]
     return go
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-def test_steps_are_those_of_padded_batches(
-    kind: str, strategy: str, run: Callable[..., Any]
-) -> None:
-    settings = {"train_sampling_strategy": strategy}
-    packed, found = run(kind, **settings)
-    padded, want = run(kind, packing="off", **settings)
-    assert packed.data_collator.packing
-    assert not padded.data_collator.packing
-    assert len(found) == len(want) == 2
-    for a, b in zip(found, want, strict=True):
-        for name in b:
-            scale = b[name].abs().max().clamp(min=1.0)
-            torch.testing.assert_close(a[name] / scale, b[name] / scale, atol=5e-5, rtol=0)
-    for a, b in zip(packed.state.log_history, padded.state.log_history, strict=True):
-        for name in ("loss", "accuracy", "num_tokens", "eval_loss", "eval_accuracy", "eval_nll"):
-            if name in b:
-                assert a[name] == pytest.approx(b[name], abs=1e-4)
-
-
 def test_grouped_by_length_a_step_has_the_gradient_of_the_mean_over_its_pairs(
     run: Callable[..., Any],
 ) -> None:
     """Against texts one by one, at weights that do not move; each pair in one step of the epoch."""
     rows = [{**row, "row": i} for i, row in enumerate(shared_rows(9))]
     taken: list[int] = []
-    plain = PairwiseRewardTrainer.per_pair
+    plain = PairwiseRewardTrainer.item_table
 
     def seen(self: Any, model: Any, inputs: Any) -> Any:
         taken.extend(inputs["row"][inputs["weight"] > 0].tolist() if model.training else [])
         return plain(self, model, inputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PairwiseRewardTrainer, "per_pair", seen)
+        patch.setattr(PairwiseRewardTrainer, "item_table", seen)
         trainer, steps = run(
             rows=rows,
             train_sampling_strategy="group_by_length",
@@ -141,7 +118,7 @@ def test_evaluation_takes_smaller_batches_where_the_memory_ends(
     trainer, _ = run(eval_strategy="no", per_device_eval_batch_size=8)
     rows = trainer.eval_dataset
     want, scores = trainer.evaluate(), trainer.predict(rows).predictions
-    plain, sizes = trainer.per_pair, []
+    plain, sizes = trainer.item_table, []
 
     def limited(model: Any, inputs: Any) -> Any:
         sizes.append(len(inputs["weight"]))
@@ -149,7 +126,7 @@ def test_evaluation_takes_smaller_batches_where_the_memory_ends(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return plain(model, inputs)
 
-    trainer.per_pair = limited
+    trainer.item_table = limited
     with caplog.at_level(logging.WARNING, "companion.training.evaluation_loop"):
         found = trainer.evaluate()
     last = {5: 4, 1: 1}[holds]
@@ -170,7 +147,7 @@ def test_a_row_that_the_memory_does_not_hold_ends_the_evaluation(run: Callable[.
     def never(model: Any, inputs: Any) -> Any:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    trainer.per_pair = never
+    trainer.item_table = never
     with pytest.raises(ModelError, match="a single row does not fit"):
         trainer.evaluate()
 
@@ -197,20 +174,20 @@ def test_memory_saving_does_not_change_the_gradient(
     for a, b in zip(found, want, strict=True):
         for name in b:
             torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=1e-3)
-    remove_forward(packed.model)
+    packed.reward_model()
     assert packed.model.config._attn_implementation == "sdpa"
 
 
 def test_the_head_stays_in_float32_under_autocast(run: Callable[..., Any]) -> None:
     trainer, steps = run(bf16=True)
-    batch = trainer.data_collator([PairRows(trainer.train_dataset)[i] for i in range(4)])
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     seen = []
     trainer.model.score.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        table = trainer.per_pair(trainer.model, batch)
+        table = trainer.item_table(trainer.model, batch)
     assert seen == [torch.float32]
     assert table.dtype == torch.float32
-    assert not torch.equal(table[:, 3], table[:, 3].bfloat16().float())
+    assert not torch.equal(table[:, OWN], table[:, OWN].bfloat16().float())
     _, want = run(bf16=False)
     cosine = torch.nn.functional.cosine_similarity(
         torch.cat([g.flatten() for g in steps[0].values()]),
@@ -221,7 +198,7 @@ def test_the_head_stays_in_float32_under_autocast(run: Callable[..., Any]) -> No
 
 
 def test_a_batch_holds_each_prompt_once() -> None:
-    rows = PairRows(shared_rows())
+    rows = PaddedRows(shared_rows(), {"chosen_ids": [9], "rejected_ids": [9]})
     pairs = [rows[0], rows[6], rows[PADDING], rows[3]]
     batch = PairCollator(0, packing=True)(pairs)
     sides = [p[f"{side}_ids"] for side in ("chosen", "rejected") for p in pairs]
@@ -248,7 +225,7 @@ def test_what_cannot_be_packed_is_padded_with_a_word(
 ) -> None:
     base = load_base(tiny_base)
     base.model.config.attention_dropout = 0.1
-    with caplog.at_level(logging.WARNING, "companion.training.pairwise"):
+    with caplog.at_level(logging.WARNING, "companion.training.trainer"):
         trainer = PairwiseRewardTrainer(
             base,
             PairwiseRewardConfig(str(tmp_path), report_to="none", use_cpu=True),

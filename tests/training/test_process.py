@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,42 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
+from example_kinds import QUIET, SEPARATOR, solutions
 
 from companion.data.describe import describe_rows
 from companion.data.loading import load_rows, load_rows_with_report
 from companion.errors import CompanionError, DataError
+from companion.labels import step_target
 from companion.models import load_base
 from companion.scoring import TokenScorer
-from companion.training.config import ModelArguments, RowArguments
 from companion.training.process import (
     ProcessRewardConfig,
     ProcessRewardTrainer,
     StepCollator,
     format_steps,
-    step_target,
 )
-from companion.training.process_run import summary, train_process
-
-disable_progress_bars()
-QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-SEPARATOR = " so "
-
-
-def solutions(n: int) -> list[dict[str, Any]]:
-    """Steps that say whether they are right; behind the first wrong one there is no label."""
-    rows = []
-    for i in range(n):
-        kinds = [(1, 1, 1), (1, -1, None), (0, 1, -1), (-1, None, None), (1, 1, 0)][i % 5]
-        word = {1: "right", 0: "hello", -1: "wrong", None: "right"}
-        rows.append(
-            {
-                "prompt": f"Ana has {i % 20} pens and {i // 20}",
-                "completions": [f"{word[kind]} {j}" for j, kind in enumerate(kinds)],
-                "labels": list(kinds),
-            }
-        )
-    return rows
 
 
 def token_rows(n: int) -> list[dict[str, Any]]:
@@ -121,7 +99,7 @@ def test_batches_without_any_label_give_zero_and_not_nan(
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     # what stock code makes of them
-    batch = StepCollator(0, 3)(rows)
+    batch = StepCollator(0)(rows)
     stock = load_base(tiny_base, labels=3).model
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert torch.isnan(stock(**inputs, labels=batch["labels"]).loss)
@@ -151,51 +129,13 @@ def test_figures_of_exactly_n_steps(tiny_base: Path, tmp_path: Path) -> None:
     assert (figures["eval_num_texts"], figures["eval_num_steps"]) == (5, 10)
 
 
-def test_resumed_run_gives_the_same_weights(tiny_base: Path, tmp_path: Path) -> None:
-    settings = ProcessRewardConfig(
-        str(tmp_path),
-        per_device_train_batch_size=2,
-        num_train_epochs=2,
-        learning_rate=1e-3,
-        **{**QUIET, "save_strategy": "steps"},
-        save_steps=5,
-        save_total_limit=None,
-    )
-
-    def train(resume: str | None) -> dict[str, torch.Tensor]:
-        trainer = ProcessRewardTrainer(
-            load_base(tiny_base, labels=3),
-            settings,
-            train_dataset=Dataset.from_list(token_rows(7)),
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-    whole, resumed = train(None), train(f"{settings.output_dir}/checkpoint-5")
-    assert max(float((whole[name] - resumed[name]).abs().max()) for name in whole) == 0.0
-
-
-@pytest.mark.parametrize("label_type", ["three", "binary"])
-def test_a_whole_run(tiny_bases: Callable[[str], Path], tmp_path: Path, label_type: str) -> None:
-    path = tmp_path / "steps.jsonl"
-    path.write_text("\n".join(map(json.dumps, solutions(120))))
-    result = train_process(
-        ProcessRewardConfig(
-            str(tmp_path / "model"),
-            label_type=label_type,
-            step_separator=SEPARATOR,
-            per_device_train_batch_size=8,
-            learning_rate=5e-3,
-            num_train_epochs=2,
-            **QUIET,
-        ),
-        ModelArguments(model_name_or_path=str(tiny_bases("qwen3"))),
-        RowArguments(dataset_name=str(path), eval_fraction=0.3),
-        say=lambda line: None,
-    )
+@pytest.mark.xdist_group("whole_runs")
+@pytest.mark.parametrize("name", ["process", "process, binary"])
+def test_a_whole_run(whole_runs: Callable[[str], Any], name: str) -> None:
+    result = whole_runs(name)
     assert result.metrics["first_error"]["first_error_f1"] > 0.9
     assert result.metrics["step_accuracy"] > result.metrics["majority"]
-    assert "first-error F1" in summary(result)
+    assert "first-error F1" in result.summary()
 
     scorer = TokenScorer.from_pretrained(result.output_dir)
     assert scorer.readout.threshold == result.metrics["threshold"]

@@ -25,8 +25,8 @@ from companion.formatting import RewardFormatter
 from companion.training import tokenising
 from companion.training.kwise import format_rankings
 from companion.training.outcome import format_outcomes
+from companion.training.pairwise import format_pairs
 from companion.training.process import format_steps
-from companion.training.rows import format_pairs
 
 disable_progress_bars()
 FORMATS: dict[str, Callable[..., Any]] = {
@@ -297,7 +297,7 @@ from transformers import AutoTokenizer
 from companion.data.tutor import make_rows
 from companion.formatting import RewardFormatter
 from companion.training import tokenising
-from companion.training.rows import format_pairs
+from companion.training.pairwise import format_pairs
 disable_progress_bars()
 tokenising.CACHE_FROM = 1
 formatter = RewardFormatter(AutoTokenizer.from_pretrained(sys.argv[1]))

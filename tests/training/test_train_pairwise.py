@@ -10,31 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from example_kinds import pairs
 
 from companion.data.splits import prompt_key
 from companion.errors import CompanionError, DataError
 from companion.models import load_reward_model
 from companion.training.config import DataArguments, ModelArguments, PairwiseRewardConfig
-from companion.training.run import TrainingResult, summary, train_pairwise
-
-
-def make_rows(n: int, *, long: int = 0) -> list[dict[str, Any]]:
-    """Pairs of three rows a prompt; the first `long` of them too long for 60 tokens."""
-    rows = []
-    for i in range(n):
-        number = i // 3
-        filler = " more" * 60 if i < long else ""
-        rows.append(
-            {
-                "prompt": [
-                    {"role": "user", "content": f"Ana has {number % 20} pens and {number // 20}"}
-                ],
-                "chosen": [{"role": "assistant", "content": f"the answer is {i % 3}"}],
-                "rejected": [{"role": "assistant", "content": f"no {i % 3}" + filler}],
-                "subset": "even" if i % 2 == 0 else "odd",
-            }
-        )
-    return rows
+from companion.training.pairwise import train_pairwise
+from companion.training.run import TrainingResult
 
 
 @pytest.fixture
@@ -49,7 +32,7 @@ def run(tmp_path: Path, tiny_bases: Callable[[str], Path]) -> Callable[..., Trai
         **settings: Any,
     ) -> TrainingResult:
         path = tmp_path / "pairs.jsonl"
-        path.write_text("\n".join(map(json.dumps, rows or make_rows(90))))
+        path.write_text("\n".join(map(json.dumps, rows or pairs(90))))
         defaults: dict[str, Any] = {
             "per_device_train_batch_size": 8,
             "learning_rate": 3e-3,
@@ -87,13 +70,13 @@ def stock_scores(result: TrainingResult, row: dict[str, Any]) -> list[float]:
 
 def test_a_whole_run(run: Any) -> None:
     lines: list[str] = []
-    result = run(make_rows(90, long=4), lines=lines)
+    result = run(pairs(90, long=4), lines=lines)
     told = "\n".join(lines)
     counts = [result.reports[name] for name in ("train", "held_out")]
     assert sum(report.dropped_overlong for report in counts) == 4
     for report in counts:
         assert str(report) in told
-    assert "longer text is right in" in summary(result)
+    assert "longer text is right in" in result.summary()
 
     # learned, on prompts that it has not seen
     assert result.metrics["accuracy"] == 1.0
@@ -149,7 +132,7 @@ def test_absolute_positions_and_a_base_with_fewer_of_them(run: Any) -> None:
 
 def test_held_out_pairs_from_elsewhere(run: Any, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
-    rows = make_rows(60)
+    rows = pairs(60)
     other.write_text("\n".join(map(json.dumps, rows[30:])))
     lines: list[str] = []
     result = run(
@@ -203,11 +186,11 @@ def test_settings_that_lead_nowhere(run: Any, settings: dict[str, Any], message:
 
 def test_one_prompt_cannot_be_split(run: Any) -> None:
     with pytest.raises(DataError, match="part is empty"):
-        run(make_rows(3))
+        run(pairs(3))
 
 
 def test_bad_rows_can_be_skipped_and_are_counted(run: Any) -> None:
-    rows = make_rows(90)
+    rows = pairs(90)
     rows[5]["rejected"] = rows[5]["chosen"]
     with pytest.raises(DataError, match="chosen equals rejected"):
         run(rows)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from companion.course.exercise import Prediction, Question
-from companion.token_metrics import roc_auc
+from companion.evaluation.token_metrics import roc_auc
 
 PROMPTS, ANSWERS, STEPS = 800, 4, 100
 FEATURES = ("constant", "difficulty", "quality")

@@ -9,22 +9,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
 
 from companion.data.splits import prompt_key
 from companion.errors import DataError
-from companion.evaluation import Figures
+from companion.evaluation.evaluation import Evaluation
+from companion.evaluation.tables import format_table, interval, number
+from companion.evaluation.token_metrics import fit_threshold, outcome_metrics, process_metrics
 from companion.labels import step_target
 from companion.losses import IGNORE_INDEX
+from companion.models.manifest import RewardManifest
 from companion.models.readout import TokenReadout
 from companion.reduction import How, aggregate
 from companion.resampling import Array
-from companion.scoring import Scorer, TokenScores
-from companion.tables import format_table, interval, number
-from companion.token_metrics import outcome_metrics, process_metrics
+
+if TYPE_CHECKING:
+    from companion.scoring import Scorer
 
 #: kind of model -> kind of the rows that it is evaluated on
 ROWS = {"outcome": "outcomes", "process": "steps"}
@@ -34,7 +37,7 @@ _UNLABELLED = "no step has a label"
 
 
 class LabelledSteps(NamedTuple):
-    """Of each solution its labelled steps, for :func:`companion.token_metrics.process_metrics`.
+    """Of each solution its labelled steps, as ``process_metrics`` wants them.
 
     Attributes
     ----------
@@ -90,30 +93,148 @@ def labelled_steps(
 
 
 @dataclass
-class TokenEvaluation(Figures):
-    """Figures of an outcome or process model, and what they were computed from.
+class TokenEvaluation(Evaluation):
+    """Rows with what an outcome or process model says of them, and the figures.
 
     Attributes
     ----------
-    metrics : dict
-        As :func:`companion.token_metrics.outcome_metrics` or
-        :func:`companion.token_metrics.process_metrics` return them, with ``kind``, ``n_rows`` and
-        ``dropped`` {total, reasons}.
-    scores : TokenScores
-        Of all rows.
     rows : list of dict
-    info : dict
-        What was evaluated on what.
+        With their labels, and optionally the truth behind noisy ones, which gives the limit.
+    reasons : list of str or None
+        Why a row does not count.
+    readout : TokenReadout
+    seed : int
+        Of the bootstrap and the band.
+    info, metrics : dict
+        As in :class:`companion.evaluation.evaluation.Evaluation`; the figures are those of
+        :func:`companion.evaluation.token_metrics.outcome_metrics` or
+        :func:`companion.evaluation.token_metrics.process_metrics`, with ``kind``, ``n_rows`` and
+        ``dropped`` {total, reasons}.
     """
 
-    metrics: dict[str, Any]
-    scores: TokenScores
-    rows: list[dict[str, Any]]
+    rows: list[Mapping[str, Any]]
+    reasons: list[str | None]
+    readout: TokenReadout
+    seed: int = 0
     info: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> list[int]:
+        """The rows that count."""
+        return [i for i, reason in enumerate(self.reasons) if reason is None]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def measure(self) -> Self:
+        """Compute every figure."""
+        lost = Counter(reason for reason in self.reasons if reason is not None)
+        if not self.kept:
+            listing = ", ".join(f"{count} × {reason}" for reason, count in lost.most_common())
+            rows = ROWS[self.readout.kind]
+            raise DataError(f"none of the {len(self.rows)} {rows} can be used: {listing}")
+        self.metrics = {
+            "kind": self.readout.kind,
+            "n_rows": len(self.rows),
+            "dropped": {"total": lost.total(), "reasons": dict(lost.most_common())},
+            **self._figures(),
+        }
+        return self
+
+    def _figures(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _of_kept(self, column: str) -> list[Any] | None:
+        """A column of the rows that count; None if it is missing anywhere."""
+        if any(row.get(column) is None for row in self.rows):
+            return None
+        return [self.rows[i][column] for i in self.kept]
+
+    def _prompts(self) -> list[str]:
+        return [prompt_key(self.rows[i]) for i in self.kept]
 
     def table(self) -> str:
         """Return the figures as text."""
         return token_table(self.metrics)
+
+
+@dataclass
+class OutcomeEvaluation(TokenEvaluation):
+    """As :class:`TokenEvaluation`, of an outcome model.
+
+    Attributes
+    ----------
+    aggregates : dict of str to ndarray ``[n_rows]``
+        Those of :data:`AGGREGATES` of each text's probabilities.
+    lengths : ndarray ``[n_rows]``
+        Tokens of each text.
+    """
+
+    aggregates: dict[str, Array] = field(default_factory=dict)
+    lengths: Array = field(default_factory=lambda: np.zeros(0))
+
+    def _figures(self) -> dict[str, Any]:
+        kept = self.kept
+        aggregates = {how: values[kept] for how, values in self.aggregates.items()}
+        aggregates["product"] = np.exp(aggregates["log_product"])
+        truth = self._of_kept("correct")
+        return outcome_metrics(
+            aggregates,
+            np.array([float(self.rows[i]["label"]) for i in kept]),
+            how=self.readout.aggregation,
+            lengths=self.lengths[kept].astype(np.float64),
+            groups=self._prompts(),
+            truth=None if truth is None else np.array(truth, dtype=np.float64),
+            seed=self.seed,
+        )
+
+
+@dataclass
+class StepEvaluation(TokenEvaluation):
+    """As :class:`TokenEvaluation`, of a process model.
+
+    Attributes
+    ----------
+    logits : list of (ndarray ``[S, labels]`` or None)
+        Of all steps of each solution.
+    targets : list of list of float
+        What :func:`step_targets` makes of the labels.
+    """
+
+    logits: Sequence[Array | None] = ()
+    targets: Sequence[Sequence[float]] = ()
+
+    def __post_init__(self) -> None:
+        self.reasons = [
+            reason or (None if any(x != IGNORE_INDEX for x in target) else _UNLABELLED)
+            for reason, target in zip(self.reasons, self.targets, strict=True)
+        ]
+
+    def _labelled(self) -> LabelledSteps:
+        logits = [np.asarray(self.logits[i]) for i in self.kept]
+        return labelled_steps(logits, [self.targets[i] for i in self.kept], self.readout)
+
+    def calibrate(self, manifest: RewardManifest, source: str) -> list[str]:
+        """Fit the threshold of the first error."""
+        threshold = fit_threshold(self._labelled().solutions)
+        manifest.readout = {**manifest.readout, "threshold": threshold}
+        return []
+
+    def _figures(self) -> dict[str, Any]:
+        labelled, truth = self._labelled(), self._of_kept("true_labels")
+        if truth is not None:
+            pairs = zip(truth, (self.targets[i] for i in self.kept), strict=True)
+            truth = [true_errors(labels, targets) for labels, targets in pairs]
+        return process_metrics(
+            labelled.solutions,
+            threshold=self.readout.threshold,
+            right=labelled.right,
+            labels=labelled.labels,
+            truth=truth,
+            groups=self._prompts(),
+            seed=self.seed,
+        )
 
 
 def evaluate_tokens(
@@ -129,8 +250,8 @@ def evaluate_tokens(
     Parameters
     ----------
     scorer : Scorer
-        Of an outcome or process model, here or on a server.
-        The threshold of the first error is that of its manifest: none is fitted here.
+        Of an outcome or process model, here or on a server. The threshold of the first error, and
+        what a neutral step counts as, are those of its manifest: nothing is fitted here.
     dataset : iterable of mappings
         Rows of the kind ``outcomes`` for an outcome model, ``steps`` for a process model. A column
         ``correct`` or ``true_labels``, the truth behind noisy labels, gives the limit.
@@ -147,46 +268,53 @@ def evaluate_tokens(
         If there is no row, or none can be scored, or a label does not fit the model.
     """
     rows = [dict(row) for row in dataset]
-    if not isinstance(scorer.readout, TokenReadout):
+    readout = scorer.readout
+    if not isinstance(readout, TokenReadout):
         raise DataError("the model has one score a text", "evaluate it on pairs or rankings")
-    kind = scorer.readout.kind
     if not rows:
-        raise DataError(f"there are no {ROWS[kind]} to evaluate on", "check the split and limit")
-    targets = _targets(rows, scorer.readout)
-    scores = scorer.score(rows, progress=progress)
-    reasons = [
-        reason or (None if kind == "outcome" or _any_label(target) else _UNLABELLED)
-        for reason, target in zip(scores.reasons, targets, strict=True)
-    ]
-    kept = [i for i, reason in enumerate(reasons) if reason is None]
-    lost = Counter(reason for reason in reasons if reason is not None)
-    if not kept:
-        listing = ", ".join(f"{count} × {reason}" for reason, count in lost.most_common())
-        raise DataError(f"none of the {len(rows)} {ROWS[kind]} can be used: {listing}")
-    figures = _outcome_figures if kind == "outcome" else _step_figures
-    metrics = {
-        "kind": kind,
-        "n_rows": len(rows),
-        "dropped": {"total": len(rows) - len(kept), "reasons": dict(lost.most_common())},
-        **figures(rows, scores, targets, kept, seed),
-    }
-    return TokenEvaluation(metrics, scores, rows, dict(info or {}))
-
-
-def _any_label(target: Sequence[float]) -> bool:
-    return any(value != IGNORE_INDEX for value in target)
-
-
-def _targets(rows: Sequence[Mapping[str, Any]], readout: TokenReadout) -> list[list[float]]:
-    """Each row's labels as numbers: one outcome, or one target a step."""
+        what = ROWS[readout.kind]
+        raise DataError(f"there are no {what} to evaluate on", "check the split and limit")
+    about: dict[str, Any] = {"seed": seed, "info": dict(info or {})}
     if readout.kind == "outcome":
-        for i, row in enumerate(rows):
-            if row.get("label") not in (0, 1):  # bools are
-                raise DataError(f"row {i}, field 'label': {row.get('label')!r}", "true or false")
-        return [[float(row["label"])] for row in rows]
-    label_type = "three"
+        check_outcomes(rows)
+        scores = scorer.score(rows, progress=progress)
+        found: TokenEvaluation = OutcomeEvaluation(
+            list(rows),
+            scores.reasons,
+            readout,
+            **about,
+            aggregates=_aggregates(scores.values),
+            lengths=scores.n_tokens,
+        )
+    else:
+        targets = step_targets(rows, readout, getattr(scorer.manifest, "training", {}))
+        scores = scorer.score(rows, progress=progress)
+        found = StepEvaluation(
+            list(rows), scores.reasons, readout, **about, logits=scores.logits, targets=targets
+        )
+    return found.measure()
+
+
+def check_outcomes(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse rows whose label is neither true nor false."""
+    for i, row in enumerate(rows):
+        if row.get("label") not in (0, 1):  # bools are
+            raise DataError(f"row {i}, field 'label': {row.get('label')!r}", "true or false")
+
+
+def step_targets(
+    rows: Sequence[Mapping[str, Any]], readout: TokenReadout, training: Mapping[str, Any]
+) -> list[list[float]]:
+    """The labels of each row's steps as :func:`companion.labels.step_target` has them.
+
+    What a neutral step counts as is said by the settings of the model's `training`; with one
+    logit, labels are soft if they were so in training, or if any of them is a float.
+    """
+    label_type, neutral = "three", training.get("neutral", "good")
     if readout.labels == 1:
-        soft = any(isinstance(x, float) and x == x for row in rows for x in row["labels"])
+        soft = training.get("label_type") == "soft" or any(
+            isinstance(x, float) and x == x for row in rows for x in row["labels"]
+        )
         label_type = "soft" if soft else "binary"
     found = []
     for i, row in enumerate(rows):
@@ -196,67 +324,22 @@ def _targets(rows: Sequence[Mapping[str, Any]], readout: TokenReadout) -> list[l
             )
         found.append(
             [
-                step_target(label, label_type, "good", f"row {i}, labels[{k}]")
+                step_target(label, label_type, neutral, f"row {i}, labels[{k}]")
                 for k, label in enumerate(row["labels"])
             ]
         )
     return found
 
 
-def _groups(rows: Sequence[Mapping[str, Any]], kept: Sequence[int]) -> list[str]:
-    return [prompt_key(rows[i]) for i in kept]
-
-
-def _outcome_figures(
-    rows: Sequence[Mapping[str, Any]],
-    scores: TokenScores,
-    targets: Sequence[Sequence[float]],
-    kept: Sequence[int],
-    seed: int,
-) -> dict[str, Any]:
-    how = scores.readout.aggregation
-    aggregates: dict[str, Any] = {name: np.empty(len(kept)) for name in AGGREGATES}
-    for place, i in enumerate(kept):
-        values = torch.from_numpy(np.asarray(scores.values[i]))[None]
-        mask = torch.ones_like(values, dtype=torch.bool)
-        for name in AGGREGATES:
-            aggregates[name][place] = float(aggregate(values, mask, name))
-    aggregates["product"] = np.exp(aggregates["log_product"])
-    truth = None
-    if all(row.get("correct") is not None for row in rows):
-        truth = np.array([float(rows[i]["correct"]) for i in kept])
-    return outcome_metrics(
-        aggregates,
-        np.array([targets[i][0] for i in kept]),
-        how=how,
-        lengths=scores.n_tokens[list(kept)].astype(np.float64),
-        groups=_groups(rows, kept),
-        truth=truth,
-        seed=seed,
-    )
-
-
-def _step_figures(
-    rows: Sequence[Mapping[str, Any]],
-    scores: TokenScores,
-    targets: Sequence[Sequence[float]],
-    kept: Sequence[int],
-    seed: int,
-) -> dict[str, Any]:
-    logits = [np.asarray(scores.logits[i]) for i in kept]
-    labelled = labelled_steps(logits, [targets[i] for i in kept], scores.readout)
-    truth = None
-    if all(row.get("true_labels") is not None for row in rows):
-        truth = [true_errors(rows[i]["true_labels"], targets[i]) for i in kept]
-    return process_metrics(
-        labelled.solutions,
-        threshold=scores.readout.threshold,
-        right=labelled.right,
-        labels=labelled.labels,
-        truth=truth,
-        groups=_groups(rows, kept),
-        seed=seed,
-    )
+def _aggregates(values: Sequence[Array | None]) -> dict[str, Array]:
+    found: dict[str, Array] = {how: np.full(len(values), np.nan) for how in AGGREGATES}
+    for place, own in enumerate(values):
+        if own is not None:
+            row = torch.from_numpy(np.asarray(own))[None]
+            mask = torch.ones_like(row, dtype=torch.bool)
+            for how in AGGREGATES:
+                found[how][place] = float(aggregate(row, mask, how))
+    return found
 
 
 def true_errors(true_labels: Sequence[Any], targets: Sequence[float]) -> Array:

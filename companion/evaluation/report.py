@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from companion import figures
-from companion.evaluation import EvaluationResult, subset_rows, summary_rows
+from companion.evaluation import figures
+from companion.evaluation.pairs import PairEvaluation, subset_rows, summary_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_STYLE_FILE = Path(__file__).parent / "assets" / "report.css"
+_STYLE_FILE = Path(__file__).parents[1] / "assets" / "report.css"
 _LONGEST_TEXT = 2000
 _MOST_SUBSETS = 12
 #: colours of the figures -> variables of the page, which differ between light and dark
@@ -104,7 +104,7 @@ def _text(value: Any) -> str:
     return "".join(parts)
 
 
-def _pair(row: Mapping[str, Any], number: int, result: EvaluationResult) -> str:
+def _pair(row: Mapping[str, Any], number: int, result: PairEvaluation) -> str:
     facts = [f"margin {result.margins[number]:+.2f}"]
     if result.probability is not None:
         facts.append(f"true P(chosen) {result.probability[number]:.2f}")
@@ -127,7 +127,7 @@ def _pair(row: Mapping[str, Any], number: int, result: EvaluationResult) -> str:
 
 
 def _extremes(
-    result: EvaluationResult, rows: Sequence[Mapping[str, Any]], count: int
+    result: PairEvaluation, rows: Sequence[Mapping[str, Any]], count: int
 ) -> tuple[list[int], list[int]]:
     """Rows with the greatest positive margins, and rows with the least that are not positive."""
     order = [int(i) for i in np.argsort(result.margins, kind="stable") if i < len(rows)]
@@ -153,7 +153,7 @@ def _accuracy_rows(metrics: Mapping[str, Any], best: Mapping[str, Any]) -> list[
 
 
 def _figures(
-    result: EvaluationResult,
+    result: PairEvaluation,
     train_log: Sequence[Mapping[str, Any]] | None,
     best: Mapping[str, Any],
 ) -> list[str]:
@@ -236,7 +236,7 @@ def write_report(
     path: str | Path,
     *,
     title: str,
-    evaluation: EvaluationResult,
+    evaluation: PairEvaluation,
     train_log: Sequence[Mapping[str, Any]] | None = None,
     pairs: Sequence[Mapping[str, Any]] | None = None,
     limit: Mapping[str, Any] | None = None,
@@ -251,8 +251,8 @@ def write_report(
         The HTML file.
     title : str
         Heading of the page.
-    evaluation : EvaluationResult
-        Of :func:`companion.evaluation.evaluate_pairs`.
+    evaluation : PairEvaluation
+        Of :func:`companion.evaluation.pairs.evaluate_pairs`.
     train_log : sequence of mappings, optional
         ``Trainer.state.log_history``: gives the training curves.
     pairs : sequence of mappings, optional

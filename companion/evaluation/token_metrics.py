@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 
 from companion.calibration import brier_score, calibrated_band, expected_calibration_error
 from companion.errors import DataError, ShapeError
-from companion.metrics import N_BINS, accuracy_interval
+from companion.evaluation.metrics import N_BINS, accuracy_interval
 from companion.resampling import Array, Values, bootstrap_interval, vector
 
 

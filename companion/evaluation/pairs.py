@@ -6,113 +6,107 @@ tutor's do) each figure stands beside its limit. Chapter 4.
 
 from __future__ import annotations
 
-import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from companion.calibration import fit_temperature
 from companion.data.splits import prompt_key
 from companion.errors import DataError
-from companion.metrics import pairwise_metrics
+from companion.evaluation.evaluation import Evaluation
+from companion.evaluation.metrics import pairwise_metrics
+from companion.evaluation.tables import format_table, interval, number, percent
+from companion.models.manifest import ReferenceStats, RewardManifest
 from companion.resampling import Array
-from companion.tables import format_table, interval, number, percent
+from companion.scoring.results import PairScores
 
-__all__ = [
-    "EvaluationResult",
-    "PairScorer",
-    "PairScoresLike",
-    "evaluate_pairs",
-    "format_table",
-    "gold_probability",
-    "pairwise_metrics",
-    "subset_rows",
-    "summary_rows",
-]
-
-
-class PairScoresLike(Protocol):
-    """What ``score_pairs`` returns: one entry a row, NaN and a reason where a row was dropped."""
-
-    @property
-    def chosen(self) -> Any: ...
-    @property
-    def rejected(self) -> Any: ...
-    @property
-    def chosen_tokens(self) -> Any: ...
-    @property
-    def rejected_tokens(self) -> Any: ...
-    @property
-    def reasons(self) -> Sequence[str | None]: ...
-
-
-class PairScorer(Protocol):
-    """Anything that scores pairs, such as ``RewardScorer``."""
-
-    def score_pairs(
-        self, rows: Sequence[Mapping[str, Any]], *, progress: Callable[[int], None] | None = None
-    ) -> PairScoresLike:
-        """Score both sides of each row, in the order of the rows."""
-
-
-class Figures:
-    """Figures of one evaluation, with what they are of; ready for JSON."""
-
-    metrics: dict[str, Any]
-    info: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return metrics and info as plain JSON values; what is not finite becomes None."""
-        return _plain({"info": self.info, "metrics": self.metrics})
-
-    def save(self, path: str | Path) -> Path:
-        """Write :meth:`to_dict` as JSON; folders are made."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        target.write_text(text + "\n", encoding="utf-8")
-        return target
+if TYPE_CHECKING:
+    from companion.scoring import Scorer
 
 
 @dataclass
-class EvaluationResult(Figures):
-    """Figures of a model of one score on pairs, and what they were computed from.
+class PairEvaluation(Evaluation):
+    """Pairs with the scores of a model, and their figures.
 
     Attributes
     ----------
-    metrics : dict
-        As :func:`companion.metrics.pairwise_metrics` returns them.
+    rows : list of dict
+        The pairs, with an optional ``subset`` and optional truth (:func:`gold_probability`).
     chosen, rejected : ndarray ``[n_rows]``
         Raw scores, NaN where a row was dropped.
     chosen_lengths, rejected_lengths : ndarray ``[n_rows]``
         Tokens of the whole text, prompt and template included.
-    probability : ndarray ``[n_rows]`` or None
-        True probability that `chosen` is preferred.
     reasons : list of str or None
         Why a row has no score.
-    rows : list of dict
-        The pairs themselves, for showing some.
-    info : dict
-        What was evaluated on what.
+    temperature : float or None
+        Of the calibrated probability.
+    seed : int
+        Of the bootstrap and the band.
+    probability : ndarray ``[n_rows]`` or None
+        True probability that `chosen` is preferred.
+    info, metrics : dict
+        As in :class:`companion.evaluation.evaluation.Evaluation`; the figures are those of
+        :func:`companion.evaluation.metrics.pairwise_metrics`.
     """
 
-    metrics: dict[str, Any]
+    rows: list[Mapping[str, Any]]
     chosen: Array
     rejected: Array
     chosen_lengths: Array
     rejected_lengths: Array
+    reasons: list[str | None]
+    temperature: float | None = None
+    seed: int = 0
     probability: Array | None = None
-    reasons: list[str | None] = field(default_factory=list)
-    rows: list[Mapping[str, Any]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def margins(self) -> Array:
         """``chosen - rejected``, NaN where a row was dropped."""
         return self.chosen - self.rejected
+
+    def __len__(self) -> int:
+        return int(np.isfinite(self.margins).sum())
+
+    def measure(self) -> Self:
+        """Compute every figure; the limit too, where the rows carry their truth."""
+        self.probability, source = gold_probability(self.rows)
+        subsets = None
+        if any(row.get("subset") is not None for row in self.rows):
+            subsets = [
+                "(none)" if row.get("subset") is None else str(row["subset"]) for row in self.rows
+            ]
+        self.metrics = pairwise_metrics(
+            self.chosen,
+            self.rejected,
+            chosen_lengths=self.chosen_lengths,
+            rejected_lengths=self.rejected_lengths,
+            subsets=subsets,
+            groups=_groups(self.rows),
+            probability=self.probability,
+            reasons=self.reasons,
+            temperature=self.temperature,
+            seed=self.seed,
+        )
+        self.info |= {"limit_from": source, "length_unit": "tokens"}
+        return self
+
+    def calibrate(self, manifest: RewardManifest, source: str) -> list[str]:
+        """Fit the temperature of the margins, and take the statistics of all scores."""
+        scored = np.isfinite(self.margins)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            manifest.temperature = float(fit_temperature(self.margins[scored]))
+        manifest.reference = ReferenceStats.from_scores(
+            np.concatenate([self.chosen[scored], self.rejected[scored]]),
+            f"{len(self):,} held-out pairs of {source}",
+        )
+        return [str(warning.message) for warning in caught]
 
     def table(self) -> str:
         """Return the figures as text: one table of all pairs, one of the subsets if there are."""
@@ -122,17 +116,23 @@ class EvaluationResult(Figures):
             parts.append(format_table(head, body))
         return "\n\n".join(parts)
 
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
+    def closing(self, calibration: Evaluation) -> str:
+        """A table, the temperature, and whether the floor was beaten."""
+        figures = self.metrics
+        lines = [
+            format_table(("held-out figure", "ours", "best possible"), summary_rows(figures)),
+            "",
+            f"temperature {self.temperature:.3f}, fitted on {len(calibration):,} pairs",
+        ]
+        floor = figures.get("longer_wins")
+        if floor:
+            better = figures["accuracy"] > floor["accuracy"]
+            lines.append(
+                f"{figures['n']:,} pairs: accuracy {figures['accuracy']:.3f}; preferring the "
+                f"longer text is right in {floor['accuracy']:.3f}"
+                + ("" if better else ": the model does not beat that floor")
+            )
+        return "\n".join(lines)
 
 
 def gold_probability(rows: Sequence[Mapping[str, Any]]) -> tuple[Array | None, str | None]:
@@ -193,19 +193,19 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def evaluate_pairs(
-    scorer: PairScorer,
+    scorer: Scorer[Any],
     dataset: Iterable[Mapping[str, Any]],
     *,
     temperature: float | None = None,
     info: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
     seed: int = 0,
-) -> EvaluationResult:
+) -> PairEvaluation:
     """Score held-out pairs and compute every figure.
 
     Parameters
     ----------
-    scorer : RewardScorer or alike
+    scorer : Scorer
         Its ``score_pairs(rows)`` is called once with all rows.
     dataset : iterable of mappings
         Pairs (``companion.data.loading.load_rows``), with an optional ``subset`` column and
@@ -227,53 +227,33 @@ def evaluate_pairs(
     rows = [dict(row) for row in dataset]
     if not rows:
         raise DataError("there is no pair to evaluate on", "check the split and the limit")
-    scores = (
-        scorer.score_pairs(rows)
-        if progress is None
-        else scorer.score_pairs(rows, progress=progress)
-    )
-    return scored_pairs(scorer, rows, scores, temperature=temperature, info=info, seed=seed)
+    scores = scorer.score_pairs(rows, progress=progress)
+    if temperature is None:
+        temperature = getattr(scorer.manifest, "temperature", None)
+    return scored_pairs(rows, scores, temperature=temperature, info=info, seed=seed).measure()
 
 
 def scored_pairs(
-    scorer: Any,
     rows: Sequence[Mapping[str, Any]],
-    scores: PairScoresLike,
+    scores: PairScores,
     *,
     temperature: float | None = None,
     info: Mapping[str, Any] | None = None,
     seed: int = 0,
-) -> EvaluationResult:
-    """The figures of pairs that have been scored; see :func:`evaluate_pairs`."""
-    if temperature is None:
-        manifest = getattr(scorer, "manifest", None)
-        temperature = getattr(manifest, "temperature", None)
-    probability, source = gold_probability(rows)
-    chosen = np.asarray(scores.chosen, dtype=np.float64)
-    rejected = np.asarray(scores.rejected, dtype=np.float64)
-    lengths = [
-        np.asarray(side, dtype=np.float64)
-        for side in (scores.chosen_tokens, scores.rejected_tokens)
-    ]
-    reasons = list(scores.reasons)
-    subsets = None
-    if any(row.get("subset") is not None for row in rows):
-        subsets = ["(none)" if row.get("subset") is None else str(row["subset"]) for row in rows]
-    metrics = pairwise_metrics(
+) -> PairEvaluation:
+    """Pairs that have been scored, by a scorer or in training; see :func:`evaluate_pairs`."""
+    sides = (scores.chosen, scores.rejected, scores.chosen_tokens, scores.rejected_tokens)
+    chosen, rejected, *lengths = (np.asarray(values, dtype=np.float64) for values in sides)
+    return PairEvaluation(
+        list(rows),
         chosen,
         rejected,
-        chosen_lengths=lengths[0],
-        rejected_lengths=lengths[1],
-        subsets=subsets,
-        groups=_groups(rows),
-        probability=probability,
-        reasons=reasons,
+        lengths[0],
+        lengths[1],
+        list(scores.reasons),
         temperature=temperature,
         seed=seed,
-    )
-    about = {**dict(info or {}), "limit_from": source, "length_unit": "tokens"}
-    return EvaluationResult(
-        metrics, chosen, rejected, lengths[0], lengths[1], probability, reasons, list(rows), about
+        info=dict(info or {}),
     )
 
 

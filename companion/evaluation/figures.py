@@ -21,7 +21,7 @@ from companion.resampling import Array, Values, vector
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STYLE_FILE = Path(__file__).parent / "assets" / "companion.mplstyle"
+STYLE_FILE = Path(__file__).parents[1] / "assets" / "companion.mplstyle"
 BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = (
     "#0072B2",
     "#D55E00",

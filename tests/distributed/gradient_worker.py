@@ -1,41 +1,66 @@
-"""Gradients of every optimiser step of the K-wise, outcome and process trainers, against the mean
-over the whole step computed directly, a text at a time, in float64, by stock code.
+"""Gradients of every optimiser step of every kind, against the mean over the whole step computed
+directly, a text at a time, in float64, by stock code.
 
-Run by itself or under ``torchrun``; writes a JSON file with one entry for each case.
+Run by itself, under ``torchrun``, or imported; writes a JSON file with one entry for each case.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, models
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Qwen3ForTokenClassification, Trainer, TrainingArguments
-
-spec = importlib.util.spec_from_file_location(
-    "exact_worker", Path(__file__).with_name("exact_worker.py")
+from transformers import (
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
 )
-assert spec is not None
-assert spec.loader is not None
-base = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(base)
+from trl import RewardConfig, RewardTrainer
 
-from companion.training.kwise import KwiseRewardConfig, KwiseRewardTrainer  # noqa: E402
-from companion.training.outcome import OutcomeRewardConfig, OutcomeRewardTrainer  # noqa: E402
-from companion.training.process import ProcessRewardConfig, ProcessRewardTrainer  # noqa: E402
+from companion.training.batches import ExactBatches
+from companion.training.config import PairwiseRewardConfig
+from companion.training.kwise import KwiseRewardConfig, KwiseRewardTrainer
+from companion.training.outcome import OutcomeRewardConfig, OutcomeRewardTrainer
+from companion.training.pairwise import PairwiseRewardTrainer
+from companion.training.process import ProcessRewardConfig, ProcessRewardTrainer
 
+disable_progress_bars()
+CENTERING = 0.05
 #: rows, micro-batch, accumulation
 CASES = [(9, 4, 1), (9, 2, 2), (13, 2, 4)]
+PAIR_CASES = [
+    (9, 4, 1),
+    (9, 4, 2),
+    (9, 4, 4),
+    (13, 2, 1),
+    (13, 2, 2),
+    (13, 2, 4),
+    (5, 4, 2),
+    (1, 2, 1),
+    (8, 2, 2),
+]
+#: those that are also run without margins and label smoothing
+PLAIN_CASES = [(9, 4, 1), (13, 2, 2)]
+STOCK_CASES = [(5, 4, 2), (9, 4, 1), (5, 2, 1), (8, 2, 2)]
 SETTINGS: dict[str, Any] = {
     "num_train_epochs": 1,
     "learning_rate": 0.0,
@@ -51,6 +76,45 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@dataclass
+class Kind:
+    model: Callable[[], Any]
+    rows: Callable[[int], list[dict[str, Any]]]
+    gradient: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    trainer: Any
+    config: Any
+    settings: dict[str, Any]
+    cases: list[tuple[int, int, int]] = field(default_factory=lambda: CASES)
+
+
+def make_tokenizer() -> Any:
+    vocab = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i + 3 for i in range(40)}}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocab, "<unk>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+    )
+
+
+def make_model(**overrides: Any) -> Any:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "vocab_size": 43,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "num_labels": 1,
+        "initializer_range": 0.2,
+    }
+    return Qwen3ForSequenceClassification(Qwen3Config(**{**settings, **overrides}))
+
+
 def random_ids(generator: torch.Generator, low: int = 2, high: int = 12) -> list[int]:
     length = int(torch.randint(low, high, (1,), generator=generator))
     return [*torch.randint(3, 43, (length,), generator=generator).tolist(), 1]
@@ -62,6 +126,44 @@ def gradient_of(model: Any) -> dict[str, Tensor]:
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in model.named_parameters()
     }
+
+
+# ---------------------------------------------------------------------- pairs
+
+
+def pair_rows(n: int, *, margin: bool, seed: int = 1) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    sides = ("chosen_ids", "rejected_ids")
+    rows = [{side: random_ids(generator) for side in sides} for _ in range(n)]
+    return [{**row, "margin": 0.3 * i} for i, row in enumerate(rows)] if margin else rows
+
+
+def pair_gradient(rows: list[dict[str, Any]], *, smoothing: float) -> Any:
+    """Gradient of the mean over these pairs, a text at a time, in float64, by stock code."""
+    model = make_model().double()
+    for row in rows:
+        chosen, rejected = (
+            model(input_ids=torch.tensor([row[name]])).logits[0, 0]
+            for name in ("chosen_ids", "rejected_ids")
+        )
+        z = chosen - rejected - row.get("margin", 0.0)
+        loss = -(1 - smoothing) * torch.nn.functional.logsigmoid(z)
+        loss = loss - smoothing * torch.nn.functional.logsigmoid(-z)
+        loss = loss + CENTERING * (chosen + rejected) ** 2
+        (loss / len(rows)).backward()
+    return gradient_of(model)
+
+
+def pairwise(smoothing: float, margin: bool) -> Kind:
+    return Kind(
+        make_model,
+        lambda n: pair_rows(n, margin=margin),
+        lambda rows: pair_gradient(rows, smoothing=smoothing),
+        PairwiseRewardTrainer,
+        PairwiseRewardConfig,
+        {"label_smoothing_factor": smoothing, "center_rewards_coefficient": CENTERING},
+        PAIR_CASES if margin else PLAIN_CASES,
+    )
 
 
 # ---------------------------------------------------------------------- K-wise
@@ -100,25 +202,25 @@ def ranking_by_pairs(scores: Tensor, ranks: list[float]) -> Tensor:
 
 
 def kwise_gradient(rows: list[dict[str, Any]], loss_type: str) -> dict[str, Tensor]:
-    model = base.make_model().double()
+    model = make_model().double()
     loss = ranking_by_orders if loss_type == "plackett_luce" else ranking_by_pairs
     informed = [row for row in rows if len(set(row["ranks"])) > 1]
     for row in informed:
         texts = [model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in row["completion_ids"]]
         scores = torch.stack(texts)
-        value = loss(scores, row["ranks"]) + base.CENTERING * (2 * scores.mean()) ** 2
+        value = loss(scores, row["ranks"]) + CENTERING * (2 * scores.mean()) ** 2
         (value / len(informed)).backward()
     return gradient_of(model)
 
 
 def kwise(loss_type: str) -> Kind:
     return Kind(
-        base.make_model,
+        make_model,
         ranking_rows,
         lambda rows: kwise_gradient(rows, loss_type),
         KwiseRewardTrainer,
         KwiseRewardConfig,
-        {"loss_type": loss_type, "center_rewards_coefficient": base.CENTERING},
+        {"loss_type": loss_type, "center_rewards_coefficient": CENTERING},
     )
 
 
@@ -127,7 +229,7 @@ def kwise(loss_type: str) -> Kind:
 
 def make_token_model(labels: int = 1) -> Any:
     torch.manual_seed(0)
-    config = base.make_model().config
+    config = make_model().config
     config.num_labels, config.classifier_dropout = labels, 0.0
     model = Qwen3ForTokenClassification(config)
     torch.nn.init.normal_(model.score.bias)
@@ -211,21 +313,9 @@ def process(soft: bool) -> Kind:
 # ---------------------------------------------------------------------- all
 
 
-class Kind:
-    def __init__(
-        self,
-        model: Callable[[], Any],
-        rows: Callable[[int], list[dict[str, Any]]],
-        gradient: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
-        trainer: Any,
-        config: Any,
-        settings: dict[str, Any],
-    ) -> None:
-        self.model, self.rows, self.gradient = model, rows, gradient
-        self.trainer, self.config, self.settings = trainer, config, settings
-
-
 KINDS: dict[str, Callable[[], Kind]] = {
+    "pairwise, margins": lambda: pairwise(0.1, margin=True),
+    "pairwise": lambda: pairwise(0.0, margin=False),
     "kwise, Plackett–Luce": lambda: kwise("plackett_luce"),
     "kwise, pairs": lambda: kwise("pairs"),
     "outcome, token": lambda: outcome("token"),
@@ -235,27 +325,87 @@ KINDS: dict[str, Callable[[], Kind]] = {
 }
 
 
-def run(kind: Kind, rows: list[dict[str, Any]], batch: int, accumulation: int) -> Any:
-    recorder = base.Recorder()
+class Recorder(TrainerCallback):
+    """Keeps the gradients that the optimiser is about to use."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        inner = getattr(model, "module", model)
+        self.steps.append({n: p.grad.detach().clone() for n, p in inner.named_parameters()})
+
+
+def run(
+    trainer_class: Any,
+    config_class: Any,
+    model: Any,
+    rows: list[dict[str, Any]],
+    batch: int,
+    accumulation: int,
+    *,
+    tokenizer: bool = True,
+    **settings: Any,
+) -> tuple[list[dict[str, Tensor]], Any]:
+    """Train an epoch with a learning rate of 0; gradients of each step, and the trainer."""
+    recorder = Recorder()
+    own = {name: settings.pop(name) for name in ("data_collator",) if name in settings}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = kind.trainer(
-            kind.model(),
-            kind.config(
+        trainer = trainer_class(
+            model,
+            config_class(
                 folder,
                 per_device_train_batch_size=batch,
                 gradient_accumulation_steps=accumulation,
                 **SETTINGS,
-                **kind.settings,
+                **settings,
             ),
             train_dataset=Dataset.from_list(rows),
-            processing_class=base.make_tokenizer(),
             callbacks=[recorder],
+            **({"processing_class": make_tokenizer()} if tokenizer else {}),
+            **own,
         )
-        trainer.pop_callback(
-            next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in str(type(c)))
-        )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return recorder.steps, trainer
+
+
+class ForgetsTheEpoch(PairwiseRewardTrainer):
+    """A wrong one: a resumed run sees the first epoch's order in its second epoch."""
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        return super(ExactBatches, self)._run_epoch(*args, **kwargs)
+
+
+def resume_gap(trainer_class: Any, folder: str) -> float:
+    """Largest difference of the weights of a run and of one resumed in its second epoch."""
+    weights = []
+    for resume in (None, f"{folder}/checkpoint-5"):
+        trainer = trainer_class(
+            model=make_model(),
+            args=PairwiseRewardConfig(
+                folder,
+                per_device_train_batch_size=2,
+                num_train_epochs=2,
+                learning_rate=1e-3,
+                use_cpu=True,
+                save_strategy="steps",
+                save_steps=5,
+                save_total_limit=None,
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(pair_rows(13, margin=False)),
+            processing_class=make_tokenizer(),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        weights.append(flat(dict(trainer.model.state_dict())))
+    return float((weights[0] - weights[1]).abs().max())
+
+
+def flat(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([gradient[name].double().flatten() for name in sorted(gradient)])
 
 
 class StockCollator:
@@ -285,55 +435,75 @@ def stock_scale(batch: int, accumulation: int) -> float:
     for i in range(batch * accumulation * ranks):
         ids = torch.randint(3, 43, (6,), generator=generator).tolist()
         rows.append({"input_ids": ids, "prompt_length": 2, "label": i % 2})
-    recorder = base.Recorder()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            make_token_model(2),
-            TrainingArguments(
-                folder,
-                per_device_train_batch_size=batch,
-                gradient_accumulation_steps=accumulation,
-                remove_unused_columns=False,
-                **SETTINGS,
-            ),
-            data_collator=StockCollator(),
-            train_dataset=Dataset.from_list(rows),
-            callbacks=[recorder],
-        )
-        trainer.train()
+    steps, _ = run(
+        Trainer,
+        TrainingArguments,
+        make_token_model(2),
+        rows,
+        batch,
+        accumulation,
+        tokenizer=False,
+        data_collator=StockCollator(),
+        remove_unused_columns=False,
+    )
     model = make_token_model(2).double()
     inputs = StockCollator()(rows)
     logits = model(input_ids=inputs["input_ids"]).logits
     F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten()).backward()
-    exact = base.flat({name: p.grad for name, p in model.named_parameters()})
-    return float(base.flat(recorder.steps[0]).norm() / exact.norm())
+    exact = flat({name: p.grad for name, p in model.named_parameters()})
+    return float(flat(steps[0]).norm() / exact.norm())
 
 
 def main(output: str) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    results = []
+    results: list[dict[str, Any]] = []
     for name, make in KINDS.items():
         kind = make()
-        for n, batch, accumulation in CASES:
+        for n, batch, accumulation in kind.cases:
             rows = kind.rows(n)
-            steps, trainer = run(kind, rows, batch, accumulation)
+            steps, trainer = run(
+                kind.trainer, kind.config, kind.model(), rows, batch, accumulation, **kind.settings
+            )
             size = batch * accumulation * ranks
             errors = []
             for i, found in enumerate(steps):
-                exact = base.flat(kind.gradient(rows[i * size : (i + 1) * size]))
+                exact = flat(kind.gradient(rows[i * size : (i + 1) * size]))
                 size_of = exact.norm() if bool(exact.any()) else 1.0
-                errors.append(float((base.flat(found) - exact).norm() / size_of))
+                errors.append(float((flat(found) - exact).norm() / size_of))
+            last = trainer.state.log_history[-1]
             results.append(
                 {
                     "kind": name,
                     "case": [n, batch, accumulation],
                     "errors": errors,
                     "expected_steps": -(-n // size),
-                    "train_loss": trainer.state.log_history[-1]["train_loss"],
+                    "train_loss": last["train_loss"],
+                    "pairs": last.get("train_pairs"),
                 }
             )
+    for n, batch, accumulation in STOCK_CASES:
+        rows = pair_rows(n, margin=False)
+        steps, _ = run(
+            RewardTrainer,
+            RewardConfig,
+            make_model(),
+            rows,
+            batch,
+            accumulation,
+            center_rewards_coefficient=CENTERING,
+            gradient_checkpointing=False,
+        )
+        size = batch * accumulation * ranks
+        exact = flat(pair_gradient(rows[(len(steps) - 1) * size :], smoothing=0.0))
+        found = flat(steps[-1])
+        cosine = float(found @ exact / found.norm() / exact.norm())
+        results.append({"stock": [n, batch, accumulation], "cosine": cosine})
     for accumulation in (1, 4):
-        results.append({"stock": accumulation, "scale": stock_scale(2, accumulation)})
+        results.append({"stock scale": accumulation, "scale": stock_scale(2, accumulation)})
+    for trainer_class in (PairwiseRewardTrainer, ForgetsTheEpoch):
+        folder = f"{output}.{trainer_class.__name__}"
+        gap = resume_gap(trainer_class, folder)
+        results.append({"resumed": trainer_class.__name__, "gap": gap})
     if int(os.environ.get("RANK", 0)) == 0:
         Path(output).write_text(json.dumps(results))
 

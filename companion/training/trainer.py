@@ -1,0 +1,538 @@
+"""``ExactTrainer``: a ``Trainer`` with the exact gradient and exact figures, for rows of any kind.
+
+A kind says how its rows become token ids, how a batch is made of them, and gives a table with one
+row of figures an item; here the table becomes the loss and the figures. Each item has a weight (a
+pair or a prompt: 1; a text: its labelled tokens) and a mean loss. What differs from the stock
+trainers, each with its reason:
+
+* the loss of a step is the weighted mean over all items of all micro-batches on all ranks
+  (contract 4; Chapter 8). TRL's is the mean of local means, whose gradient is another one whenever
+  micro-batches differ in size; a stock ``Trainer`` on a token classifier does not divide by the
+  accumulation either: its gradient was 8.8 times too large on two ranks with an accumulation of 4;
+* the ranks are kept in step by padding rows of weight 0; accelerate's ``even_batches`` repeats
+  rows;
+* metrics are computed per item and reduced by sum and count (trl #7010), and ``predict`` returns a
+  row for each item (TRL returned 9 rewards for 5 pairs);
+* rows are tokenised by :class:`companion.formatting.RewardFormatter` only, and what it drops or
+  cuts is counted and logged; TRL drops pairs above ``max_length`` without a word;
+* the score is read by the attention mask, by a head in fp32 (Chapter 2);
+* a batch is packed where that is exact for the model: no padding, and each prompt computed once for
+  all its completions, with the same gradient. TRL computes it twice and pads to the longest text.
+
+All the rest (optimisers, schedules, DDP, FSDP, DeepSpeed, checkpoints, trackers, callbacks) is that
+of TRL and transformers: a kind's trainer names the class that it stands on, ``class
+PairwiseRewardTrainer(ExactTrainer, trl.RewardTrainer)``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import PredictionOutput, TrainOutput
+
+from companion.errors import CompanionError, DataError, ModelError
+from companion.formatting import RewardFormatter
+from companion.models.guards import check_head, check_tokenizer_and_config, prepare_token_head
+from companion.models.head import find_head, install_head
+from companion.models.loading import load_base
+from companion.models.packed_attention import packing_obstacle
+from companion.models.readout import Readout, ScalarReadout
+from companion.models.reward_model import RewardModel
+from companion.reduction import SumCount, all_reduce_metrics
+from companion.training.batches import Collator, ExactBatches, ItemTables
+from companion.training.config import PairwiseRewardConfig
+from companion.training.evaluation_loop import ExactEvaluation
+from companion.training.forward import (
+    forward_scores,
+    forward_tokens,
+    install_forward,
+    remove_forward,
+)
+from companion.training.rows import FormatReport
+
+logger = logging.getLogger(__name__)
+
+#: first columns of the tables of all kinds; what follows is the kind's own. ``real`` is 0 for
+#: padding; ``weight`` is how much the item counts in the loss (0: nothing to learn from it);
+#: ``loss`` is its mean loss; ``tokens`` its tokens.
+REAL, WEIGHT, LOSS, TOKENS, OWN = range(5)
+
+
+class ExactTrainer(ExactBatches, ExactEvaluation):
+    """Base of the trainers of all kinds. Chapters 3, 4 and 8.
+
+    Parameters
+    ----------
+    model : str, RewardModel, PreTrainedModel or PeftModel
+        A base's name is loaded with a fresh head of the kind. A bare model needs
+        `processing_class` or `formatter`.
+    args : PairwiseRewardConfig, optional
+        Of the kind's own class.
+    train_dataset : datasets.Dataset
+        Rows of the kind, or rows that hold token ids already.
+    eval_dataset : Dataset or dict of Dataset, optional
+        Without it, evaluation during training is switched off.
+    formatter : RewardFormatter, optional
+        Default: that of the reward model, or one made from `processing_class`.
+    processing_class : PreTrainedTokenizerBase, optional
+    compute_metrics : callable, optional
+        Gets ``EvalPrediction(predictions=…, label_ids=zeros[n])``, the predictions as ``predict``
+        has them.
+    **kwargs
+        ``callbacks``, ``optimizers``, … as for the trainer that this one stands on.
+
+    Attributes
+    ----------
+    format_reports : dict of str to FormatReport
+        What became of the rows of each set.
+
+    Raises
+    ------
+    ReadoutError, ModelError
+        From the guards, before anything is trained.
+    DataError
+        For bad rows, or if no row is left.
+    """
+
+    # `compute_loss` divides by the weight of the whole step, so that `training_step` must not
+    # divide by the accumulation once more.
+    loss_is_scaled_for_ga: Any = True
+    args: PairwiseRewardConfig
+    #: class of the settings
+    config_class: ClassVar[type[PairwiseRewardConfig]]
+    #: class of what makes a batch
+    collator_class: ClassVar[type[Collator]]
+    #: the columns of the table that ``predict`` gives
+    predicted: ClassVar[slice]
+    #: what the weight of all items of a run is called in its last log
+    total: ClassVar[str] = "train_weight"
+
+    def __init__(
+        self,
+        model: Any,
+        args: PairwiseRewardConfig | None = None,
+        *,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
+        formatter: RewardFormatter | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(train_dataset, Dataset):
+            raise DataError(
+                f"train_dataset is a {type(train_dataset).__name__}",
+                f"give a datasets.Dataset: the {self.items} of a step cannot be counted in a "
+                "stream",
+            )
+        args = self.args = self.config_class() if args is None else args
+        if isinstance(model, str):
+            model = load_base(
+                model,
+                labels=self.labels(args),
+                head_seed=args.seed,
+                max_length=args.max_length,
+                overlong=args.overlong,  # type: ignore[arg-type]
+                trust_remote_code=args.trust_remote_code,
+            )
+        self._notes = list(getattr(model, "notes", ()))
+        model, processing_class, self.formatter = _unpack(model, args, processing_class, formatter)
+        self.format_reports: dict[str, FormatReport] = {}
+        if eval_dataset is None and args.eval_strategy != "no":
+            logger.info(f"no held-out {self.items} were given: no evaluation during training")
+            args.eval_strategy = type(args.eval_strategy)("no")  # type: ignore[operator]
+            args.do_eval = False
+        check_tokenizer_and_config(processing_class, model.config)
+        _prepare_head(model, self.labels(args), kwargs.get("peft_config"))
+        train_dataset = self.prepare_rows(train_dataset, "train")
+        own = self.make_collator(processing_class.pad_token_id, args, model.config)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=kwargs.pop("data_collator", None) or own,
+            train_dataset=train_dataset,
+            eval_dataset=self._prepare_many(eval_dataset, "eval"),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        own.packing = _use_packing(self.model, args)
+        if type(self.pop_callback(ProgressCallback)) is ProgressCallback:
+            self.add_callback(TrainingProgress())
+        _refuse_shared_rows(self)
+        self._window = ItemTables()  # items since the last log
+        self._sums = np.zeros(2)  # weighted loss, and weight, of this call of `train`
+        self._tokens = 0.0
+
+    # ------------------------------------------------------------------ what a kind has to say
+
+    @classmethod
+    def readout(cls, args: Any) -> Readout:
+        """How the model's values are read."""
+        return ScalarReadout()
+
+    @classmethod
+    def labels(cls, args: Any) -> int | None:
+        """Outputs of the head for every token; None for one score a text."""
+        readout = cls.readout(args)
+        return None if readout.kind == "scalar" else readout.labels
+
+    @classmethod
+    def format_rows(
+        cls, dataset: Dataset, formatter: RewardFormatter, args: Any, source: str
+    ) -> tuple[Dataset, FormatReport]:
+        """Rows of the kind to rows of token ids, with their ``row`` and ``length``."""
+        raise NotImplementedError
+
+    def check_rows(
+        self, dataset: Dataset, source: str
+    ) -> tuple[Sequence[int], FormatReport | None]:
+        """Check rows that hold token ids already; which are kept, and a report."""
+        if not len(dataset):
+            raise DataError(f"{source}: there are no rows")
+        return range(len(dataset)), None
+
+    @classmethod
+    def make_collator(cls, pad_token_id: int, args: Any, config: Any) -> Collator:
+        """From rows of token ids to a batch; its ``packing`` is set by the trainer."""
+        return cls.collator_class(pad_token_id, args.pad_to_multiple_of, config)
+
+    def item_table(self, model: Any, inputs: Any) -> Tensor:
+        """Score a batch; ``[B, columns]``, the first of which are :data:`REAL` and so on.
+
+        Raises
+        ------
+        ModelError
+            If a score is not finite; the message names the rows.
+        """
+        raise NotImplementedError
+
+    def sums(self, table: Tensor) -> dict[str, SumCount]:
+        """The kind's own means, as sums and counts, of a table on the CPU."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ rows
+
+    def is_formatted(self, dataset: Any) -> bool:
+        """Whether the rows hold token ids already."""
+        return all(name in dataset.column_names for name in self.ids)
+
+    def prepare_rows(self, dataset: Dataset, name: str) -> Dataset:
+        """Tokenise by the formatter; count and log what was dropped or cut."""
+        report: FormatReport | None
+        if self.is_formatted(dataset):
+            kept, report = self.check_rows(dataset, name)
+            rows = dataset if len(kept) == len(dataset) else dataset.select(kept)
+        else:
+            rows, report = self.format_rows(dataset, self.formatter, self.args, name)
+        if report is not None:
+            self.format_reports[name] = report
+            if self.args.process_index == 0:
+                lost = report.kept < report.rows or report.truncated or report.identical
+                logger.log(logging.WARNING if lost else logging.INFO, str(report))
+        return rows
+
+    def _prepare_many(self, dataset: Any, name: str) -> Any:
+        if isinstance(dataset, Mapping):
+            return {own: self.prepare_rows(rows, own) for own, rows in dataset.items()}
+        return self.prepare_rows(dataset, name) if isinstance(dataset, Dataset) else dataset
+
+    # ------------------------------------------------------------------ loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the weighted mean over the step, times the number of ranks.
+
+        DDP, FSDP and DeepSpeed average the gradients of the ranks, hence the factor. Without
+        `num_items_in_batch` it is the mean over this batch alone. A step in which nothing has a
+        label has loss and gradient 0, not NaN.
+        """
+        table = self.item_table(model, inputs)
+        weight, loss = table[:, WEIGHT].detach(), table[:, LOSS]
+        # `where`, not a product alone: 0 times a NaN is NaN
+        total = torch.where(weight > 0, weight * loss, 0.0).sum()
+        if num_items_in_batch is None:
+            loss = total / weight.sum().clamp(min=1)
+        else:
+            whole = torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+            loss = total * (self.accelerator.num_processes / whole)
+            self._window.add(table)
+        return (loss, {"logits": table[:, self.predicted]}) if return_outputs else loss
+
+    def refuse_not_finite(self, bad: Tensor, rows: Tensor) -> None:
+        """Stop if the scores of a real item are not finite.
+
+        Parameters
+        ----------
+        bad : Tensor
+            ``[B]`` bool.
+        rows : Tensor
+            ``[B]`` rows of the source, -1 if unknown.
+
+        Raises
+        ------
+        ModelError
+            With the first such rows.
+        """
+        if bool(bad.any()):
+            named = rows[bad].tolist()
+            where = f"rows {', '.join(map(str, named[:5]))}" if min(named) >= 0 else "a batch"
+            raise ModelError(
+                f"step {self.state.global_step}: scores that are not finite in {where}",
+                "lower the learning rate, clip gradients (max_grad_norm), take bf16 in place of "
+                "fp16, and check that the base gives finite scores",
+            )
+
+    # ------------------------------------------------------------------ figures
+
+    def summarise(self, table: Tensor, *, all_ranks: bool = False) -> dict[str, float]:
+        """Exact figures of a table; over all ranks if asked for (every rank must then call)."""
+        weight, loss = table[:, WEIGHT], table[:, LOSS]
+        sums = {
+            "loss": SumCount(float((weight * loss).sum()), round(float(weight.sum()))),
+            f"num_{self.items}": SumCount().add(table[:, REAL]),
+            "tokens": SumCount().add(table[:, TOKENS]),
+            **self.sums(table),
+        }
+        if all_ranks:
+            all_reduce_metrics(sums)
+        figures = {name: value.mean for name, value in sums.items()}
+        figures[f"num_{self.items}"] = sums[f"num_{self.items}"].sum
+        figures["tokens"] = sums["tokens"].sum
+        figures["weight"] = float(sums["loss"].count)
+        return figures
+
+    def evaluated(self, table: Tensor) -> tuple[dict[str, float], Any]:
+        """Figures, and the predictions ``[n, columns]`` float32."""
+        figures = self.summarise(table)
+        for name in ("tokens", "weight"):
+            del figures[name]
+        return figures, table[:, self.predicted].to(torch.float32).numpy()
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in transformers; ``training_loss`` is the weighted mean over this call."""
+        self._window, self._sums, self._tokens = ItemTables(), np.zeros(2), 0.0
+        output = super().train(*args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _drain(self) -> dict[str, float]:
+        """Figures of the items since the last call, over all ranks; empty if there are none."""
+        if not self._window.used:  # on all ranks alike: each holds as many micro-batches
+            return {}
+        table = self._window.pop()
+        figures = self.summarise(table, all_ranks=self.accelerator.num_processes > 1)
+        weight = figures.pop("weight")
+        if weight:
+            self._sums += [figures["loss"] * weight, weight]
+        self._tokens += figures.pop("tokens")
+        return figures
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Put the exact figures of the items since the last log in place of averaged averages."""
+        if "loss" in logs and "eval_loss" not in logs:
+            figures = self._drain()
+            figures.pop(f"num_{self.items}", None)
+            logs |= {name: value for name, value in figures.items() if np.isfinite(value)}
+            logs["num_tokens"] = round(self._tokens)
+        elif "train_loss" in logs:
+            self._drain()
+            total, weight = self._sums
+            if weight:
+                logs["train_loss"] = float(total / weight)
+            logs[self.total] = float(weight)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As in transformers; other rows than those of the trainer are tokenised first."""
+        rows = self._prepare_many(eval_dataset, metric_key_prefix)
+        return super().evaluate(rows, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self,
+        test_dataset: Dataset,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """Score rows: predictions ``[n, columns]`` in the order of the rows.
+
+        A row that was dropped, for its length or for want of a label, has NaN in its place; the
+        metrics leave it out, and a log line says how many there are.
+        """
+        n_rows = len(test_dataset)
+        rows = self.prepare_rows(test_dataset, metric_key_prefix)
+        output = super().predict(rows, ignore_keys, metric_key_prefix)
+        if len(rows) == n_rows:
+            return output
+        given = self.is_formatted(test_dataset)
+        places = self.check_rows(test_dataset, metric_key_prefix)[0] if given else rows["row"]
+        found: Any = output.predictions
+        predictions = np.full((n_rows, found.shape[1]), np.nan, dtype=np.float32)
+        predictions[list(places)] = found
+        return output._replace(predictions=predictions)
+
+    # ------------------------------------------------------------------ the model
+
+    def reward_model(self) -> RewardModel:
+        """The model as it is now, ready to score and to be saved: in eval mode, its own forward.
+
+        It is the model that was trained, no copy; this trainer cannot go on with it. Every rank
+        may call.
+
+        Raises
+        ------
+        ModelError
+            Under ZeRO-3 and FSDP, where no rank holds the whole model.
+        """
+        if is_sharded(self):
+            raise ModelError(
+                "no rank holds the whole model: it is sharded (ZeRO-3, FSDP)",
+                "save it (trainer.save_model) and load the folder, or train by "
+                "companion.training.run.train, which does both",
+            )
+        model: Any = self.accelerator.unwrap_model(self.model)
+        remove_forward(model)
+        model.eval()
+        return RewardModel(
+            model,
+            self.processing_class,
+            self.formatter,
+            notes=self._notes,
+            readout=self.readout(self.args),
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # with the chat template in use and its recipe, a checkpoint is a whole reward model
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        self.formatter.save_pretrained(str(folder))
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether no rank holds the whole model."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+
+def _prepare_head(model: Any, labels: int | None, peft_config: Any) -> None:
+    """Check the head, put it in fp32, and give the model the forward of the kind."""
+    if labels is not None:
+        prepare_token_head(model, labels)
+        install_forward(model, forward_tokens)
+    else:
+        if type(find_head(model)) is nn.Linear and not hasattr(model, "peft_config"):
+            install_head(model)
+        check_head(model)
+        install_forward(model, forward_scores)
+    if peft_config is not None:  # LoRA neither trains nor saves the head unless it is told to
+        kept = list(peft_config.modules_to_save or [])
+        if "score" not in kept:
+            peft_config.modules_to_save = [*kept, "score"]
+            logger.warning("LoRA: 'score' added to modules_to_save, else the head stays random")
+    elif not any(p.requires_grad for p in find_head(model).parameters()):
+        raise ModelError(
+            "the head is frozen, so the reward stays random",
+            'wrap the model with modules_to_save=["score"], or by companion.models.apply_lora',
+        )
+
+
+def _unpack(
+    model: Any, args: Any, processing_class: Any, formatter: RewardFormatter | None
+) -> tuple[Any, Any, RewardFormatter]:
+    """The bare model, its tokenizer and its formatter, from whatever was given."""
+    if isinstance(model, RewardModel):
+        for note in model.notes:
+            logger.info(note)
+        processing_class = processing_class or model.tokenizer
+        formatter = formatter or model.formatter
+        model = model.model
+    if processing_class is None and formatter is None:
+        raise ModelError(
+            "a bare model came without a tokenizer",
+            "give processing_class=tokenizer, formatter=…, or the base's name as the model",
+        )
+    processing_class = processing_class or formatter.tokenizer  # type: ignore[union-attr]
+    formatter = formatter or RewardFormatter(
+        processing_class, max_length=args.max_length, overlong=args.overlong
+    )
+    return model, processing_class, formatter
+
+
+def _refuse_shared_rows(trainer: Any) -> None:
+    """Refuse set-ups in which ranks share rows, which are counted once a rank."""
+    sizes = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size()}
+    sizes["sequence"] = trainer.get_sp_size()
+    used = [f"{name} parallelism of {size}" for name, size in sizes.items() if size > 1]
+    if trainer.args.n_gpu > 1:
+        used.append(f"nn.DataParallel over {trainer.args.n_gpu} GPUs")
+    if used:
+        raise CompanionError(
+            f"{' and '.join(used)}: ranks would share {trainer.items}, which are counted once a "
+            "rank",
+            "start a process for each device (torchrun, accelerate launch: DDP, FSDP, DeepSpeed "
+            "ZeRO), or show it one device (CUDA_VISIBLE_DEVICES=0)",
+        )
+
+
+def _use_packing(model: Any, args: Any) -> bool:
+    """Whether batches are packed; if not although they were to be, the log says why."""
+    if args.packing == "off":
+        return False
+    why = packing_obstacle(model, training=True)
+    if args.torch_compile:
+        why = "torch_compile would compile anew for every batch"
+    if why is not None and args.process_index == 0:
+        logger.warning(f"batches are padded, not packed: {why}")
+    return why is None
+
+
+class TrainingProgress(ProgressCallback):
+    """A bar with the latest figures, and one line for each look at held-out rows.
+
+    In place of transformers' callback, which prints a dictionary for every log.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show training figures in the bar and held-out figures in a line."""
+        bar = self.training_bar
+        if bar is None or not logs:
+            return
+        if "loss" in logs:
+            bar.set_postfix(
+                {name: f"{logs[name]:.3f}" for name in ("loss", "accuracy") if name in logs}
+            )
+        for key in [key for key in logs if key.endswith("_accuracy")]:
+            name = key.removesuffix("accuracy")
+            loss = logs.get(name + "nll", logs.get(name + "loss", float("nan")))
+            counts = [k for k in logs if k.startswith(name + "num_")]
+            counted = "".join(f", {logs[k]:,.0f} {k.removeprefix(name + 'num_')}" for k in counts)
+            bar.write(
+                f"step {state.global_step:>6,}  held out{_which(name)}: "
+                f"accuracy {logs[key]:.3f}, loss {loss:.3f} nats{counted}"
+            )
+
+
+def _which(prefix: str) -> str:
+    """The name of one of several evaluation sets: 'eval_hard_' is the set 'hard'."""
+    inner = prefix.removeprefix("eval_").strip("_")
+    return f" ({inner})" if inner else ""
