@@ -30,10 +30,9 @@ from companion.models import load_base, save_reward_model
 from companion.quickstart import TUTOR_BASE
 from companion.resampling import bootstrap_interval
 from companion.scoring import RewardScorer
-from companion.selection import BestOfNCurve, best_of_n_curve, pairwise_accuracy
+from companion.selection import BestOfNCurve, best_of_n_curve, ensemble_scores, pairwise_accuracy
 from companion.training.config import PairwiseRewardConfig
 from companion.training.pairwise import PairwiseRewardTrainer
-from companion.votes import ensemble_scores
 
 POLICY_SEED, PAIRS_SEED, TEST_SEED = 900, 700, 800
 MAX_NEW_TOKENS = 96

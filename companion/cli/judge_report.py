@@ -10,13 +10,14 @@ from companion.cli.shared import check_target
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--input",
         required=True,
         help="what 'companion judge' wrote, or rows with id, a, b, preference, annotator, kind",
     )
-    parser.add_argument("--own_model", help="what model_a and model_b call the judge's own texts")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    add("--own_model", help="what model_a and model_b call the judge's own texts")
+    add("--json", type=Path, metavar="FILE", help="write all figures here")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,12 +10,11 @@ from companion.errors import CompanionError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--all", action="store_true", help="list every exercise")
-    parser.add_argument("--path", action="store_true", help="print where progress is kept")
-    parser.add_argument("--reset", action="store_true", help="forget what was solved")
-    parser.add_argument(
-        "--chapter", type=int, choices=sorted(CHAPTERS), help="with --reset: this chapter alone"
-    )
+    add = parser.add_argument
+    add("--all", action="store_true", help="list every exercise")
+    add("--path", action="store_true", help="print where progress is kept")
+    add("--reset", action="store_true", help="forget what was solved")
+    add("--chapter", type=int, choices=sorted(CHAPTERS), help="with --reset: this chapter alone")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,8 +6,9 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from companion.quickstart import QuickstartResult
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument("--output_dir", default="quickstart", help="data, model and report go here")
-    parser.add_argument("--n_train", type=int, default=3_000, help="pairs to train on")
-    parser.add_argument("--n_eval", type=int, default=1_000, help="held-out pairs during training")
-    parser.add_argument("--n_test", type=int, default=4_000, help="held-out pairs to judge it on")
-    parser.add_argument("--learning_rate", type=float, default=6e-4, help="peak of the cosine")
-    parser.add_argument("--batch_size", type=int, default=16, help="pairs a step")
-    parser.add_argument("--seed", type=int, default=0, help="of data, order and head")
+    add = parser.add_argument
+    add("--output_dir", default="quickstart", help="data, model and report go here")
+    add("--n_train", type=int, default=3_000, help="pairs to train on")
+    add("--n_eval", type=int, default=1_000, help="held-out pairs during training")
+    add("--n_test", type=int, default=4_000, help="held-out pairs to judge it on")
+    add("--learning_rate", type=float, default=6e-4, help="peak of the cosine")
+    add("--batch_size", type=int, default=16, help="pairs a step")
+    add("--seed", type=int, default=0, help="of data, order and head")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,16 +37,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _table(title: str, columns: Sequence[str]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place else "left")
+    return table
+
+
 def _show(result: QuickstartResult) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from companion.evaluation.pairs import summary_rows
 
     console = Console(highlight=False)
-    examples = Table(title="One prompt, six completions", title_justify="left")
-    for name in ("completion", "gold r*", "score", "z", "percentile"):
-        examples.add_column(name, justify="left" if name == "completion" else "right")
+    names = ("completion", "gold r*", "score", "z", "percentile")
+    examples = _table("One prompt, six completions", names)
+    table = _table("Held-out prompts", ("figure", "ours", "limit"))
     for row in result.examples:
         examples.add_row(
             row["what"],
@@ -53,9 +63,6 @@ def _show(result: QuickstartResult) -> None:
             f"{row['z']:+.2f}",
             f"{row['percentile']:.0f}",
         )
-    table = Table(title="Held-out prompts", title_justify="left")
-    for name in ("figure", "ours", "limit"):
-        table.add_column(name, justify="left" if name == "figure" else "right")
     for figure in summary_rows(result.evaluation.metrics):
         table.add_row(*figure)
     for name, (ours, gold) in result.weights.items():

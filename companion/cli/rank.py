@@ -9,36 +9,35 @@ from companion.cli.shared import add_flags, loading, open_scorer, progress_bar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument("--model", required=True, help="folder or hub id of a reward model")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", required=True, help="folder or hub id of a reward model")
+    add(
         "--input",
         required=True,
         help=".jsonl or .jsonl.gz; each line an object with prompt and, without --policy, "
         "completions (a list)",
     )
-    parser.add_argument(
+    add(
         "--output", required=True, help="the best, as rows of prompt and completion for fine-tuning"
     )
-    parser.add_argument("--ranks", help="all, best first (default: OUTPUT.ranks.jsonl)")
-    parser.add_argument("--pairs", help="best and worst as chosen and rejected")
-    parser.add_argument("--policy", help="folder or hub id of a model that draws completions")
-    parser.add_argument("--n", type=int, default=16, help="completions that the policy draws")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the policy")
-    parser.add_argument("--top_p", type=float, default=1.0, help="of the policy")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="of a completion")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--top_k", type=int, default=1, help="how many of each prompt to write")
+    add("--ranks", help="all, best first (default: OUTPUT.ranks.jsonl)")
+    add("--pairs", help="best and worst as chosen and rejected")
+    add("--policy", help="folder or hub id of a model that draws completions")
+    add("--n", type=int, default=16, help="completions that the policy draws")
+    add("--temperature", type=float, default=1.0, help="of the policy")
+    add("--top_p", type=float, default=1.0, help="of the policy")
+    add("--max_new_tokens", type=int, default=512, help="of a completion")
+    add("--seed", type=int, default=0, help="of the sampling")
+    add("--top_k", type=int, default=1, help="how many of each prompt to write")
     add_flags(
         parser,
         *("on_error", "overwrite", "max_tokens_per_batch"),
         on_error="a bad row stops the run, or gets an 'error' in the ranks",
         max_tokens_per_batch="tokens of a batch, of the model and of the policy",
     )
-    parser.add_argument("--chunk_rows", type=int, default=64, help="prompts done at a time")
+    add("--chunk_rows", type=int, default=64, help="prompts done at a time")
     add_flags(
-        parser,
-        *("device", "dtype", "trust_remote_code"),
-        dtype="of the weights of both models",
+        parser, *("device", "dtype", "trust_remote_code"), dtype="of the weights of both models"
     )
 
 

@@ -10,23 +10,18 @@ from companion.cli.shared import add_flags, open_scorer, progress_bar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument(
-        "--model", required=True, help="folder or hub id of a reward model of any kind"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", required=True, help="folder or hub id of a reward model of any kind")
+    add(
         "--input",
         required=True,
         help=".jsonl or .jsonl.gz; each line a text, a list of messages, or an object with "
         "prompt and completion, messages, or text",
     )
-    parser.add_argument("--output", required=True, help=".jsonl, one line for each row, in order")
-    parser.add_argument(
-        "--fields", nargs="*", default=[], help="fields to copy besides 'id'; '*' copies all"
-    )
-    parser.add_argument(
-        "--completion_field", default="completion", help="field that holds the completion"
-    )
-    parser.add_argument(
+    add("--output", required=True, help=".jsonl, one line for each row, in order")
+    add("--fields", nargs="*", default=[], help="fields to copy besides 'id'; '*' copies all")
+    add("--completion_field", default="completion", help="field that holds the completion")
+    add(
         "--unterminated",
         action="store_true",
         help="all completions were cut off: write no end (default: what a row's 'terminated' says)",
@@ -36,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         *("on_error", "overwrite", "max_length", "overlong", "max_tokens_per_batch", "packing"),
         on_error="a bad row stops the run, or gets an 'error' in place of a score",
     )
-    parser.add_argument(
+    add(
         "--compile",
         action="store_true",
         help="compile norms and MLPs: seconds at the start, then somewhat faster on wide models; "
         "on a CPU it needs a C++ compiler",
     )
-    parser.add_argument("--chunk_rows", type=int, default=1024, help="rows written at a time")
+    add("--chunk_rows", type=int, default=1024, help="rows written at a time")
     add_flags(parser, "device", "dtype", "revision", "trust_remote_code")
 
 

@@ -61,19 +61,14 @@ class CheckResult:
     def __str__(self) -> str:
         lines = [self._head]
 
+        wrap = textwrap.TextWrapper(
+            88, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+
         def add(text: str, first: str = "  ") -> None:
             for number, part in enumerate(text.splitlines()):
-                lead = first if number == 0 else "  "
-                lines.append(
-                    textwrap.fill(
-                        part,
-                        88,
-                        initial_indent=lead,
-                        subsequent_indent="  ",
-                        break_long_words=False,
-                        break_on_hyphens=False,
-                    )
-                )
+                wrap.initial_indent = first if number == 0 else "  "
+                lines.append(wrap.fill(part))
 
         if self.message:
             add(self.message)

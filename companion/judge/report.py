@@ -137,53 +137,50 @@ def _position(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> dict[
     first = verdict_codes([row["first"] for row in rows])
     swapped = verdict_codes([row["swapped"] for row in rows])
     # `swapped` names the completion: b stood first there
-    wins = np.concatenate([first == 0, swapped == 1]).astype(np.float64)
-    decided = np.concatenate([(first == 0) | (first == 1), (swapped == 0) | (swapped == 1)])
+    wins = np.concatenate([first == 0, swapped == 1])
+    decided = np.isin(np.concatenate([first, swapped]), (0, 1))
     both = (first >= 0) & (swapped >= 0)
-    out: dict[str, Any] = {"n_answers": int(decided.sum()), "n_rows": int(both.sum())}
-    out |= _share("first_share", wins[decided], _pick([*groups, *groups], decided))
-    agree = (first == swapped)[both].astype(np.float64)
-    out |= _share("consistent", agree, _pick(groups, both))
-    one, two = (
-        np.array([_number(row.get(name)) for row in rows])
-        for name in ("logit_first", "logit_swapped")
+    logits = np.array(
+        [[row.get("logit_first"), row.get("logit_swapped")] for row in rows], dtype=np.float64
     )
-    known = np.isfinite(one) & np.isfinite(two)
-    return out | _share("logit", (one - two)[known] / 2, _pick(groups, known))
+    bias = (logits[:, 0] - logits[:, 1]) / 2
+    return {
+        "n_answers": int(decided.sum()),
+        "n_rows": int(both.sum()),
+        **_share("first_share", wins, [*groups, *groups], decided),
+        **_share("consistent", first == swapped, groups, both),
+        **_share("logit", bias, groups, np.isfinite(bias)),
+    }
 
 
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
+def _share(
+    name: str, values: npt.NDArray[Any], groups: Sequence[str], keep: npt.NDArray[np.bool_]
+) -> dict[str, Any]:
+    """Mean of the values that are kept, and its interval."""
+    if not keep.any():
+        return {name: None}
+    kept = values[keep].astype(np.float64)
+    ends = bootstrap_interval(kept, _pick(groups, keep))
+    return {name: float(kept.mean()), f"{name}_interval": tuple(ends)}
 
 
 def _pick(groups: Sequence[str], keep: npt.NDArray[np.bool_]) -> list[str]:
     return [group for group, kept in zip(groups, keep, strict=True) if kept]
 
 
-def _share(name: str, values: npt.NDArray[Any], groups: Sequence[str]) -> dict[str, Any]:
-    if not len(values):
-        return {name: None}
-    ends = bootstrap_interval(values.astype(np.float64), groups)
-    return {name: float(values.mean()), f"{name}_interval": tuple(ends)}
-
-
-def _lean(
-    codes: npt.NDArray[np.int64],
-    given: npt.NDArray[np.int64],
-    side: npt.NDArray[np.int64],
-    groups: Sequence[str],
-) -> dict[str, Any]:
+def _lean(codes: Codes, given: Codes, side: Codes, groups: Sequence[str]) -> dict[str, Any]:
     """How often one side (the longer, the judge's own) wins: by the judge, and by the labels."""
     tie = VERDICTS.index("tie")
     judged = (side >= 0) & (codes >= 0) & (codes != tie)
-    wins = (codes == side)[judged]
-    out: dict[str, Any] = {"n": int(judged.sum())}
-    out |= _share("judge", wins, _pick(groups, judged))
     both = judged & (given >= 0) & (given != tie)
-    out["n_with_label"] = int(both.sum())
-    out |= _share("label", (given == side)[both], _pick(groups, both))
-    more = (codes == side)[both].astype(np.float64) - (given == side)[both]
-    return out | _share("difference", more, _pick(groups, both))
+    wins, labelled = (codes == side).astype(np.float64), (given == side).astype(np.float64)
+    return {
+        "n": int(judged.sum()),
+        **_share("judge", wins, groups, judged),
+        "n_with_label": int(both.sum()),
+        **_share("label", labelled, groups, both),
+        **_share("difference", wins - labelled, groups, both),
+    }
 
 
 # ---------------------------------------------------------------------- agreement
@@ -261,7 +258,7 @@ def agreement(first: Codes, second: Codes, groups: Sequence[str], seed: int = 0)
     out: dict[str, Any] = {"n": len(codes), "left_out": int((~both).sum())}
     if not len(codes):
         return out | {"agreement": None, "kappa": None}
-    kept = [group for group, keep in zip(groups, both, strict=True) if keep]
+    kept = _pick(groups, both)
     same = (codes[:, 0] == codes[:, 1]).astype(np.float64)
     kappa = _kappa(codes, len(VERDICTS))
     decided = (codes < 2).all(axis=1)

@@ -159,7 +159,7 @@ class Viewer:
         state = PartialState()
         mine = range(state.process_index, len(self.rows), state.num_processes)
         rows = [self.rows[i] for i in mine]
-        found: list[tuple[int, list[str], dict[str, list[float]], list[int], list[bool]]] = []
+        found: list[tuple[int, list[Sample], dict[str, list[float]]]] = []
         if rows:
             groups = policy.sample(
                 [row["prompt"] for row in rows],
@@ -169,18 +169,12 @@ class Viewer:
                 seed=self.seed,
             )
             values = self._values(rows, groups, policy, reference, as_reference)
-            for place, index in enumerate(mine):
-                part = slice(place * self.completions, (place + 1) * self.completions)
-                found.append(
-                    (
-                        index,
-                        [sample.text for sample in groups[place]],
-                        {name: column[part] for name, column in values.items()},
-                        [sample.n_tokens for sample in groups[place]],
-                        [not sample.terminated for sample in groups[place]],
-                    )
-                )
+            m = self.completions
+            for i, (index, group) in enumerate(zip(mine, groups, strict=True)):
+                own = {name: column[i * m : (i + 1) * m] for name, column in values.items()}
+                found.append((index, group, own))
         everything = sorted(gather_object(found), key=lambda item: item[0])
+        samples = [sample for _, group, _ in everything for sample in group]
         tables = {
             name: np.array([item[2][name] for item in everything], dtype=np.float64)
             for name in ("kl", *self.scorers)
@@ -189,9 +183,11 @@ class Viewer:
             step,
             {name: _row_means(table) for name, table in tables.items()},
             {name: int(np.isnan(tables[name]).sum()) for name in self.scorers},
-            float(np.mean([item[3] for item in everything])),
-            float(np.mean([item[4] for item in everything])),
-            [item[1] for item in everything] if state.is_main_process else [],
+            float(np.mean([sample.n_tokens for sample in samples])),
+            float(np.mean([not sample.terminated for sample in samples])),
+            [[sample.text for sample in item[1]] for item in everything]
+            if state.is_main_process
+            else [],
         )
 
     def _values(

@@ -131,18 +131,13 @@ def rank_file(
     that came first.
     """
     source, output = Path(input_path), Path(output_path)
-    ranks = (
-        Path(ranks_path)
-        if ranks_path is not None
-        else output.with_name(f"{output.name}.ranks.jsonl")
-    )
+    ranks = Path(f"{output}.ranks.jsonl" if ranks_path is None else ranks_path)
     if top_k < 1 or n < 1:
         raise DataError(f"n={n}, top_k={top_k}", "both must be at least 1")
     if on_error not in ("raise", "skip"):
         raise DataError(f"on_error is {on_error!r}", "use 'raise' or 'skip'")
-    paths = [p.resolve() for p in (source, output, ranks)]
-    if pairs_path is not None:
-        paths.append(Path(pairs_path).resolve())
+    files = (source, output, ranks, pairs_path)
+    paths = [Path(file).resolve() for file in files if file is not None]
     if len(set(paths)) < len(paths):
         raise DataError("input, output, ranks and pairs must be different files")
     sampling = {

@@ -24,7 +24,7 @@ from companion.search import (
     step_beam_search,
     within_tokens,
 )
-from companion.votes import majority_vote
+from companion.selection import majority_vote
 
 TUTOR = "companion/assets/tutor-base"
 
