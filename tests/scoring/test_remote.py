@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -28,68 +24,17 @@ ROWS = [
 ]
 
 
-class Service:
-    """What vLLM's ``/classify`` and the companion's ``/score`` do, with faults on demand."""
-
-    def __init__(self, scorer: RewardScorer) -> None:
-        self.scorer = scorer
-        self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.failures: list[int] = []
-        self.change: Callable[[dict[str, Any]], Any] = lambda answer: answer
-        service = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                service.bodies.append(body)
-                service.headers.append(dict(self.headers))
-                if service.failures:
-                    self.send_response(service.failures.pop(0))
-                    self.send_header("Content-Length", "4")
-                    self.end_headers()
-                    self.wfile.write(b"sick")
-                    return
-                payload = json.dumps(service.change(service.answer(self.path, body))).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        if path == "/score":
-            return {"scores": self.scorer.score_encoded(body["input_ids"]).tolist()}
-        assert path == "/classify"
-        scores = self.scorer.score_encoded(body["input"])
-        if body.get("use_activation", True):
-            scores = 1 / (1 + np.exp(-scores))
-        data = [{"index": i, "probs": [s], "num_classes": 1} for i, s in enumerate(scores.tolist())]
-        return {"object": "list", "data": data[::-1]}  # the order is not promised
-
-
 @pytest.fixture
-def service(tiny_reward: Any) -> Iterator[Service]:
-    made = Service(RewardScorer(load_reward_model(tiny_reward)))
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+def service(serve: Any, tiny_reward: Any) -> Any:
+    return serve(RewardScorer(load_reward_model(tiny_reward)))
 
 
-def remote(service: Service, folder: Any, **settings: Any) -> RemoteScorer:
+def remote(service: Any, folder: Any, **settings: Any) -> RemoteScorer:
     return RemoteScorer.from_pretrained(service.url, folder, backoff=0.001, **settings)
 
 
 @pytest.mark.parametrize("protocol", ["classify", "companion"])
-def test_scores_are_those_of_the_model_here(
-    service: Service, tiny_reward: Any, protocol: Any
-) -> None:
+def test_scores_are_those_of_the_model_here(service: Any, tiny_reward: Any, protocol: Any) -> None:
     scorer = remote(service, tiny_reward, protocol=protocol, batch_size=2, model="reward")
     local = service.scorer.score(ROWS)
     there = scorer.score(ROWS)
@@ -104,7 +49,7 @@ def test_scores_are_those_of_the_model_here(
     assert [ids[-1] == tokenizer.eos_token_id for ids in sent] == [True, False, True]
 
 
-def test_a_reward_function_over_http(service: Service, tiny_reward: Any) -> None:
+def test_a_reward_function_over_http(service: Any, tiny_reward: Any) -> None:
     there = open_reward(f"{service.url}#{tiny_reward}")
     here = RewardScorer.from_pretrained(tiny_reward).as_reward_func()
     arguments = {
@@ -119,7 +64,7 @@ def test_a_reward_function_over_http(service: Service, tiny_reward: Any) -> None
 
 
 def test_a_server_that_is_back_soon_costs_retries_and_no_reward(
-    service: Service, tiny_reward: Any
+    service: Any, tiny_reward: Any
 ) -> None:
     service.failures = [503, 500, 429]
     scorer = remote(service, tiny_reward)
@@ -128,7 +73,7 @@ def test_a_server_that_is_back_soon_costs_retries_and_no_reward(
     assert scorer.counts["requests"] == 1
 
 
-def test_a_server_that_is_gone_is_an_error(service: Service, tiny_reward: Any) -> None:
+def test_a_server_that_is_gone_is_an_error(service: Any, tiny_reward: Any) -> None:
     service.failures = [503] * 9
     with pytest.raises(ServiceError, match="answered 503 after 3 tries: sick"):
         remote(service, tiny_reward, retries=2).score(ROWS, on_error="skip")
@@ -137,8 +82,8 @@ def test_a_server_that_is_gone_is_an_error(service: Service, tiny_reward: Any) -
     with pytest.raises(ServiceError, match="answered 400: sick"):
         remote(service, tiny_reward).score(ROWS, on_error="skip")
     assert len(service.bodies) == before + 1, "what the server refuses is not asked again"
-    service.server.shutdown()
-    service.server.server_close()
+    service.shutdown()
+    service.server_close()
     with pytest.raises(ServiceError, match="no answer after 2 tries"):
         remote(service, tiny_reward, retries=1).score(ROWS, on_error="skip")
 
@@ -152,14 +97,14 @@ def test_a_server_that_is_gone_is_an_error(service: Service, tiny_reward: Any) -
     ],
 )
 def test_answers_that_do_not_fit_are_errors(
-    service: Service, tiny_reward: Any, change: Any, message: str
+    service: Any, tiny_reward: Any, change: Any, message: str
 ) -> None:
     service.change = change
     with pytest.raises(ServiceError, match=message):
         remote(service, tiny_reward).score(ROWS)
 
 
-def test_a_score_that_is_not_finite_is_one_reason(service: Service, tiny_reward: Any) -> None:
+def test_a_score_that_is_not_finite_is_one_reason(service: Any, tiny_reward: Any) -> None:
     def change(answer: dict[str, Any]) -> dict[str, Any]:
         answer["data"][0]["probs"] = [None]  # of the last text
         return answer
@@ -171,7 +116,7 @@ def test_a_score_that_is_not_finite_is_one_reason(service: Service, tiny_reward:
 
 
 def test_a_sigmoid_on_the_server_is_noticed(
-    service: Service, tiny_reward: Any, caplog: pytest.LogCaptureFixture
+    service: Any, tiny_reward: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     def change(answer: dict[str, Any]) -> dict[str, Any]:
         for item in answer["data"]:
@@ -191,7 +136,7 @@ def test_a_sigmoid_on_the_server_is_noticed(
 
 
 def test_a_key_is_sent_and_bad_settings_are_refused(
-    service: Service, tiny_reward: Any, monkeypatch: pytest.MonkeyPatch
+    service: Any, tiny_reward: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COMPANION_REWARD_API_KEY", "secret")
     remote(service, tiny_reward).score(ROWS)
