@@ -29,7 +29,8 @@ from companion.rl.result import summary as summary
 from companion.rl.several import RewardCallable, joint_rewards, reward_name, weighted_sum
 from companion.rl.sources import open_reward
 from companion.search.sampling import Policy
-from companion.training.run import Say, checkpoint_of, whole_parameters
+from companion.training.run import Say, checkpoint_of
+from companion.training.trainer import whole_parameters
 
 
 def train_grpo(
