@@ -38,7 +38,8 @@ from companion.rl.rewards import (
     weighted_sum,
 )
 from companion.search.policy import Policy, end_token_ids
-from companion.training.run import Say, checkpoint_of, load_given, whole_parameters
+from companion.training.run import Say, checkpoint_of, load_given
+from companion.training.trainer import whole_parameters
 
 RESULT_FILE = "grpo_result.json"
 

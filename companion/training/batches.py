@@ -288,6 +288,8 @@ class ExactBatches(_Base):
     extras: ClassVar[tuple[str, ...]] = ()
     #: what an item of the loss is called in logs ("pairs")
     items: ClassVar[str]
+    #: makes the batches, if no other was given
+    own_collator: Collator
     #: see :func:`epoch_order`
     shuffle_steps: ClassVar[bool] = False
     _order: PaddedSampler | None = None
@@ -299,9 +301,8 @@ class ExactBatches(_Base):
         """
         raise NotImplementedError
 
-    def row_lengths(self, dataset: Any) -> list[int]:
-        """Tokens of each row's longest text, to group rows by."""
-        raise NotImplementedError
+    def _row_lengths(self, dataset: Any) -> list[int]:
+        return [max(map(len, self.own_collator.texts([row]))) for row in dataset]
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -321,7 +322,7 @@ class ExactBatches(_Base):
         lengths = None
         if is_training and self.args.train_sampling_strategy == "group_by_length":
             lengths = (
-                list(dataset[name]) if name in dataset.column_names else self.row_lengths(dataset)
+                list(dataset[name]) if name in dataset.column_names else self._row_lengths(dataset)
             )
         rows = self._remove_unused_columns(dataset, description=description)
         rows = PaddedRows(rows, self.padding_row(rows[0]))

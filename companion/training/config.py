@@ -201,8 +201,12 @@ class PairwiseRewardConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.packing not in ("auto", "off"):
-            raise CompanionError(f"packing is {self.packing!r}", "use 'auto' or 'off'")
+        for own in fields(self):
+            value, known = getattr(self, own.name), own.metadata.get("choices", ())
+            if known and value not in known and value is not None:
+                raise CompanionError(
+                    f"{own.name} is {value!r}", f"take one of: {', '.join(map(str, known))}"
+                )
         if self.bf16 is None:
             usable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             self.bf16 = usable and not self.fp16 and not self.use_cpu

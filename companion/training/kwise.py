@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from datasets import Dataset, List, Value
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from companion.errors import DataError
 from companion.evaluation.rankings import RankingEvaluation, scored_rankings
@@ -38,7 +38,7 @@ from companion.training.config import (
 )
 from companion.training.kind import Kind
 from companion.training.rows import OVERLONG, FormatReport, check_columns, format_all, ids_feature
-from companion.training.run import Say, TrainingResult, train
+from companion.training.run import Options, TrainingResult, train
 from companion.training.trainer import OWN, WEIGHT, ExactTrainer
 
 LOSSES = ("plackett_luce", "pairs")
@@ -199,7 +199,7 @@ class KwiseRewardTrainer(ExactTrainer, Trainer):
     ids = ("completion_ids", "ranks")
     items = "prompts"
     predicted = slice(OWN + 4, None)
-    _most = 0  # completions of a row, so that all tables are equally wide
+    wide = "ranks"
 
     @classmethod
     def format_rows(
@@ -208,19 +208,9 @@ class KwiseRewardTrainer(ExactTrainer, Trainer):
         """See :func:`format_rankings`."""
         return format_rankings(dataset, formatter, source=source, num_proc=args.dataset_num_proc)
 
-    def prepare_rows(self, dataset: Dataset, name: str) -> Dataset:
-        """Tokenise, and note the largest K."""
-        rows = super().prepare_rows(dataset, name)
-        self._most = max(self._most, *(len(ranks) for ranks in rows["ranks"]))
-        return rows
-
     def padding_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """One completion of one real token."""
         return {"completion_ids": [[int(row["completion_ids"][0][-1])]], "ranks": [1.0]}
-
-    def row_lengths(self, dataset: Any) -> list[int]:
-        """Of the longest completion."""
-        return [max(map(len, ids)) for ids in dataset["completion_ids"]]
 
     def item_table(self, model: Any, inputs: Any) -> Tensor:
         """The kind's own columns: ``nll``, pairs right, pairs, best is best, and K scores."""
@@ -243,7 +233,7 @@ class KwiseRewardTrainer(ExactTrainer, Trainer):
             [inputs["real"], inputs["weight"], total, lengths.sum(dim=1), nll, right, pairs, top],
             dim=1,
         )
-        wide = scores.new_full((scores.shape[0], self._most), float("nan"))
+        wide = scores.new_full((scores.shape[0], self._widest), float("nan"))
         wide[:, : scores.shape[1]] = scores.detach().masked_fill(~mask, float("nan"))
         return torch.cat([head, wide], dim=1)
 
@@ -283,12 +273,7 @@ KIND = Kind(KwiseRewardTrainer, "rankings", _scored, RowArguments)
 
 
 def train_kwise(
-    config: KwiseRewardConfig,
-    model: ModelArguments,
-    data: RowArguments,
-    *,
-    say: Say | None = None,
-    callbacks: list[TrainerCallback] | None = None,
+    config: KwiseRewardConfig, model: ModelArguments, data: RowArguments, **options: Unpack[Options]
 ) -> TrainingResult[RankingEvaluation]:
     """Train, calibrate, measure and save a reward model on whole rankings.
 
@@ -296,4 +281,4 @@ def train_kwise(
     measured as the pairs that its rankings hold, so that both stand side by side. See
     :func:`companion.training.run.train`.
     """
-    return train(KIND, config, model, data, say=say, callbacks=callbacks)
+    return train(KIND, config, model, data, **options)

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from datasets import Dataset, Value
 from torch import Tensor
-from transformers import TrainerCallback
 
 from companion.errors import DataError
 from companion.evaluation.token_metrics import roc_auc
@@ -33,17 +32,18 @@ from companion.training.batches import text_lengths
 from companion.training.config import ModelArguments, RowArguments
 from companion.training.kind import Kind
 from companion.training.rows import OVERLONG, FormatReport, check_columns, format_all, ids_feature
-from companion.training.run import Say, TrainingResult, train
+from companion.training.run import Options, TrainingResult, train
 from companion.training.token_level import (
     TextCollator,
     TokenRewardConfig,
     TokenTrainer,
-    check_choices,
     text_logits,
 )
 from companion.training.trainer import OWN
 
 REDUCTIONS = ("token", "sequence")
+#: column of the table with the value at the last token
+_LAST = OWN + 1 + AGGREGATES.index("last")
 
 
 @dataclass
@@ -69,10 +69,6 @@ class OutcomeRewardConfig(TokenRewardConfig):
             "choices": list(AGGREGATIONS),
         },
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choices(self, reduction=REDUCTIONS, aggregation=AGGREGATIONS)
 
 
 def format_outcomes(
@@ -235,20 +231,14 @@ class OutcomeRewardTrainer(TokenTrainer):
 
     def sums(self, table: Tensor) -> dict[str, SumCount]:
         """``accuracy``: the value at the last token against the outcome, a text."""
-        outcome, last = self._outcome_and_last(table)
+        outcome, last = table[:, OWN], table[:, _LAST]
         return {"accuracy": SumCount().add(((last > 0.5) == (outcome > 0.5)).double())}
 
-    def evaluated(self, table: Tensor) -> tuple[dict[str, float], Any]:
-        """Figures with the AUC of the value at the last token, and the aggregates ``[n, 4]``."""
-        figures, predictions = super().evaluated(table)
-        outcome, last = self._outcome_and_last(table.to(torch.float32))
-        if 0 < outcome.sum() < len(outcome):
-            figures["auc"] = roc_auc(last.numpy(), outcome.numpy())
-        return figures, predictions
-
-    @staticmethod
-    def _outcome_and_last(table: Tensor) -> tuple[Tensor, Tensor]:
-        return table[:, OWN], table[:, OWN + 1 + AGGREGATES.index("last")]
+    def further(self, table: Tensor) -> dict[str, float]:
+        """The AUC of the value at the last token, if texts of both outcomes are there."""
+        outcome, last = table[:, OWN], table[:, _LAST]
+        both = 0 < outcome.sum() < len(outcome)
+        return {"auc": roc_auc(last.numpy(), outcome.numpy())} if both else {}
 
 
 def _scored(
@@ -274,12 +264,10 @@ def train_outcome(
     config: OutcomeRewardConfig,
     model: ModelArguments,
     data: RowArguments,
-    *,
-    say: Say | None = None,
-    callbacks: list[TrainerCallback] | None = None,
+    **options: Unpack[Options],
 ) -> TrainingResult[OutcomeEvaluation]:
     """Train, measure and save an outcome reward model, a plain token-classification checkpoint.
 
     See :func:`companion.training.run.train`.
     """
-    return train(KIND, config, model, data, say=say, callbacks=callbacks)
+    return train(KIND, config, model, data, **options)

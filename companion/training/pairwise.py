@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Value
 from torch import Tensor
-from transformers import TrainerCallback
 from trl import RewardTrainer
 
 from companion.errors import DataError
@@ -40,7 +39,7 @@ from companion.training.rows import (
     format_all,
     ids_feature,
 )
-from companion.training.run import Say, TrainingResult, train
+from companion.training.run import Options, TrainingResult, train
 from companion.training.trainer import OWN, ExactTrainer
 
 IDS = ("chosen_ids", "rejected_ids")
@@ -232,10 +231,6 @@ class PairwiseRewardTrainer(ExactTrainer, RewardTrainer):
         """One real token a side."""
         return {side: [int(row["chosen_ids"][-1])] for side in IDS}
 
-    def row_lengths(self, dataset: Any) -> list[int]:
-        """Of the longer side."""
-        return [max(len(row[side]) for side in IDS) for row in dataset]
-
     def item_table(self, model: Any, inputs: Any) -> Tensor:
         """The kind's own columns: chosen, rejected, ``-log sigmoid(margin)`` in nats."""
         lengths = text_lengths(inputs)
@@ -301,12 +296,10 @@ def train_pairwise(
     config: PairwiseRewardConfig,
     model: ModelArguments,
     data: DataArguments,
-    *,
-    say: Say | None = None,
-    callbacks: list[TrainerCallback] | None = None,
+    **options: Unpack[Options],
 ) -> TrainingResult[PairEvaluation]:
     """Train, calibrate, measure and save a Bradley–Terry reward model.
 
     See :func:`companion.training.run.train`.
     """
-    return train(KIND, config, model, data, say=say, callbacks=callbacks)
+    return train(KIND, config, model, data, **options)

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from datasets import Dataset, List, Value
 from torch import Tensor
-from transformers import TrainerCallback
 
 from companion.errors import CompanionError, DataError
 from companion.evaluation.tokens import StepEvaluation, step_targets
@@ -32,12 +31,11 @@ from companion.training.batches import text_lengths
 from companion.training.config import ModelArguments, RowArguments
 from companion.training.kind import Kind
 from companion.training.rows import OVERLONG, FormatReport, check_columns, format_all, ids_feature
-from companion.training.run import Say, TrainingResult, train
+from companion.training.run import Options, TrainingResult, train
 from companion.training.token_level import (
     TextCollator,
     TokenRewardConfig,
     TokenTrainer,
-    check_choices,
     text_logits,
 )
 from companion.training.trainer import OWN, WEIGHT
@@ -94,13 +92,6 @@ class ProcessRewardConfig(TokenRewardConfig):
         super().__post_init__()
         # a shell and a YAML scalar without quotes hand the two characters over
         self.step_separator = self.step_separator.replace(r"\n", "\n").replace(r"\t", "\t")
-        check_choices(
-            self,
-            label_type=LABEL_TYPES,
-            neutral=NEUTRALS,
-            step_score=STEP_SCORES,
-            aggregation=AGGREGATIONS,
-        )
         if not self.step_separator:
             raise CompanionError("step_separator is empty", r"give one, such as '\n'")
 
@@ -261,7 +252,7 @@ class ProcessRewardTrainer(TokenTrainer):
     config_class = ProcessRewardConfig
     ids = ("input_ids", "ends", "targets")
     predicted = slice(OWN + 1, None)
-    _most = 1  # steps of a row, so that all tables are equally wide
+    wide = "ends"
 
     @classmethod
     def readout(cls, args: Any) -> TokenReadout:
@@ -290,12 +281,6 @@ class ProcessRewardTrainer(TokenTrainer):
             source=source,
             num_proc=args.dataset_num_proc,
         )
-
-    def prepare_rows(self, dataset: Dataset, name: str) -> Dataset:
-        """Tokenise, and note the largest number of steps."""
-        rows = super().prepare_rows(dataset, name)
-        self._most = max(self._most, *(len(ends) for ends in rows["ends"]))
-        return rows
 
     @classmethod
     def make_collator(cls, pad_token_id: int, args: Any, config: Any) -> StepCollator:
@@ -326,7 +311,7 @@ class ProcessRewardTrainer(TokenTrainer):
         columns.append((right & counted).sum(dim=1))
         head = torch.stack([column.to(loss.dtype) for column in columns], dim=1)
         at_ends = detached.gather(1, ends.clamp(min=0)[..., None].expand(-1, -1, logits.shape[-1]))
-        wide = detached.new_full((len(ends), self._most, logits.shape[-1]), float("nan"))
+        wide = detached.new_full((len(ends), self._widest, logits.shape[-1]), float("nan"))
         wide[:, : ends.shape[1]] = at_ends.masked_fill((ends < 0)[..., None], float("nan"))
         return torch.cat([head, wide.flatten(1)], dim=1)
 
@@ -335,11 +320,9 @@ class ProcessRewardTrainer(TokenTrainer):
         right, labelled = table[:, OWN].sum(), table[:, WEIGHT].sum()
         return {"accuracy": SumCount(float(right), round(float(labelled)))}
 
-    def evaluated(self, table: Tensor) -> tuple[dict[str, float], Any]:
-        """Figures, and the logits ``[n, S × labels]``."""
-        figures, predictions = super().evaluated(table)
-        figures["num_steps"] = float(table[:, WEIGHT].sum())
-        return figures, predictions
+    def further(self, table: Tensor) -> dict[str, float]:
+        """The number of labelled steps."""
+        return {"num_steps": float(table[:, WEIGHT].sum())}
 
 
 def _scored(
@@ -364,13 +347,11 @@ def train_process(
     config: ProcessRewardConfig,
     model: ModelArguments,
     data: RowArguments,
-    *,
-    say: Say | None = None,
-    callbacks: list[TrainerCallback] | None = None,
+    **options: Unpack[Options],
 ) -> TrainingResult[StepEvaluation]:
     """Train, measure and save a process reward model, a plain token-classification checkpoint.
 
     The threshold of the first error is fitted on held-out rows that are not those of the figures.
     See :func:`companion.training.run.train`.
     """
-    return train(KIND, config, model, data, say=say, callbacks=callbacks)
+    return train(KIND, config, model, data, **options)

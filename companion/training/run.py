@@ -7,11 +7,10 @@ figures; save all of it as one checkpoint. Chapter 4.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, TypedDict
 
 from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback, TrainingArguments
@@ -21,7 +20,6 @@ from companion.data.loading import load_rows_with_report
 from companion.data.splits import dataset_fingerprint, overlap_report, prompt_key, split_by_prompt
 from companion.errors import CompanionError, DataError
 from companion.models.loading import load_base, load_reward_model
-from companion.models.lora import apply_lora
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
 from companion.models.readout import readout_from_dict
 from companion.models.reward_model import RewardModel
@@ -36,7 +34,7 @@ from companion.training.config import (
 )
 from companion.training.kind import E, Kind
 from companion.training.rows import FormatReport
-from companion.training.trainer import is_sharded
+from companion.training.trainer import is_sharded, load_start, whole_parameters
 
 Say = Callable[[str], None]
 
@@ -91,6 +89,13 @@ class TrainingResult(Generic[E]):
         return f"{self.test.closing(self.calibration)}\nsaved in {self.output_dir}"
 
 
+class Options(TypedDict, total=False):
+    """What :func:`train` may be given beside the settings."""
+
+    say: Say | None
+    callbacks: list[TrainerCallback] | None
+
+
 def train(
     kind: Kind[E],
     config: PairwiseRewardConfig,
@@ -136,7 +141,7 @@ def train(
                 f"held-out prompts stand in the training rows: {overlap.shared_prompts:,} prompts, "
                 f"{overlap.test_rows_affected:,} held-out rows; the figures flatter the model"
             )
-    start = _load_start(kind.trainer.labels(config), config, model)
+    start = load_start(kind.trainer.labels(config), config, model)
     for note in [*notes, *start.notes]:
         tell(f"note: {note}")
 
@@ -353,61 +358,6 @@ def checkpoint_of(config: TrainingArguments) -> str | None:
 # ---------------------------------------------------------------------- the model
 
 
-def _load_start(
-    labels: int | None, config: PairwiseRewardConfig, model: ModelArguments
-) -> RewardModel:
-    """The base with a fresh head, and an adapter if one is asked for."""
-    with whole_parameters():
-        start = load_base(
-            str(model.model_name_or_path),
-            labels=labels,
-            head_seed=config.seed,
-            keep_head=model.keep_head,
-            dtype=model.dtype,
-            max_length=config.max_length,
-            overlong=config.overlong,  # type: ignore[arg-type]
-            chat_template=_read_template(config),
-            attn_implementation=model.attn_implementation,
-            revision=model.model_revision,
-            trust_remote_code=config.trust_remote_code,
-        )
-        _fit_positions(start, config)
-        if model.use_peft:
-            apply_lora(
-                start,
-                r=model.lora_r,
-                alpha=model.lora_alpha,
-                dropout=model.lora_dropout,
-                target_modules=model.lora_target_modules or "all-linear",
-                use_rslora=model.use_rslora,
-            )
-        return start
-
-
-def _read_template(config: PairwiseRewardConfig) -> str | None:
-    """The chat template of ``--chat_template_path``, if one is given."""
-    if config.chat_template_path is None:
-        return None
-    path = Path(config.chat_template_path)
-    if not path.is_file():
-        raise CompanionError(f"{path}: no such file", "give a Jinja file")
-    return path.read_text(encoding="utf-8")
-
-
-def _fit_positions(reward_model: RewardModel, config: PairwiseRewardConfig) -> None:
-    """A model cannot read beyond the positions that it was made for."""
-    most = getattr(reward_model.model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(most, int) or most < 1:
-        return
-    if config.max_length is None or config.max_length > most:
-        reward_model.notes.append(
-            f"max_length set to {most} tokens (was {config.max_length}): the base has no more "
-            "positions"
-        )
-        config.max_length = most
-        reward_model.formatter.max_length = most
-
-
 def _save(trainer: Any, start: RewardModel, manifest: RewardManifest) -> RewardModel:
     """Save the trained model with its manifest; every rank must call.
 
@@ -436,22 +386,3 @@ def _save(trainer: Any, start: RewardModel, manifest: RewardManifest) -> RewardM
     reward_model.manifest = manifest
     trainer.accelerator.wait_for_everyone()
     return reward_model
-
-
-@contextlib.contextmanager
-def whole_parameters() -> Iterator[None]:
-    """Load a model in full on the CPU although ZeRO-3 is on.
-
-    transformers would partition each parameter as it is made: the fresh head could not be drawn
-    from a seed, and a load on one rank alone would wait for the others for ever. DeepSpeed
-    partitions the model when it is prepared, a moment later.
-    """
-    from transformers.integrations import deepspeed
-
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if reference is not None and reference() is not None:
-            deepspeed.set_hf_deepspeed_config(reference())

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
-from companion.errors import CompanionError
 from companion.training.batches import Collator, forward_inputs
 from companion.training.config import NO_OFFLOADING, PairwiseRewardConfig, not_offered
 from companion.training.trainer import ExactTrainer
@@ -39,21 +38,6 @@ class TokenRewardConfig(PairwiseRewardConfig):
             "assistant's answer; false: one behind the other, as they are."
         },
     )
-
-
-def check_choices(config: Any, **known: Sequence[str]) -> None:
-    """Refuse a setting that is none of the known words.
-
-    Raises
-    ------
-    CompanionError
-        With the words.
-    """
-    for name, words in known.items():
-        if getattr(config, name) not in words:
-            raise CompanionError(
-                f"{name} is {getattr(config, name)!r}", f"take one of: {', '.join(words)}"
-            )
 
 
 class TextCollator(Collator):
@@ -86,7 +70,3 @@ class TokenTrainer(ExactTrainer, Trainer):
     def padding_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """One real token."""
         return {"input_ids": [int(row["input_ids"][-1])]}
-
-    def row_lengths(self, dataset: Any) -> list[int]:
-        """Of the text."""
-        return [len(ids) for ids in dataset["input_ids"]]

@@ -26,8 +26,10 @@ PairwiseRewardTrainer(ExactTrainer, trl.RewardTrainer)``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,12 +44,13 @@ from companion.formatting import RewardFormatter
 from companion.models.guards import check_head, check_tokenizer_and_config, prepare_token_head
 from companion.models.head import find_head, install_head
 from companion.models.loading import load_base
+from companion.models.lora import apply_lora
 from companion.models.packed_attention import packing_obstacle
 from companion.models.readout import Readout, ScalarReadout
 from companion.models.reward_model import RewardModel
 from companion.reduction import SumCount, all_reduce_metrics
 from companion.training.batches import Collator, ExactBatches, ItemTables
-from companion.training.config import PairwiseRewardConfig
+from companion.training.config import ModelArguments, PairwiseRewardConfig
 from companion.training.evaluation_loop import ExactEvaluation
 from companion.training.forward import (
     forward_scores,
@@ -111,6 +114,8 @@ class ExactTrainer(ExactBatches, ExactEvaluation):
     collator_class: ClassVar[type[Collator]]
     #: the columns of the table that ``predict`` gives
     predicted: ClassVar[slice]
+    #: a column whose longest list makes tables wide, so that all are equally wide
+    wide: ClassVar[str | None] = None
     #: what the weight of all items of a run is called in its last log
     total: ClassVar[str] = "train_weight"
 
@@ -133,14 +138,9 @@ class ExactTrainer(ExactBatches, ExactEvaluation):
             )
         args = self.args = self.config_class() if args is None else args
         if isinstance(model, str):
-            model = load_base(
-                model,
-                labels=self.labels(args),
-                head_seed=args.seed,
-                max_length=args.max_length,
-                overlong=args.overlong,  # type: ignore[arg-type]
-                trust_remote_code=args.trust_remote_code,
-            )
+            start = ModelArguments(model_name_or_path=model)
+            model = load_start(self.labels(args), args, start)
+        self._widest = 1
         self._notes = list(getattr(model, "notes", ()))
         model, processing_class, self.formatter = _unpack(model, args, processing_class, formatter)
         self.format_reports: dict[str, FormatReport] = {}
@@ -152,6 +152,7 @@ class ExactTrainer(ExactBatches, ExactEvaluation):
         _prepare_head(model, self.labels(args), kwargs.get("peft_config"))
         train_dataset = self.prepare_rows(train_dataset, "train")
         own = self.make_collator(processing_class.pad_token_id, args, model.config)
+        self.own_collator = own
         super().__init__(
             model=model,
             args=args,
@@ -216,6 +217,10 @@ class ExactTrainer(ExactBatches, ExactEvaluation):
         """The kind's own means, as sums and counts, of a table on the CPU."""
         raise NotImplementedError
 
+    def further(self, table: Tensor) -> dict[str, float]:
+        """What an evaluation has beside the figures of training, from the table of all items."""
+        return {}
+
     # ------------------------------------------------------------------ rows
 
     def is_formatted(self, dataset: Any) -> bool:
@@ -235,6 +240,8 @@ class ExactTrainer(ExactBatches, ExactEvaluation):
             if self.args.process_index == 0:
                 lost = report.kept < report.rows or report.truncated or report.identical
                 logger.log(logging.WARNING if lost else logging.INFO, str(report))
+        if self.wide is not None:
+            self._widest = max(self._widest, *map(len, rows[self.wide]))
         return rows
 
     def _prepare_many(self, dataset: Any, name: str) -> Any:
@@ -314,7 +321,7 @@ class ExactTrainer(ExactBatches, ExactEvaluation):
 
     def evaluated(self, table: Tensor) -> tuple[dict[str, float], Any]:
         """Figures, and the predictions ``[n, columns]`` float32."""
-        figures = self.summarise(table)
+        figures = self.summarise(table) | self.further(table)
         for name in ("tokens", "weight"):
             del figures[name]
         return figures, table[:, self.predicted].to(torch.float32).numpy()
@@ -426,6 +433,83 @@ def is_sharded(trainer: Any) -> bool:
     """Whether no rank holds the whole model."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+
+def load_start(
+    labels: int | None, config: PairwiseRewardConfig, model: ModelArguments
+) -> RewardModel:
+    """A base with a fresh head: of one score a text, or of so many outputs a token (`labels`).
+
+    With an adapter, if one is asked for.
+    """
+    with whole_parameters():
+        start = load_base(
+            str(model.model_name_or_path),
+            labels=labels,
+            head_seed=config.seed,
+            keep_head=model.keep_head,
+            dtype=model.dtype,
+            max_length=config.max_length,
+            overlong=config.overlong,  # type: ignore[arg-type]
+            chat_template=_read_template(config),
+            attn_implementation=model.attn_implementation,
+            revision=model.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+        _fit_positions(start, config)
+        if model.use_peft:
+            apply_lora(
+                start,
+                r=model.lora_r,
+                alpha=model.lora_alpha,
+                dropout=model.lora_dropout,
+                target_modules=model.lora_target_modules or "all-linear",
+                use_rslora=model.use_rslora,
+            )
+        return start
+
+
+def _read_template(config: PairwiseRewardConfig) -> str | None:
+    """The chat template of ``--chat_template_path``, if one is given."""
+    if config.chat_template_path is None:
+        return None
+    path = Path(config.chat_template_path)
+    if not path.is_file():
+        raise CompanionError(f"{path}: no such file", "give a Jinja file")
+    return path.read_text(encoding="utf-8")
+
+
+def _fit_positions(reward_model: RewardModel, config: PairwiseRewardConfig) -> None:
+    """A model cannot read beyond the positions that it was made for."""
+    most = getattr(reward_model.model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return
+    if config.max_length is None or config.max_length > most:
+        reward_model.notes.append(
+            f"max_length set to {most} tokens (was {config.max_length}): the base has no more "
+            "positions"
+        )
+        config.max_length = most
+        reward_model.formatter.max_length = most
+
+
+@contextlib.contextmanager
+def whole_parameters() -> Iterator[None]:
+    """Load a model in full on the CPU although ZeRO-3 is on.
+
+    transformers would partition each parameter as it is made: the fresh head could not be drawn
+    from a seed, and a load on one rank alone would wait for the others for ever. DeepSpeed
+    partitions the model when it is prepared, a moment later.
+    """
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if reference is not None and reference() is not None:
+            deepspeed.set_hf_deepspeed_config(reference())
 
 
 def _prepare_head(model: Any, labels: int | None, peft_config: Any) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from companion.ranking_evaluation import evaluate_rankings
+from companion.token_evaluation import evaluate_tokens
 
 from companion.data.tutor import make_rows
 from companion.errors import DataError, ServiceError
@@ -21,10 +23,8 @@ from companion.models import (
     save_reward_model,
 )
 from companion.models.readout import TokenReadout
-from companion.ranking_evaluation import evaluate_rankings
 from companion.scoring import RemoteScorer, RewardScorer, TokenScores, load_scorer, score_file
 from companion.search import rank_file
-from companion.token_evaluation import evaluate_tokens
 
 pytestmark = pytest.mark.serving
 TUTOR = Path(__file__).parents[2] / "companion" / "assets" / "tutor-base"

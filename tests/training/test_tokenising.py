@@ -297,12 +297,19 @@ from transformers import AutoTokenizer
 from companion.data.tutor import make_rows
 from companion.formatting import RewardFormatter
 from companion.training import tokenising
-from companion.training.pairwise import format_pairs
+from companion.training.rows import format_all, ids_feature
 disable_progress_bars()
 tokenising.CACHE_FROM = 1
 formatter = RewardFormatter(AutoTokenizer.from_pretrained(sys.argv[1]))
-rows, _ = format_pairs(Dataset.from_list(make_rows("pairs", 200, seed=3)), formatter)
-print(formatter.counts.rows, sum(map(sum, rows["chosen_ids"])))
+def to_ids(rows, names, formatter):
+    texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    encoded = formatter.encode_many(texts, names=names)
+    return [{"input_ids": text.input_ids, "length": len(text), "cut": 0} for text in encoded]
+columns = {"input_ids": ids_feature()}
+rows = Dataset.from_list(make_rows("pairs", 200, seed=3))
+settings = {"source": "rows", "noun": "texts", "num_proc": None}
+rows, _ = format_all(rows, formatter, to_ids, columns, **settings)
+print(formatter.counts.rows, sum(map(sum, rows["input_ids"])))
 """
 
 
