@@ -8,8 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion.batching import pad_batch, padding_share, token_budget_batches
+from companion.batching import pad_batch, token_budget_batches
 from companion.errors import DataError
+
+
+def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
+    """Share of the padded tokens that is padding, 0 to 1."""
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    return 1.0 - sum(lengths[i] for batch in batches for i in batch) / padded if padded else 0.0
 
 
 @given(
