@@ -2,7 +2,7 @@
 
 from companion.batching.budget import cuda_token_budget
 from companion.batching.packing import PackedBatch, Segment, Segments, VarlenIndex, pack
-from companion.batching.padded import pad_batch, padding_share, token_budget_batches
+from companion.batching.padded import pad_batch, token_budget_batches
 from companion.batching.plan import Tree, plan_batches, plan_trees, shared_length
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "cuda_token_budget",
     "pack",
     "pad_batch",
-    "padding_share",
     "plan_batches",
     "plan_trees",
     "shared_length",

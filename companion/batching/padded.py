@@ -106,9 +106,3 @@ def pad_batch(
         input_ids[row, place] = torch.as_tensor(ids, dtype=torch.int64)
         attention_mask[row, place] = 1
     return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
-def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
-    """Share of the padded tokens that is padding, 0 to 1."""
-    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-    return 1.0 - sum(lengths[i] for batch in batches for i in batch) / padded if padded else 0.0

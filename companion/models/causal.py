@@ -13,6 +13,7 @@ from companion.models.checkpoint import (
     load_config,
     load_tokenizer,
     load_weights,
+    refuse_missing,
     resolve,
 )
 
@@ -78,10 +79,5 @@ def load_causal(
         attn_implementation=attn_implementation,
         **shared,
     )
-    if missing:
-        raise ModelError(
-            f"{name}: the checkpoint lacks {len(missing)} weights "
-            f"({', '.join(sorted(missing)[:3])})",
-            "the download or the folder is incomplete; fetch it again",
-        )
+    refuse_missing(name, missing)
     return model.to(device).eval(), tokenizer

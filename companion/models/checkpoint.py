@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,17 @@ def load_weights(
             "check that the folder is complete and of an architecture with such a head",
         ) from error
     return model, set(info["missing_keys"])
+
+
+def refuse_missing(name: str, missing: Collection[str], what: str = "weights") -> None:
+    """Raise ModelError if a checkpoint lacks weights."""
+    if missing:
+        raise ModelError(
+            f"{name}: the checkpoint lacks {len(missing)} {what} "
+            f"({', '.join(sorted(missing)[:3])}, …); transformers would fill them with random "
+            "numbers",
+            "the download or the folder is incomplete: fetch it again, or save the model anew",
+        )
 
 
 def disable_dropout(config: Any) -> list[str]:

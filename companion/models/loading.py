@@ -25,6 +25,7 @@ from companion.models.checkpoint import (
     load_weights,
     read_json,
     read_tensor,
+    refuse_missing,
     resolve,
     set_pad,
 )
@@ -34,7 +35,7 @@ from companion.models.guards import (
     precision_notes,
     prepare_token_head,
 )
-from companion.models.head import head_name, initialise_head, install_head
+from companion.models.head import ScoreHead, head_name, initialise_head, install_head
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
 from companion.models.readout import LABEL_NAMES, ScalarReadout, readout_from_dict
 from companion.models.reward_model import RewardModel
@@ -151,13 +152,8 @@ def load_base(
         **shared,
     )
     own = f"{head_name(model)}.weight"
-    unexpected_gaps = sorted(missing - {own, own.replace("weight", "bias")})
-    if unexpected_gaps:
-        raise ModelError(
-            f"{name}: the checkpoint lacks {len(unexpected_gaps)} weights of the backbone "
-            f"({', '.join(unexpected_gaps[:3])}, …)",
-            "the download or the folder is incomplete; fetch it again",
-        )
+    gaps = missing - {own, own.replace("weight", "bias")}
+    refuse_missing(name, gaps, "weights of the backbone")
     if pad >= rows:
         add_rows(model, pad + 1)
         notes.append(f"embeddings grown from {rows} to {pad + 1} rows for the pad token")
@@ -165,10 +161,7 @@ def load_base(
     head = install_head(model)
     head.to(torch.float32)
     if keep_head and own not in missing:
-        stored = read_tensor(name, own, revision)
-        if stored is not None:
-            with torch.no_grad():
-                head.weight.copy_(stored)
+        _copy_stored(head, name, own, revision)
         notes.append("went on with the head of the checkpoint")
     else:
         if keep_head:
@@ -217,10 +210,7 @@ def load_reward_model(
         For a pad token that is missing, is the EOS, or differs from the configuration's.
     """
     name = resolve(path_or_id)
-    shared: dict[str, Any] = {
-        "attn_implementation": attn_implementation,
-        "trust_remote_code": trust_remote_code,
-    }
+    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     described = find_file(name, MANIFEST_FILE, revision)
     manifest = None if described is None else RewardManifest.load(described)
     readout = (
@@ -229,9 +219,11 @@ def load_reward_model(
     if is_adapter(name, revision):
         from companion.models.lora import load_adapter
 
-        model, tokenizer = load_adapter(name, dtype, revision=revision, **shared)
+        model, tokenizer = load_adapter(name, dtype, attn_implementation, **shared)
     else:
-        model, tokenizer = _load_checkpoint(name, readout.kind, dtype, revision=revision, **shared)
+        model, tokenizer = _load_checkpoint(
+            name, readout.kind, dtype, attn_implementation, **shared
+        )
     notes: list[str] = []
     if readout.kind == "scalar":
         if model.config.problem_type != "regression":
@@ -330,17 +322,14 @@ def _load_checkpoint(
     name: str,
     kind: str,
     dtype: torch.dtype | str,
-    *,
-    revision: str | None,
-    trust_remote_code: bool,
     attn_implementation: str | None,
+    **shared: Any,
 ) -> tuple[Any, Any]:
     """Model and tokenizer of a plain checkpoint, its head whole and in fp32."""
-    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = load_config(name, **shared)
     if kind == "scalar":
         _refuse_token_level(name, config)
-        keys = checkpoint_keys(name, revision)
+        keys = checkpoint_keys(name, shared["revision"])
         if keys is not None and _HEAD not in keys:
             _refuse_headless(name, config)
         if config.num_labels != 1:
@@ -360,21 +349,19 @@ def _load_checkpoint(
     )
     if _HEAD in missing:
         _refuse_headless(name, config)
-    if missing:
-        some = ", ".join(sorted(missing)[:3])
-        raise ModelError(
-            f"{name}: the checkpoint lacks {len(missing)} weights ({some}, …); transformers "
-            "would fill them with random numbers",
-            "save the model anew, or fetch the folder again",
-        )
+    refuse_missing(name, missing)
     head = install_head(model)
-    if head.weight.dtype != torch.float32:
+    if head.weight.dtype != torch.float32:  # as it was saved, not rounded to half precision
         head.to(torch.float32)
-        stored = read_tensor(name, f"{head_name(model)}.weight", revision)
-        if stored is not None:  # the head as it was saved, not rounded to half precision
-            with torch.no_grad():
-                head.weight.copy_(stored)
+        _copy_stored(head, name, f"{head_name(model)}.weight", shared["revision"])
     return model, tokenizer
+
+
+def _copy_stored(head: ScoreHead, name: str, key: str, revision: str | None) -> None:
+    stored = read_tensor(name, key, revision)
+    if stored is not None:
+        with torch.no_grad():
+            head.weight.copy_(stored)
 
 
 def _refuse_token_level(name: str, config: Any) -> None:

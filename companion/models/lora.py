@@ -107,8 +107,8 @@ def merged(model: Any) -> Any:
 def load_adapter(
     name: str,
     dtype: torch.dtype | str,
-    *,
     attn_implementation: str | None,
+    *,
     revision: str | None,
     trust_remote_code: bool,
 ) -> tuple[Any, Any]:
@@ -141,7 +141,7 @@ def load_adapter(
     if adapter.get("task_type") == "TOKEN_CLS":  # its head may fit, and would be read as a score
         raise ModelError(
             f"{name}: holds a LoRA adapter of an outcome or process model",
-            "load the merged model, which save_reward_model writes beside it",
+            "save the merged model, and load that",
         )
     base = adapter.get("base_model_name_or_path")
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):

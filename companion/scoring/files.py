@@ -106,24 +106,23 @@ def score_file(
     """
     source = Path(input_path)
     reference = scorer.reference
+    options: dict[str, Any] = {
+        "fields": list(fields),
+        "completion_field": completion_field,
+        "terminated": terminated,
+        "on_error": on_error,
+    }
     state = {
         "model": scorer.fingerprint(),
         "formatter": scorer.formatter.fingerprint(),
         "reference": None if reference is None else vars(reference),
         "readout": None if scorer.readout.kind == "scalar" else scorer.readout.to_dict(),
-        "options": {
-            "fields": list(fields),
-            "completion_field": completion_field,
-            "terminated": terminated,
-            "on_error": on_error,
-        },
+        "options": options,
     }
     return write_in_chunks(
         source,
         output_path,
-        lambda chunk: _score_chunk(
-            scorer, source, chunk, fields, completion_field, terminated, on_error
-        ),
+        lambda chunk: _score_chunk(scorer, source, chunk, **options),
         state,
         **writing,
     )
@@ -243,17 +242,14 @@ def _score_chunk(
     on_error: OnError,
 ) -> list[dict[str, Any]]:
     rows: list[Any] = []
-    errors: list[str | None] = []
     for _, (number, line) in chunk:
         try:
             rows.append(parse_line(source, number, line))
-            errors.append(None)
         except DataError as error:
             if on_error == "raise":
                 raise
-            rows.append(None)
-            errors.append(error.what)
-    good = [place for place, error in enumerate(errors) if error is None]
+            rows.append(error)
+    good = [place for place, row in enumerate(rows) if not isinstance(row, DataError)]
     scores = scorer.score(
         [rows[place] for place in good],
         terminated=terminated,
@@ -262,21 +258,19 @@ def _score_chunk(
         names=[f"{source} line {chunk[place][1][0]}" for place in good],
     )
     records = []
-    where_scored = {place: i for i, place in enumerate(good)}
-    for place, (index, _) in enumerate(chunk):
-        row, error_text = rows[place], errors[place]
+    scored = iter(range(len(good)))
+    for row, (index, _) in zip(rows, chunk, strict=True):
         record: dict[str, Any] = {"index": index}
+        if isinstance(row, DataError):
+            records.append({**record, "score": None, "error": row.what})
+            continue
         if isinstance(row, dict):
-            wanted = list(row) if "*" in fields else ["id", *fields]
-            for key in wanted:
+            for key in list(row) if "*" in fields else ["id", *fields]:
                 if key in row:  # a field of the input never passes for one of ours
                     record[f"input_{key}" if key in _OURS else key] = row[key]
-        i = where_scored.get(place)
-        if i is not None and scores.reasons[i] is None:
-            record.update(scores.record(i))
-        else:
-            record["score"] = None
-            record["error"] = error_text if i is None else scores.reasons[i]
+        i = next(scored)
+        reason = scores.reasons[i]
+        record |= scores.record(i) if reason is None else {"score": None, "error": reason}
         records.append(record)
     return records
 

@@ -14,7 +14,7 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
@@ -177,70 +177,62 @@ class RemoteScorer(Scorer[Scores]):
 
     # ------------------------------------------------------------------ inside
 
-    def _scores(self, ids: Sequence[Sequence[int]], progress: Progress | None) -> np.ndarray:
-        if self.protocol == "classify":
-            found = self._ask({"input": ids}, _classified, progress)
-        else:
-            found = self._ask({"input_ids": ids}, _scored, progress)
-        scores = np.array(found, dtype=np.float64)
-        self._warn_of_probabilities(scores)
-        return scores
-
-    def _logits(
+    def _values(
         self,
         ids: Sequence[Sequence[int]],
-        places: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]] | None,
         progress: Progress | None,
-    ) -> list[torch.Tensor]:
-        def read(answer: Any) -> list[torch.Tensor]:
-            return [
-                torch.tensor([[_number(x) for x in place] for place in text], dtype=torch.float32)
-                for text in answer["logits"]
-            ]
-
-        found = self._ask({"input_ids": ids, "places": places}, read, progress)
-        for own, logits in zip(places, found, strict=True):
-            if logits.shape != (len(own), self.readout.labels):
-                raise ServiceError(
-                    f"{self.url}: logits {list(logits.shape)} for {len(own)} places and "
-                    f"{self.readout.labels} labels",
-                    "check that the server runs the model of this manifest",
-                )
-        return found
-
-    def _ask(
-        self,
-        fields: Mapping[str, Sequence[Any]],
-        read: Callable[[Any], list[Any]],
-        progress: Progress | None,
-    ) -> list[Any]:
-        """What `read` finds in the answers, one a text; `fields` are cut into requests."""
-        found: list[Any] = []
-        n = len(next(iter(fields.values())))
-        for begin in range(0, n, self.batch_size):
-            part = slice(begin, min(begin + self.batch_size, n))
-            answer = self._post({name: list(values[part]) for name, values in fields.items()})
+    ) -> Sequence[Any]:
+        values: list[Any] = []
+        for begin in range(0, len(ids), self.batch_size):
+            part = slice(begin, begin + self.batch_size)
+            own_places = None if places is None else list(places[part])
+            answer = self._post(list(ids[part]), own_places)
             try:
-                own = read(answer)
-                if len(own) != part.stop - begin:
-                    raise ValueError(f"{len(own)} scores for {part.stop - begin} texts")
+                own = self._read(answer, own_places)
+                if len(own) != len(ids[part]):
+                    raise ValueError(f"{len(own)} scores for {len(ids[part])} texts")
             except (KeyError, TypeError, ValueError) as error:
+                needs = "runs a model with one label" if places is None else "knows token values"
                 raise ServiceError(
                     f"{self.url}: the answer does not fit the protocol {self.protocol!r}: "
                     f"{error!r}",
-                    "check the protocol, and that the server runs a model with one label"
-                    if self.readout.kind == "scalar"
-                    else "check the protocol, and that the server knows token values",
+                    f"check the protocol, and that the server {needs}",
                 ) from error
-            found += own
+            values += own
             self._count("texts", len(own))
             if progress is not None:
                 progress(len(own))
-        return found
+        if places is None:
+            self._warn_of_probabilities(np.array(values))
+        return values
 
-    def _post(self, body: dict[str, Any]) -> Any:
+    def _read(self, answer: Any, places: Sequence[Sequence[int]] | None) -> list[Any]:
+        """What an answer says of each text, in the order of the request."""
+        if places is not None:
+            found = [
+                torch.tensor([list(map(_number, place)) for place in text], dtype=torch.float32)
+                for text in answer["logits"]
+            ]
+            for own, logits in zip(places, found, strict=True):
+                if logits.shape != (len(own), self.readout.labels):
+                    raise ValueError(f"logits {list(logits.shape)} for {len(own)} places")
+            return found
+        if self.protocol == "companion":
+            return list(map(_number, answer["scores"]))
+        items = sorted(answer["data"], key=lambda item: item["index"])
+        if [item["index"] for item in items] != list(range(len(items))):
+            raise ValueError("indices that are not 0, 1, 2, …")
+        if any(len(item["probs"]) != 1 for item in items):
+            raise ValueError("several values a text: the model is no scalar reward model")
+        return [_number(item["probs"][0]) for item in items]
+
+    def _post(self, ids: list[Any], places: list[Any] | None) -> Any:
+        body: dict[str, Any] = {"input_ids": ids}
+        if places is not None:
+            body["places"] = places
         if self.protocol == "classify":
-            body |= {"add_special_tokens": False, "use_activation": False}
+            body = {"input": ids, "add_special_tokens": False, "use_activation": False}
         if self.model is not None:
             body["model"] = self.model
         where = self.url + PATHS[self.protocol]
@@ -309,21 +301,6 @@ class RemoteScorer(Scorer[Scores]):
 
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
-
-
-def _scored(answer: Any) -> list[float]:
-    """Scores in the order of the request, from an answer of the companion's ``/score``."""
-    return [_number(value) for value in answer["scores"]]
-
-
-def _classified(answer: Any) -> list[float]:
-    """Scores in the order of the request, from an answer of vLLM's ``/classify``."""
-    items = sorted(answer["data"], key=lambda item: item["index"])
-    if [item["index"] for item in items] != list(range(len(items))):
-        raise ValueError("indices that are not 0, 1, 2, …")
-    if any(len(item["probs"]) != 1 for item in items):
-        raise ValueError("several values a text: the model is no scalar reward model")
-    return [_number(item["probs"][0]) for item in items]
 
 
 def is_url(source: str) -> bool:

@@ -7,8 +7,8 @@ chosen and a rejected completion. A model that cannot be packed exactly takes pa
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,13 +53,6 @@ def default_token_budget(model: Any) -> int:
         parameter.device
     )
     return cuda_token_budget(free + unused, model.config, parameter.element_size())
-
-
-class _Forwards(NamedTuple):
-    """What runs a batch of some rows of the input: packed, or padded (ids and mask)."""
-
-    packed: Callable[[PackedBatch, list[int]], Any]
-    padded: Callable[[Tensor, Tensor, list[int]], Any]
 
 
 class BatchRunner:
@@ -133,18 +126,7 @@ class BatchRunner:
         ReadoutError
             If a text ends with the pad id or begins with two BOS.
         """
-        scores = np.full(len(ids), np.nan)
-
-        def keep(rows: list[int], values: Tensor) -> None:
-            scores[rows] = values.double().cpu().numpy()
-
-        forwards = _Forwards(
-            lambda batch, rows: packed_scores(self.model, batch),
-            lambda input_ids, mask, rows: reward_scores(self.model, input_ids, mask),
-        )
-        for first, *copies in self._run(ids, ids, forwards, keep, progress):
-            scores[copies] = scores[first]
-        return scores
+        return np.array(self._run(ids, None, progress), dtype=np.float64)
 
     def run_tokens(
         self,
@@ -167,89 +149,64 @@ class BatchRunner:
         list of Tensor
             ``[places, labels]`` float32 each, on the CPU, in input order.
         """
-        found: list[Tensor] = [torch.zeros(0)] * len(ids)
-
-        def keep(rows: list[int], values: list[Tensor]) -> None:
-            for row, value in zip(rows, values, strict=True):
-                found[row] = value
-
-        def packed(batch: PackedBatch, rows: list[int]) -> list[Tensor]:
-            logits = packed_token_logits(self.model, batch).cpu()
-            texts = batch.text_places()
-            return [logits[texts[i, list(places[row])]] for i, row in enumerate(rows)]
-
-        def padded(input_ids: Tensor, mask: Tensor, rows: list[int]) -> list[Tensor]:
-            logits = token_logits(self.model, input_ids, mask).cpu()
-            first = mask.long().argmax(dim=1).tolist()  # 0 unless padding stands left
-            return [logits[i, [first[i] + at for at in places[row]]] for i, row in enumerate(rows)]
-
-        keys = [(*item, "read", *own) for item, own in zip(ids, places, strict=True)]
-        for first, *copies in self._run(ids, keys, _Forwards(packed, padded), keep, progress):
-            for copy in copies:
-                found[copy] = found[first]
-        return found
+        return self._run(ids, places, progress)
 
     def _run(
         self,
         ids: Sequence[Sequence[int]],
-        keys: Sequence[Sequence[Any]],
-        forwards: _Forwards,
-        keep: Callable[[list[int], Any], None],
+        places: Sequence[Sequence[int]] | None,
         progress: Callable[[int], None] | None,
-    ) -> Iterable[list[int]]:
-        """Run the first row of each key; the rows of each, of which `keep` got the first."""
+    ) -> list[Any]:
+        """Of each row its score, or with `places` its logits there."""
+        found: list[Any] = [None] * len(ids)
         if not ids:
             self.tokens = 0, 0
-            return []
+            return found
         check_texts(ids, self.model.config)
         packed = self.packing == "auto" and self._can_pack()
         device = next(self.model.parameters()).device
-        computed = 0
         budget = self.max_tokens or default_token_budget(self.model)
         by_speed = self.max_tokens is None and device.type == "cpu"
         tree_tokens = CPU_TREE_TOKENS if by_speed else None
-        equal: dict[tuple[Any, ...], list[int]] = {}
-        for row, key in enumerate(keys):
-            equal.setdefault(tuple(key), []).append(row)
+        computed = 0
+        equal: dict[Any, list[int]] = {}
+        for row, item in enumerate(ids):
+            key = (tuple(item), None if places is None else tuple(places[row]))
+            equal.setdefault(key, []).append(row)
         copies = {rows[0]: rows for rows in equal.values()}
         waiting = list(copies)
         while waiting:
             done: set[int] = set()
-            left = [ids[i] for i in waiting]
-            plan = (
-                self._packed(left, budget, tree_tokens, forwards)
-                if packed
-                else self._padded(left, budget, forwards)
-            )
-            for rows, tokens, call in plan:
-                places = [waiting[row] for row in rows]
+            for rows, tokens, batch in self._plan(ids, waiting, packed, budget, tree_tokens):
                 try:
                     with (
                         torch.inference_mode(),
                         torch.autocast(device.type, enabled=False),
                         inference_of(self.model),
                     ):
-                        values = call(device, places)
-                    keep(places, values)
+                        values = self._forward(batch, device, rows, places)
                 except torch.OutOfMemoryError as error:
                     if len(rows) == 1:
                         raise ModelError(
-                            f"a text of {len(ids[waiting[rows[0]]])} tokens does not fit into the "
-                            "GPU's memory",
+                            f"a text of {len(ids[rows[0]])} tokens does not fit into the GPU's "
+                            "memory",
                             "set max_length, or use a smaller dtype",
                         ) from error
                     budget, tree_tokens = max(1, tokens // 2), None
                     logger.warning(f"out of memory with {tokens} tokens: going on with {budget}")
                     break
-                done.update(places)
+                for row, value in zip(rows, values, strict=True):
+                    for copy in copies[row]:
+                        found[copy] = value
+                done.update(rows)
                 computed += tokens
                 if progress is not None:
-                    progress(sum(len(copies[place]) for place in places))
-            waiting = [i for i in waiting if i not in done]
+                    progress(sum(len(copies[row]) for row in rows))
+            waiting = [row for row in waiting if row not in done]
             if waiting:  # outside the handler, whose traceback holds the tensors
                 torch.cuda.empty_cache()
         self.tokens = sum(map(len, ids)), computed
-        return copies.values()
+        return found
 
     def _can_pack(self) -> bool:
         why = packing_obstacle(self.model, training=False)
@@ -258,30 +215,43 @@ class BatchRunner:
             self._said = why
         return why is None
 
-    def _packed(
+    def _plan(
         self,
         ids: Sequence[Sequence[int]],
+        waiting: Sequence[int],
+        packed: bool,
         budget: int,
         tree_tokens: int | None,
-        forwards: _Forwards,
-    ) -> Iterator[tuple[Sequence[int], int, Any]]:
-        for trees in plan_batches(ids, budget, self.max_rows, tree_tokens=tree_tokens):
-            batch = pack(ids, trees)
-            yield (
-                batch.rows,
-                batch.computed,
-                lambda device, places, b=batch: forwards.packed(b.to(device), places),
-            )
+    ) -> Iterator[tuple[list[int], int, PackedBatch | dict[str, Tensor]]]:
+        """Batches of the waiting rows: which rows, tokens to compute, and what the model gets."""
+        left = [ids[row] for row in waiting]
+        if packed:
+            for trees in plan_batches(left, budget, self.max_rows, tree_tokens=tree_tokens):
+                tree_batch = pack(left, trees)
+                yield [waiting[i] for i in tree_batch.rows], tree_batch.computed, tree_batch
+            return
+        for chosen in token_budget_batches([len(item) for item in left], budget, self.max_rows):
+            batch = pad_batch([left[i] for i in chosen], self.pad_token_id, self.padding_side)
+            yield [waiting[i] for i in chosen], batch["input_ids"].numel(), batch
 
-    def _padded(
-        self, ids: Sequence[Sequence[int]], budget: int, forwards: _Forwards
-    ) -> Iterator[tuple[Sequence[int], int, Any]]:
-        for rows in token_budget_batches([len(item) for item in ids], budget, self.max_rows):
-            batch = pad_batch([ids[i] for i in rows], self.pad_token_id, self.padding_side)
-            yield (
-                rows,
-                batch["input_ids"].numel(),
-                lambda device, places, b=batch: forwards.padded(
-                    b["input_ids"].to(device), b["attention_mask"].to(device), places
-                ),
-            )
+    def _forward(
+        self,
+        batch: PackedBatch | dict[str, Tensor],
+        device: torch.device,
+        rows: Sequence[int],
+        places: Sequence[Sequence[int]] | None,
+    ) -> Sequence[Any]:
+        """Of each row of a batch its score, or its logits at its places; on the CPU."""
+        if isinstance(batch, PackedBatch):
+            batch = batch.to(device)
+            if places is None:
+                return packed_scores(self.model, batch).tolist()  # type: ignore[no-any-return]
+            logits = packed_token_logits(self.model, batch).cpu()
+            texts = batch.text_places()
+            return [logits[texts[i, list(places[row])]] for i, row in enumerate(rows)]
+        input_ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        if places is None:
+            return reward_scores(self.model, input_ids, mask).tolist()  # type: ignore[no-any-return]
+        logits = token_logits(self.model, input_ids, mask).cpu()
+        first = mask.long().argmax(dim=1).tolist()  # 0 unless padding stands left
+        return [logits[i, [first[i] + at for at in places[row]]] for i, row in enumerate(rows)]

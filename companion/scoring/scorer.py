@@ -210,22 +210,18 @@ class Scorer(ABC, Generic[ScoresT]):
         self, texts: Sequence[EncodedSteps], *, progress: Progress | None = None
     ) -> list[torch.Tensor]:
         """Logits ``[places, labels]`` (float32, on the CPU) of an outcome or process model."""
-        return self._logits([ids_of(text) for text in texts], [t.ends for t in texts], progress)
+        return list(self._values([ids_of(t) for t in texts], [t.ends for t in texts], progress))
 
     # ------------------------------------------------------------------ inside
 
     @abstractmethod
-    def _scores(self, ids: Sequence[Sequence[int]], progress: Progress | None) -> np.ndarray:
-        """The scalar of each text, ``[N]`` float64."""
-
-    @abstractmethod
-    def _logits(
+    def _values(
         self,
         ids: Sequence[Sequence[int]],
-        places: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]] | None,
         progress: Progress | None,
-    ) -> list[torch.Tensor]:
-        """Of each text the logits at its places, ``[places, labels]`` float32 on the CPU."""
+    ) -> Sequence[Any]:
+        """Of each text its scalar, or with `places` its logits there, ``[places, labels]``."""
 
     def _score_found(
         self,
@@ -261,7 +257,7 @@ class Scorer(ABC, Generic[ScoresT]):
         flat: list[Any] = [text for _, texts in kept for text in texts]
         read: Any
         if isinstance(self.readout, ScalarReadout):
-            read = self._scores([ids_of(text) for text in flat], progress)
+            read = self._values([ids_of(text) for text in flat], None, progress)
         else:
             read = self.logits(flat, progress=progress)
         failed: list[int] = []
@@ -406,15 +402,14 @@ class LocalScorer(Scorer[ScoresT]):
         """Of the weights; see :func:`companion.models.checkpoint.model_fingerprint`."""
         return model_fingerprint(self.reward_model.model)
 
-    def _scores(self, ids: Sequence[Sequence[int]], progress: Progress | None) -> np.ndarray:
-        return self._runner.run(ids, progress)
-
-    def _logits(
+    def _values(
         self,
         ids: Sequence[Sequence[int]],
-        places: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]] | None,
         progress: Progress | None,
-    ) -> list[torch.Tensor]:
+    ) -> Sequence[Any]:
+        if places is None:
+            return self._runner.run(ids, progress).tolist()  # type: ignore[no-any-return]
         return self._runner.run_tokens(ids, places, progress)
 
 

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from companion.batching import pad_batch
-from companion.errors import ModelError
+from companion.errors import DataError, ModelError
+from companion.formatting.steps import encode_steps
 from companion.models import (
+    apply_lora,
     load_base,
     load_reward_model,
     prepare_token_head,
@@ -132,3 +135,59 @@ def test_step_scores() -> None:
     assert float(one.values(torch.tensor([0.7])) + one.wrong(torch.tensor([0.7]))) == pytest.approx(
         1
     )
+
+
+def test_a_model_is_not_saved_without_its_readout(tiny_base: Path, tmp_path: Path) -> None:
+    base = load_base(tiny_base, labels=1)
+    assert base.readout is None
+    with pytest.raises(ModelError, match="nothing says how they are read"):
+        save_reward_model(base, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    base.readout = TokenReadout("outcome", aggregation="mean")
+    manifest = save_reward_model(base, tmp_path / "b")
+    assert manifest.readout == base.readout.to_dict()
+    again = load_reward_model(tmp_path / "b")
+    assert again.readout == base.readout
+    # a model takes its read-out along, whatever manifest it is given
+    save_reward_model(again, tmp_path / "c", RewardManifest())
+    assert load_reward_model(tmp_path / "c").readout == base.readout
+
+
+def test_an_adapter_of_a_token_model_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    base = apply_lora(load_base(tiny_base, labels=1), r=2)
+    base.readout = TokenReadout("outcome")
+    save_reward_model(base, tmp_path, save_adapter=True)
+    with pytest.raises(ModelError, match="adapter of an outcome or process model"):
+        load_reward_model(tmp_path / "adapter")
+    assert load_reward_model(tmp_path).readout == base.readout
+
+
+def test_the_head_is_not_rounded_in_half_precision(saved: Any) -> None:
+    folder = saved("gpt2")
+    whole, half = (load_reward_model(folder, dtype=d) for d in ("float32", "bfloat16"))
+    assert half.model.transformer.wte.weight.dtype == torch.bfloat16
+    assert torch.equal(half.model.classifier.weight, whole.model.classifier.weight)
+
+
+def test_pairs_of_solutions(saved: Any) -> None:
+    scorer = TokenScorer.from_pretrained(saved(), device="cpu")
+    rows = [
+        {"prompt": "Ana has 3", "chosen": "yes so no", "rejected": "no so no so yes"},
+        {"prompt": "Ana has 3", "chosen": "yes", "rejected": "no ", "rejected_terminated": False},
+        {"prompt": "Ana has 3", "chosen": "yes"},
+    ]
+    pairs = scorer.score_pairs(rows, on_error="skip")
+    assert [reason is None for reason in pairs.reasons] == [True, True, False]
+    for side in ("chosen", "rejected"):
+        alone = scorer.score(rows[:2], field=side)
+        np.testing.assert_allclose(getattr(pairs, side)[:2], alone.raw, atol=1e-6)
+    encoded = scorer.score_encoded(
+        encode_steps(
+            scorer.formatter, [{"prompt": "Ana has 3", "completions": ["yes ", " no"]}], "so"
+        )  # type: ignore[arg-type]
+    )
+    assert encoded[0] == pytest.approx(
+        scorer.score([{**rows[0], "completion": "yes so no"}]).raw[0]
+    )
+    with pytest.raises(DataError, match="text 0: nothing says which of its tokens"):
+        scorer.score_encoded([[9, 10, 2]])

@@ -65,18 +65,19 @@ def kind_of(rows: str) -> str:
     return {"outcomes": "outcome", "steps": "process"}.get(rows, "scalar")
 
 
-@pytest.mark.parametrize("rows", MEASURES)
-@pytest.mark.parametrize("protocol", ["classify", "companion"])
+@pytest.mark.parametrize(
+    ("rows", "protocol"),
+    [
+        *(("pairs", "classify"), ("canaries", "companion"), ("rankings", "classify")),
+        *(("outcomes", "companion"), ("steps", "companion")),
+    ],
+)
 def test_an_evaluation_over_http_is_the_one_here(
     rows: str, protocol: Any, models: Any, serve: Any
 ) -> None:
     folder = models(kind_of(rows))
     here = load_scorer(folder, device="cpu")
     service = serve(load_scorer(folder, device="cpu"))
-    if kind_of(rows) != "scalar" and protocol == "classify":
-        with pytest.raises(DataError, match="use protocol='companion'"):
-            RemoteScorer.from_pretrained(service.url, folder, protocol=protocol)
-        return
     there = RemoteScorer.from_pretrained(service.url, folder, protocol=protocol, batch_size=1000)
     data = make_rows(rows, 24, seed=5)
     done: list[int] = []
@@ -88,7 +89,6 @@ def test_an_evaluation_over_http_is_the_one_here(
     # however the texts are cut into requests
     few = RemoteScorer.from_pretrained(service.url, folder, protocol=protocol, batch_size=7)
     again = MEASURES[rows](few, data)
-    assert json.dumps(again.metrics).count(":") == json.dumps(expected.metrics).count(":")
     close(again.metrics, expected.metrics)
 
 
@@ -186,12 +186,14 @@ def test_a_reward_function_over_http(kind: str, models: Any, serve: Any) -> None
 def test_answers_that_are_no_token_values_are_errors(models: Any, serve: Any) -> None:
     folder = models("process")
     service = serve(load_scorer(folder, device="cpu"))
+    with pytest.raises(DataError, match="use protocol='companion'"):
+        RemoteScorer.from_pretrained(service.url, folder, protocol="classify")
     there = RemoteScorer.from_pretrained(service.url, folder, protocol="companion")
     rows = make_rows("steps", 2, seed=5)
     for change, message in (
         (lambda a: {"scores": [0.0, 0.0]}, "token values"),
         (lambda a: {"logits": a["logits"][:1]}, "token values"),
-        (lambda a: {"logits": [[place[:1] for place in t] for t in a["logits"]]}, "this manifest"),
+        (lambda a: {"logits": [[place[:1] for place in t] for t in a["logits"]]}, "for .* places"),
     ):
         service.change = change
         with pytest.raises(ServiceError, match=message):
