@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import build
 import companion.course.exercises as package
 from companion.course import check
-from companion.course.build import exercises, stub_of, to_exercise
 from companion.course.catalogue import BY_ID, CATALOGUE, CHAPTERS, entries_of
 from companion.course.checking import diagnose, load_exercise
 from companion.course.exercise import THREADS, Exercise, Prediction
@@ -135,15 +135,15 @@ def test_signatures_of_stub_and_solution_are_equal(name):
 def test_the_script_with_bugs_is_in_the_notebook_and_is_caught(name):
     exercise = load_exercise(name)
     text = path_of("exercises", BY_ID[name].chapter).read_text(encoding="utf-8")
-    for line in stub_of(name).splitlines():
+    for line in build.stub_of(name).splitlines():
         assert line.strip() in text
     assert check(name, exercise.broken).outcome == "wrong"
     assert any(exercise.broken in (mutant.answer, *mutant.also) for mutant in exercise.mutants)
 
 
 def test_exercises_are_up_to_date():
-    for path, text in exercises().items():
-        assert path.read_text(encoding="utf-8") == text, "run: python -m companion.course.build"
+    for path, text in build.exercises().items():
+        assert path.read_text(encoding="utf-8") == text, "run: python book/_tools/build.py"
 
 
 def test_catalogue_and_modules_are_one_to_one():
@@ -210,21 +210,23 @@ def test_generator_makes_stubs():
         "```{code-cell} ipython3\nimport x\n\n# <only>\nsecret = 1\n# </only>\n"
         "def bt_gradient(a, b):\n    # <solution>\n    return 1\n    # </solution>\n```\n"
     )
-    made = to_exercise("<!-- solution -->\nshown only solved\n<!-- /solution -->\n" + cell, 1)
+    made = build.to_exercise("<!-- solution -->\nshown only solved\n<!-- /solution -->\n" + cell, 1)
     assert made == (
         "```{code-cell} ipython3\nimport x\n"
         "def bt_gradient(a, b):\n    raise NotImplementedError  # your code here\n```\n"
     )
     with pytest.raises(DataError):
-        to_exercise("```{code-cell} ipython3\n# <solution>\n1\n# </solution>\n```\n", 1)
+        build.to_exercise("```{code-cell} ipython3\n# <solution>\n1\n# </solution>\n```\n", 1)
 
 
 def test_generator_leaves_the_lines_around_alone():
     cell = (
         "```{code-cell} ipython3\n# <only>\na\n# </only>\n\n\nb\n# <only>\nc\n# </only>\nd\n```\n"
     )
-    assert to_exercise(cell, 1) == "```{code-cell} ipython3\nb\nd\n```\n"
-    assert to_exercise("<!-- exercise\n# Title\n/exercise -->\ntext\n", 1) == "# Title\ntext\n"
+    assert build.to_exercise(cell, 1) == "```{code-cell} ipython3\nb\nd\n```\n"
+    assert (
+        build.to_exercise("<!-- exercise\n# Title\n/exercise -->\ntext\n", 1) == "# Title\ntext\n"
+    )
 
 
 def test_predictions_have_a_word_for_every_wrong_option():
