@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
 
 import pytest
 from book_pages import BOOK, CHAPTERS, ROOT, load_module
+from jupyter_cache import get_cache
+
+import outputs
 
 bs4 = pytest.importorskip("bs4")
 
@@ -23,6 +27,14 @@ def _parsed(site):
 def _pages(site):
     """Each page and what stands on it, read once for all tests: they change nothing."""
     yield from _parsed(site)
+
+
+def test_no_notebook_was_executed_twice(site):
+    """The build had the outputs of all notebooks before it began, and so added none of its own."""
+    if "COMPANION_BOOK" not in os.environ:
+        pytest.skip("only 'make test' executes the notebooks before it builds the book")
+    cache = get_cache(site.parent / ".jupyter_cache")
+    assert len(cache.list_cache_records()) == len(outputs.sources())
 
 
 def test_pages_load_nothing_from_the_network(site):
@@ -50,6 +62,7 @@ def test_what_the_pages_load_is_there(site):
 
 def test_links_between_pages_lead_somewhere(site):
     found = {page.resolve(): soup for page, soup in _pages(site)}
+    anchors = {page: {tag["id"] for tag in soup.find_all(id=True)} for page, soup in found.items()}
     for page, soup in found.items():
         for tag in soup.select("article a[href]"):
             target, _, anchor = tag["href"].partition("#")
@@ -58,7 +71,7 @@ def test_links_between_pages_lead_somewhere(site):
             other = (page.parent / target).resolve() if target else page
             assert other.exists(), f"{page.name}: {tag['href']}"
             if anchor and other in found:
-                assert found[other].find(id=anchor), f"{page.name}: {tag['href']}"
+                assert anchor in anchors[other], f"{page.name}: {tag['href']}"
 
 
 def test_numbers_in_the_prose_came_from_cells(site):
