@@ -75,10 +75,10 @@ def test_links_between_pages_lead_somewhere(site):
 
 
 def test_numbers_in_the_prose_came_from_cells(site):
+    pages = {path.name: soup for path, soup in _pages(site)}
     for chapter in CHAPTERS:
         text = chapter.read_text(encoding="utf-8")
-        page = site / "book" / f"{chapter.stem}.html"
-        soup = bs4.BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")
+        soup = pages[f"{chapter.stem}.html"]
         shown = soup.select(".pasted-text")
         assert len(shown) == len(re.findall(r"\{glue:text\}`", text))
         assert all(re.search(r"\d", tag.get_text()) for tag in shown)
