@@ -37,8 +37,22 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Running all exercises is nobody's progress.
 NO_PROGRESS := COMPANION_PROGRESS_FILE=
 
-NOTEBOOK_SOURCES := $(wildcard book/ch*.md exercises/ch*.md solutions/ch*.md)
+NOTEBOOK_SOURCES := $(wildcard book/ch*.md book/speed.md exercises/ch*.md solutions/ch*.md)
 NOTEBOOKS := $(patsubst %.md,$(BUILD)/notebooks/%.ipynb,$(NOTEBOOK_SOURCES))
+
+# Pages from the sources, with the outputs that lie in the cache; a notebook whose cells are not
+# there is executed.
+PAGES := $(BUILD)/_build/html
+OUTPUTS := $(BUILD)/_build/.jupyter_cache
+# Made when all pages were built, and without a warning.
+BUILT := $(BUILD)/.stamp-pages
+BUILD_BOOK = rm -f $(BUILT) && $(OFFLINE) $(NO_PROGRESS) $(VENV)/bin/jupyter-book build . \
+	--toc book/_toc.yml --path-output $(BUILD) --all -W --keep-going --quiet && touch $(BUILT)
+# Whoever changes one of these changes outputs without changing a cell.
+BEHIND_OUTPUTS = constraints.txt $(wildcard benchmarks/results/*.json) \
+	$(shell find companion -type f -not -name '*.pyc')
+
+PYTEST = $(OFFLINE) $(NO_PROGRESS) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
 .PHONY: help quickstart test test-slow book lab lint format figures clean notebooks
 
@@ -53,25 +67,37 @@ help: ## this list
 quickstart: $(VENV)/.stamp-core ## train a reward model, judge it, write report.html (minutes)
 	$(VENV)/bin/companion quickstart
 
+# Each notebook is executed once, as a test. The book is built with those outputs, outside of any
+# test's time limit. If either fails, the tests of the built book fail in their turn, so that the
+# other tests run all the same and the last line counts everything. The tests of a file stay in one
+# process: what they share is made once.
 test: $(VENV)/.stamp-all $(NOTEBOOKS) ## lint, types, import floors, unit tests, notebooks, book
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check $(NOTEBOOKS)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(OFFLINE) $(NO_PROGRESS) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup \
-		--nbmake --nbmake-timeout=300 $(NOTEBOOKS) tests
+	@rm -f $(BUILT)
+	-$(PYTEST) --nbmake --nbmake-timeout=300 --overwrite $(NOTEBOOKS) && \
+		$(PY) book/_tools/outputs.py $(BUILD)/notebooks $(OUTPUTS) && \
+		touch $(BUILD)/.stamp-outputs && $(BUILD_BOOK)
+	COMPANION_BOOK=$(abspath $(BUILD)) $(PYTEST) --dist loadfile tests
 
 test-slow: $(VENV)/.stamp-all ## the tests that take minutes
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests
 
-book: $(VENV)/.stamp-book ## run every notebook and build the pages into build/_build/html
-	$(OFFLINE) $(NO_PROGRESS) $(VENV)/bin/jupyter-book build . --toc book/_toc.yml --path-output $(BUILD) --all -W --keep-going
-	@echo "open $(BUILD)/_build/html/index.html"
+book: $(VENV)/.stamp-book $(BUILD)/.stamp-outputs ## run the notebooks and build the pages into build/_build/html
+	$(BUILD_BOOK)
+	@echo "open $(PAGES)/index.html"
+
+$(BUILD)/.stamp-outputs: $(BEHIND_OUTPUTS)
+	@rm -rf $(OUTPUTS)
+	@mkdir -p $(@D)
+	@touch $@
 
 # What a reader changes are copies, so that nothing here is overwritten and `make test` stays green.
 lab: $(VENV)/.stamp-lab ## chapters and exercises in JupyterLab, copies for you to change (lab/)
-	$(PY) -m companion.course.lab lab
+	$(PY) book/_tools/lab.py lab
 	cd lab && $(OFFLINE) OMP_NUM_THREADS=1 $(abspath $(VENV))/bin/jupyter lab $(LAB)
 
 notebooks: $(NOTEBOOKS) ## the same as .ipynb files, in build/notebooks

@@ -39,7 +39,7 @@ What the package has on the matter of this chapter, made from the docstrings tha
 
 """
 BEFORE = "## References\n"
-#: lines of the solved notebooks that tell `companion.course.build` what to leave out
+#: lines of the solved notebooks that tell `book/_tools/build.py` what to leave out
 MARKER = re.compile(r"^ *# </?(?:solution|only)>\n", re.MULTILINE)
 
 

@@ -1,20 +1,15 @@
-"""One build of the book and one start of a browser, for all tests of this folder.
-
-The tests that use them share one group of pytest-xdist, so that one process does both.
-"""
+"""The built book and one start of a browser, for all tests of this folder."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from book_pages import ROOT
+from book_pages import PAGES, ROOT
 
-JUPYTER_BOOK = Path(sys.executable).with_name("jupyter-book")
 NO_CHROMIUM = (
     "NO CHROMIUM: the built pages were NOT looked at in a browser. Install one and run again: "
     "'apt-get install chromium' (as root, Debian), or '{python} -m playwright install chromium' "
@@ -23,24 +18,21 @@ NO_CHROMIUM = (
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    """Root folder of the built pages."""
-    if not JUPYTER_BOOK.exists():
-        pytest.skip("jupyter-book is not installed")
-    output = tmp_path_factory.mktemp("book")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run(
-        [str(JUPYTER_BOOK), "build", ".", "--toc", "book/_toc.yml", "--path-output", str(output),
-         "--all", "-W", "--keep-going"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env={
-            **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "COMPANION_PROGRESS_FILE": "",
-        },
-    )  # fmt: skip
-    log = done.stdout + done.stderr
-    warnings = [line for line in log.splitlines() if "WARNING:" in line or "ERROR:" in line]
-    assert done.returncode == 0, "\n".join(warnings) or log[-4000:]
-    return output / "_build" / "html"
+def site() -> Path:
+    """Root folder of the built pages, which ``make test`` and ``make book`` build beforehand.
+
+    In ``make test`` a book that was not built is a failure, elsewhere the tests skip.
+    """
+    named = os.environ.get("COMPANION_BOOK")
+    build = Path(named or ROOT / "build")
+    stamp = build / ".stamp-pages"
+    if named:
+        assert stamp.exists(), "a notebook failed, or the book: see the output above"
+    else:
+        newest = max([*PAGES, ROOT / "_config.yml"], key=lambda path: path.stat().st_mtime)
+        if not stamp.exists() or stamp.stat().st_mtime < newest.stat().st_mtime:
+            pytest.skip(f"no built pages, or older than {newest.name}: run 'make book'")
+    return build / "_build" / "html"
 
 
 def find_chromium(own: str | None) -> str | None:

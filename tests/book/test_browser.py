@@ -19,8 +19,6 @@ from companion.losses import (
     centering_penalty,
 )
 
-pytestmark = pytest.mark.xdist_group("book")
-
 sliders = load_module(BOOK / "_ext" / "companion_sliders.py")
 #: name -> width in pixels, colour scheme
 VIEWS = {"desktop": (1200, "light"), "phone": (390, "dark")}

@@ -1,24 +1,40 @@
-"""The book builds, executed and without a warning, into pages that need no network."""
+"""The book was built, executed and without a warning, into pages that need no network."""
 
 from __future__ import annotations
 
+import os
 import re
+from functools import cache
 
 import pytest
 from book_pages import BOOK, CHAPTERS, ROOT, load_module
+from jupyter_cache import get_cache
+
+import outputs
 
 bs4 = pytest.importorskip("bs4")
-
-pytestmark = pytest.mark.xdist_group("book")
 
 extension = load_module(BOOK / "_ext" / "companion_docs.py")
 
 
-def _pages(site):
+@cache
+def _parsed(site):
     pages = sorted((site / "book").rglob("*.html"))
     assert len(pages) >= 10
-    for page in pages:
-        yield page, bs4.BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")
+    return [(path, bs4.BeautifulSoup(path.read_text("utf-8"), "html.parser")) for path in pages]
+
+
+def _pages(site):
+    """Each page and what stands on it, read once for all tests: they change nothing."""
+    yield from _parsed(site)
+
+
+def test_no_notebook_was_executed_twice(site):
+    """The build had the outputs of all notebooks before it began, and so added none of its own."""
+    if "COMPANION_BOOK" not in os.environ:
+        pytest.skip("only 'make test' executes the notebooks before it builds the book")
+    cache = get_cache(site.parent / ".jupyter_cache")
+    assert len(cache.list_cache_records()) == len(outputs.sources())
 
 
 def test_pages_load_nothing_from_the_network(site):
@@ -46,6 +62,7 @@ def test_what_the_pages_load_is_there(site):
 
 def test_links_between_pages_lead_somewhere(site):
     found = {page.resolve(): soup for page, soup in _pages(site)}
+    anchors = {page: {tag["id"] for tag in soup.find_all(id=True)} for page, soup in found.items()}
     for page, soup in found.items():
         for tag in soup.select("article a[href]"):
             target, _, anchor = tag["href"].partition("#")
@@ -54,14 +71,14 @@ def test_links_between_pages_lead_somewhere(site):
             other = (page.parent / target).resolve() if target else page
             assert other.exists(), f"{page.name}: {tag['href']}"
             if anchor and other in found:
-                assert found[other].find(id=anchor), f"{page.name}: {tag['href']}"
+                assert anchor in anchors[other], f"{page.name}: {tag['href']}"
 
 
 def test_numbers_in_the_prose_came_from_cells(site):
+    pages = {path.name: soup for path, soup in _pages(site)}
     for chapter in CHAPTERS:
         text = chapter.read_text(encoding="utf-8")
-        page = site / "book" / f"{chapter.stem}.html"
-        soup = bs4.BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")
+        soup = pages[f"{chapter.stem}.html"]
         shown = soup.select(".pasted-text")
         assert len(shown) == len(re.findall(r"\{glue:text\}`", text))
         assert all(re.search(r"\d", tag.get_text()) for tag in shown)
@@ -71,9 +88,12 @@ def test_numbers_in_the_prose_came_from_cells(site):
 
 def test_tables_are_tables(site):
     for path, soup in _pages(site):
-        for code in soup.select("pre, code"):
-            code.extract()
-        assert not re.search(r"\|\s*(---|—)\s*\|", soup.get_text()), path.name
+        text = "".join(
+            text
+            for text in soup.find_all(string=True)
+            if type(text) is bs4.NavigableString and text.find_parent(["pre", "code"]) is None
+        )
+        assert not re.search(r"\|\s*(---|—)\s*\|", text), path.name
 
 
 def test_reference_and_chapters_link_each_other(site):

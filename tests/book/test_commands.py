@@ -98,6 +98,8 @@ def test_commands_in_the_text_exist(page):
                 assert arguments[1] in importlib.import_module(COMMANDS[arguments[0]][0]).KINDS
         elif words[:2] == ("python", "-m"):
             assert importlib.util.find_spec(words[2]) is not None
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), words
 
 
 # In small

@@ -8,7 +8,8 @@ from pathlib import Path
 import jupytext
 import pytest
 
-from companion.course import lab
+import lab
+import lab_helpers
 from companion.course.catalogue import CHAPTERS, entries_of
 from companion.errors import DataError
 
@@ -48,7 +49,7 @@ def test_every_cell_of_chapter_and_exercises_is_in_the_copy(number: int) -> None
     copied = cells(CHAPTER_PAGES[number])
     for folder in ("book", "exercises"):
         for cell in cells((lab.ROOT / folder / f"{stem}.md").read_text(encoding="utf-8")):
-            assert cell.replace(lab._GLUE, "from companion.course.lab import glue, glued") in copied
+            assert cell.replace(lab._GLUE, "from lab_helpers import glue, glued") in copied
 
 
 @pytest.mark.parametrize("path", PAGES, ids=str)
@@ -75,10 +76,10 @@ def test_links_between_the_copies_resolve(path: Path) -> None:
 
 
 def test_a_number_is_shown_after_its_cell_ran() -> None:
-    assert repr(lab.glued("test-lab", ".2f")) == "…"
-    lab.glue("test-lab", 1.2345)
-    assert repr(lab.glued("test-lab", ".2f")) == "1.23"
-    assert repr(lab.glued("test-lab")) == "1.2345"
+    assert repr(lab_helpers.glued("test-lab", ".2f")) == "…"
+    lab_helpers.glue("test-lab", 1.2345)
+    assert repr(lab_helpers.glued("test-lab", ".2f")) == "1.23"
+    assert repr(lab_helpers.glued("test-lab")) == "1.2345"
 
 
 def test_sliders_are_whole_pages(tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_sliders_are_whole_pages(tmp_path: Path) -> None:
         assert not re.search(r'(src|href)="', text)  # nothing is loaded
     place = tmp_path / "figure.html"
     place.write_text('<p title="a">', encoding="utf-8")
-    assert "&lt;p title=&quot;a&quot;&gt;" in lab.show(str(place)).data
+    assert "&lt;p title=&quot;a&quot;&gt;" in lab_helpers.show(str(place)).data
 
 
 def test_what_a_reader_changed_stays(tmp_path: Path) -> None:
@@ -102,6 +103,13 @@ def test_what_a_reader_changed_stays(tmp_path: Path) -> None:
     assert lab.main([str(tmp_path)]) == 0
     assert changed.read_text(encoding="utf-8") == "mine"
     assert other.exists()
+
+
+def test_what_the_cells_call_lies_beside_them(tmp_path: Path) -> None:
+    assert lab.main([str(tmp_path)]) == 0
+    callers = {path.parent for path, text in PAGES.items() if "lab_helpers" in text}
+    assert callers == {Path("book")}
+    assert (tmp_path / "book" / "lab_helpers.py").read_bytes() == lab.HELPERS.read_bytes()
 
 
 def test_references_have_author_year_and_address() -> None:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from companion.cli.train import parse
 from companion.errors import CompanionError, DataError, ModelError
 from companion.models.manifest import RewardManifest
-from companion.scoring import RewardScorer, TokenScorer, load_scorer
+from companion.scoring import RewardScorer, load_scorer
 from companion.training.kind import load_kind
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
@@ -181,12 +181,12 @@ def test_the_model_of_a_trainer_scores_as_it_predicted(
     assert "forward" not in vars(made.model)
     assert made.tokenizer is trainer.processing_class
     assert made.formatter is trainer.formatter
-    readout = load_kind(kind.name).trainer.readout(trainer.args)
-    scorer: Any = RewardScorer(made) if readout is None else TokenScorer(made, readout)
+    assert made.readout == load_kind(kind.name).trainer.readout(trainer.args)
     for row, found in zip(rows, predictions, strict=True):
         if kind.name in ("pairwise", "kwise"):
             texts = row.get("completion_ids") or [row["chosen_ids"], row["rejected_ids"]]
-            np.testing.assert_allclose(scorer.score_encoded(texts), found[: len(texts)], atol=1e-5)
+            scores = RewardScorer(made).score_encoded(texts)
+            np.testing.assert_allclose(scores, found[: len(texts)], atol=1e-5)
             ids = torch.tensor([texts[0]])
             stock = made.model(input_ids=ids).logits.detach()
             assert float(stock) == pytest.approx(found[0], abs=1e-5)

@@ -1,4 +1,4 @@
-"""Write the exercise notebooks from the solved ones: ``python -m companion.course.build``.
+"""Write the exercise notebooks from the solved ones: ``python book/_tools/build.py``.
 
 ``solutions/*.md`` are the source. In them
 
@@ -34,6 +34,8 @@ _ONLY = re.compile(r"(?:(?<=\n)\n)?^ *# <only>\n.*?^ *# </only>\n", re.MULTILINE
 _PROSE = re.compile(r"<!-- solution -->\n.*?<!-- /solution -->\n\n?", re.DOTALL)
 _SHOWN = re.compile(r"<!-- exercise\n(.*?)/exercise -->\n", re.DOTALL)
 _NAME = re.compile(r"^def (\w+)\(|^(\w+) = \{$", re.MULTILINE)
+#: lines that show in no page and no copy
+MARKER = re.compile(r"^ *# </?(?:solution|only)>\n", re.MULTILINE)
 NOT_YET = "raise NotImplementedError  # your code here"
 BUGS = "raise NotImplementedError  # delete this line when you have mended the bugs below"
 
@@ -96,7 +98,7 @@ def exercises(root: Path = ROOT) -> dict[Path, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Write them; with ``--check`` only say which are out of date. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m companion.course.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python book/_tools/build.py", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if any is stale")
     args = parser.parse_args(argv)
     stale = []

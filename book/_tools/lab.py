@@ -1,26 +1,27 @@
-"""Copies of the notebooks to work in, made for JupyterLab: ``python -m companion.course.lab``.
+"""Copies of the notebooks to work in, made for JupyterLab: ``python book/_tools/lab.py``.
 
 ``make lab`` calls it. A chapter's copy holds the chapter's exercises too, so that nobody has to
 leave the page. JupyterLab knows nothing of Sphinx: what the book's sources say through it
 (references to functions and to the bibliography, numbers that a cell puts into a sentence) is
-written in words that JupyterLab shows.
+written in words that JupyterLab shows; what the copies' cells need for it lies beside them, as
+``lab_helpers.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-import html
 import importlib.util
 import re
+import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
+from build import MARKER
 from companion.course.catalogue import CHAPTERS
 from companion.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
-_MARKERS = re.compile(r"^ *# </?(?:solution|only)>\n", re.MULTILINE)
+HELPERS = Path(__file__).with_name("lab_helpers.py")
 _COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n+", re.DOTALL)
 _HEADING = re.compile(r"^(#+) ", re.MULTILINE)
@@ -29,7 +30,7 @@ _SLIDER = re.compile(
     r"^```\{slider-figure\} (\w+)\n(?::[^\n]*\n)*\n*(.*?)^```$", re.MULTILINE | re.DOTALL
 )
 _SLIDER_CELL = """```{{code-cell}} ipython3
-from companion.course.lab import show
+from lab_helpers import show
 
 show("../figures/{kind}.html")
 ```
@@ -44,75 +45,6 @@ html {{ --pst-color-text-base: #1c2733; font-family: sans-serif; }}
 """
 _ROLE = re.compile(r"\{([a-z:]+)\}`([^`]+)`")
 _GLUE = "from myst_nb import glue"
-
-#: name -> what a cell of the page has put under it
-_glued: dict[str, object] = {}
-
-
-class Shown:
-    """A text that a notebook shows without quotation marks.
-
-    Parameters
-    ----------
-    text : str
-    """
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text
-
-
-def glue(name: str, variable: object, display: bool = False) -> None:
-    """Keep a value under a name, as ``myst_nb.glue`` does for the built pages.
-
-    Parameters
-    ----------
-    name : str
-    variable : object
-    display : bool
-        As in MyST-NB, show it at once as well.
-    """
-    _glued[name] = variable
-    if display:
-        print(variable)
-
-
-def glued(name: str, form: str = "") -> Shown:
-    """What a sentence shows of a value that a cell has kept: a text, or '…' before the cell ran.
-
-    Parameters
-    ----------
-    name : str
-        As it was given to :func:`glue`.
-    form : str
-        A format, such as ``".2f"``.
-    """
-    return Shown(format(_glued[name], form) if name in _glued else "…")
-
-
-def show(path: str) -> Any:
-    """A figure with sliders, as an output of the cell.
-
-    Parameters
-    ----------
-    path : str
-        Of a page that :func:`main` wrote, from the notebook's folder.
-
-    Returns
-    -------
-    IPython.display.HTML
-        The page in a frame, so that its style stays its own.
-    """
-    from IPython.display import HTML
-
-    page = html.escape(Path(path).read_text(encoding="utf-8"), quote=True)
-    # IPython takes what begins with an iframe for a mistake, hence the div.
-    return HTML(
-        f'<div><iframe srcdoc="{page}" title="a figure with sliders" '
-        'style="width: 36rem; max-width: 100%; height: 52rem; border: 0"></iframe></div>'
-    )
 
 
 def _prose(text: str, role: str, references: dict[str, str]) -> str:
@@ -241,8 +173,8 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
             text = path.read_text(encoding="utf-8")
             if folder == "book" and path.stem in exercises:
                 text = with_exercises(text, exercises[path.stem], path.stem)
-            text = _COMMENT.sub("", _MARKERS.sub("", text))
-            text = text.replace(_GLUE, "from companion.course.lab import glue, glued")
+            text = _COMMENT.sub("", MARKER.sub("", text))
+            text = text.replace(_GLUE, "from lab_helpers import glue, glued")
             made[Path(folder) / path.name] = _mend(text, references)
     return made
 
@@ -276,13 +208,14 @@ def figures(root: Path = ROOT) -> dict[Path, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the copies that are missing; what a reader has changed stays. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m companion.course.lab", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python book/_tools/lab.py", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "lab")
     args = parser.parse_args(argv)
     for path, text in {**pages(), **figures()}.items():
         if not (args.folder / path).exists():
             (args.folder / path).parent.mkdir(parents=True, exist_ok=True)
             (args.folder / path).write_text(text, encoding="utf-8")
+    shutil.copy(HELPERS, args.folder / "book")  # no reader's file: always that of these pages
     return 0
 
 
