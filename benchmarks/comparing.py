@@ -13,7 +13,7 @@ from benchmarks.measuring import matmul_peak, ratio, table, take_turns
 from benchmarks.methods import Method, scoring_methods
 from benchmarks.results import add_arguments, save
 from benchmarks.shapes import PAD, SHAPES, TokenIds, make_model, needed_tokens, useful_flops
-from companion.scoring.running import BatchRunner
+from companion.engine import BatchRunner
 
 #: largest difference of the mean score that rounding explains
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}

@@ -20,12 +20,10 @@ from torch._inductor.utils import clear_caches
 from benchmarks.measuring import Outcome, ratio, table, take_turns
 from benchmarks.results import add_arguments, save
 from benchmarks.shapes import PAD, SHAPES, make_model, mixed_lengths, pairs
-from companion.losses import bradley_terry_loss
-from companion.models import compile_parts
-from companion.scoring.running import BatchRunner
-from companion.training.batches import forward_inputs
+from companion import bradley_terry_loss
+from companion.engine import BatchRunner, compile_parts
+from companion.training import PairCollator, forward_inputs
 from companion.training.forward import install_forward
-from companion.training.pairwise import PairCollator
 
 #: Method -> whether batches are packed, and what of the model is compiled. The first is the base.
 METHODS: dict[str, tuple[bool, str]] = {

@@ -21,14 +21,16 @@ from trl import RewardConfig, RewardTrainer
 
 from benchmarks.measuring import table
 from benchmarks.results import add_arguments, save
-from companion.data.splits import prompt_key
-from companion.data.tutor import limits, make_rows
-from companion.evaluation.pairs import evaluate_pairs
-from companion.models import RewardModel, load_base
-from companion.quickstart import TUTOR_BASE
-from companion.scoring import RewardScorer
-from companion.training.config import PairwiseRewardConfig
-from companion.training.pairwise import PairwiseRewardTrainer
+from companion import (
+    PairwiseRewardConfig,
+    PairwiseRewardTrainer,
+    RewardModel,
+    RewardScorer,
+    evaluate_pairs,
+    load_base,
+)
+from companion.data import prompt_key
+from companion.tutor import TUTOR_BASE, limits, make_rows
 
 METHODS: dict[str, tuple[Any, Any]] = {
     "TRL as shipped": (RewardTrainer, RewardConfig),

@@ -24,7 +24,7 @@ from benchmarks.measuring import Outcome, table
 from benchmarks.methods import BATCH, Method
 from benchmarks.results import save
 from benchmarks.shapes import EOS, PAD, VOCABULARY, TokenIds, candidates, make_model, mixed_lengths
-from companion.scoring import RewardScorer
+from companion import RewardScorer
 
 _EOS = "<eos>"
 #: Shape -> texts of mixed lengths, prompts with 16 candidates.

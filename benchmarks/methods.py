@@ -9,8 +9,7 @@ import torch
 
 from benchmarks.measuring import Outcome
 from benchmarks.shapes import PAD, TokenIds
-from companion.batching import pad_batch
-from companion.scoring.running import BatchRunner, Packing
+from companion.engine import BatchRunner, Packing, pad_batch
 
 Method = Callable[[], Callable[[], Outcome]]
 #: The batch size of the usual loop.

@@ -25,14 +25,21 @@ from datasets.utils.logging import disable_progress_bar
 
 from benchmarks.measuring import table
 from benchmarks.results import add_arguments, save
-from companion.data.tutor import grade, make_rows
-from companion.models import load_base, save_reward_model
-from companion.quickstart import TUTOR_BASE
-from companion.resampling import bootstrap_interval
-from companion.scoring import RewardScorer
-from companion.selection import BestOfNCurve, best_of_n_curve, ensemble_scores, pairwise_accuracy
-from companion.training.config import PairwiseRewardConfig
-from companion.training.pairwise import PairwiseRewardTrainer
+from companion import (
+    PairwiseRewardConfig,
+    PairwiseRewardTrainer,
+    RewardScorer,
+    bootstrap_interval,
+    load_base,
+    save_reward_model,
+)
+from companion.functional import (
+    BestOfNCurve,
+    best_of_n_curve,
+    ensemble_scores,
+    pairwise_accuracy,
+)
+from companion.tutor import TUTOR_BASE, grade, make_rows
 
 POLICY_SEED, PAIRS_SEED, TEST_SEED = 900, 700, 800
 MAX_NEW_TOKENS = 96

@@ -27,15 +27,18 @@ from datasets.utils.logging import disable_progress_bar
 from benchmarks.measuring import table
 from benchmarks.overoptimization import ENSEMBLE, PROXIES, Proxy, once, train
 from benchmarks.results import add_arguments, save
-from companion.data.tutor import make_rows
-from companion.quickstart import TUTOR_BASE
-from companion.resampling import bootstrap_interval
-from companion.rl import GRPORunConfig, Look, PolicyArguments, PromptArguments, train_grpo
-from companion.rl.rewards import open_reward
-from companion.search.policy import Policy
+from companion import Policy, bootstrap_interval, open_reward
+from companion.rl import (
+    GRPORunConfig,
+    Look,
+    PolicyArguments,
+    PromptArguments,
+    train_grpo,
+)
+from companion.tutor import TUTOR_BASE, make_rows
 
 PROMPTS_SEED, SCALE_SEED = 903, 904
-GOLD, RIGHT = "companion.data.tutor:gold_rewards", "companion.data.tutor:right_answers"
+GOLD, RIGHT = "companion.tutor:gold_rewards", "companion.tutor:right_answers"
 
 Array = npt.NDArray[np.float64]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from companion.models.head import install_head
+from companion.models import install_head
 
 VOCABULARY = 1000
 PAD, EOS = 0, 1
@@ -94,7 +94,7 @@ def useful_flops(model: Any, ids: TokenIds, *, backward: bool = False) -> float:
     Matrix products of the layers and of causal attention; of the last layer keys and values of all
     tokens, and the rest of each text's last token. Embeddings, norms and the head are left out.
     """
-    from companion.batching import plan_trees
+    from companion.engine import plan_trees
 
     config = model.config
     matrices = [
@@ -122,6 +122,6 @@ def useful_flops(model: Any, ids: TokenIds, *, backward: bool = False) -> float:
 
 def needed_tokens(ids: TokenIds) -> int:
     """Tokens that have to be computed, each common prefix once."""
-    from companion.batching import plan_trees
+    from companion.engine import plan_trees
 
     return sum(tree.size for tree in plan_trees(ids))

@@ -23,10 +23,9 @@ import companion
 from benchmarks.measuring import Outcome, ratio, table, take_turns
 from benchmarks.methods import Method
 from benchmarks.results import add_arguments, save
-from companion.data.tutor import make_rows
-from companion.formatting import RewardFormatter
-from companion.training import tokenising
-from companion.training.pairwise import format_pairs
+from companion import RewardFormatter
+from companion.training import format_pairs, tokenising
+from companion.tutor import make_rows
 
 BASE = Path(companion.__file__).parent / "assets" / "tutor-base"
 

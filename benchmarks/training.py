@@ -21,8 +21,7 @@ from benchmarks.measuring import Outcome, matmul_peak, ratio, table, take_turns
 from benchmarks.methods import Method
 from benchmarks.results import add_arguments, save
 from benchmarks.shapes import SHAPES, VOCABULARY, make_model, needed_tokens, pairs, useful_flops
-from companion.training.config import PairwiseRewardConfig
-from companion.training.pairwise import PairwiseRewardTrainer
+from companion import PairwiseRewardConfig, PairwiseRewardTrainer
 
 #: Method -> trainer, configuration and what differs from its defaults. The first is the base.
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {

@@ -1,186 +1,115 @@
 """Train, use, serve and monitor reward models for RLHF.
 
-Public names are imported on first use (PEP 562), so ``import companion`` and ``companion --help``
-do not pay for torch and transformers.
+The names that most users need; each room (``companion.functional``, ``companion.training``, …) has
+more. All are imported on first use.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from companion._exports import exports
 
-#: public name -> module that defines it
-_EXPORTS: dict[str, str] = {
-    "CompanionError": "companion.errors",
-    "DataError": "companion.errors",
-    "ShapeError": "companion.errors",
-    "ReadoutError": "companion.errors",
-    "ModelError": "companion.errors",
-    "ServiceError": "companion.errors",
-    "JudgeError": "companion.errors",
-    "bradley_terry_probability": "companion.losses",
-    "bradley_terry_loss": "companion.losses",
-    "centering_penalty": "companion.losses",
-    "best_global_shift": "companion.losses",
-    "plackett_luce_loss": "companion.losses",
-    "grouped_pair_loss": "companion.losses",
-    "ranking_loss": "companion.rankings",
-    "ordered_pairs": "companion.rankings",
-    "best_is_best": "companion.rankings",
-    "outcome_loss": "companion.losses",
-    "process_loss": "companion.losses",
-    "IGNORE_INDEX": "companion.losses",
-    "last_token_index": "companion.readout",
-    "last_token_readout": "companion.readout",
-    "pad_id_readout_index": "companion.readout",
-    "position_ids_from_mask": "companion.readout",
-    "STEP_CLASSES": "companion.labels",
-    "completion_mask": "companion.labels",
-    "outcome_labels": "companion.labels",
-    "step_boundaries": "companion.labels",
-    "step_labels": "companion.labels",
-    "step_target": "companion.labels",
-    "aggregate": "companion.reduction",
-    "mean_of_means": "companion.reduction",
-    "weighted_mean_of_means": "companion.reduction",
-    "SumCount": "companion.reduction",
-    "all_reduce_metrics": "companion.reduction",
-    "margin": "companion.selection",
-    "pairwise_accuracy": "companion.selection",
-    "best_of_n": "companion.selection",
-    "top_k": "companion.selection",
-    "best_of_n_kl": "companion.selection",
-    "expected_best_of_n": "companion.selection",
-    "measured_best_of_n_kl": "companion.selection",
-    "majority_vote": "companion.selection",
-    "BestOfNCurve": "companion.selection",
-    "best_of_n_curve": "companion.selection",
-    "ensemble_scores": "companion.selection",
-    "whiten": "companion.selection",
-    "ReliabilityBins": "companion.calibration",
-    "confidence_and_correctness": "companion.calibration",
-    "orient_at_random": "companion.calibration",
-    "brier_score": "companion.calibration",
-    "reliability_bins": "companion.calibration",
-    "expected_calibration_error": "companion.calibration",
-    "calibrated_band": "companion.calibration",
-    "fit_temperature": "companion.calibration",
-    "Interval": "companion.resampling",
-    "bootstrap_interval": "companion.resampling",
-    "pairwise_metrics": "companion.evaluation.metrics",
-    "PairEvaluation": "companion.evaluation.pairs",
-    "evaluate_pairs": "companion.evaluation.pairs",
-    "summary_rows": "companion.evaluation.pairs",
-    "write_report": "companion.evaluation.report",
-    "use_style": "companion.evaluation.figures",
-    "DtypeError": "companion._tensors",
-    "roc_auc": "companion.evaluation.token_metrics",
-    "outcome_metrics": "companion.evaluation.token_metrics",
-    "process_metrics": "companion.evaluation.token_metrics",
-    "first_error_figures": "companion.evaluation.token_metrics",
-    "RewardFormatter": "companion.formatting",
-    "Encoded": "companion.formatting.encoded",
-    "FormatCounts": "companion.formatting.encoded",
-    "RewardModel": "companion.models.reward_model",
-    "RewardManifest": "companion.models.manifest",
-    "ReferenceStats": "companion.models.manifest",
-    "load_base": "companion.models.loading",
-    "load_reward_model": "companion.models.loading",
-    "save_reward_model": "companion.models.saving",
-    "apply_lora": "companion.models.lora",
-    "reward_scores": "companion.models.forward",
-    "compile_parts": "companion.models.compiling",
-    "packed_scores": "companion.models.forward",
-    "packing_obstacle": "companion.models.packed_attention",
-    "token_budget_batches": "companion.batching.padded",
-    "pad_batch": "companion.batching.padded",
-    "plan_batches": "companion.batching.plan",
-    "pack": "companion.batching.packing",
-    "token_logits": "companion.models.forward",
-    "packed_token_logits": "companion.models.forward",
-    "ScalarReadout": "companion.models.readout",
-    "TokenReadout": "companion.models.readout",
-    "load_causal": "companion.models.causal",
-    "encode_prompts": "companion.formatting.prompts",
-    "Policy": "companion.search",
-    "Sample": "companion.search",
-    "Logprobs": "companion.search",
-    "Candidate": "companion.search",
-    "SearchResult": "companion.search",
-    "score_samples": "companion.search",
-    "within_tokens": "companion.search",
-    "best_of_n_search": "companion.search",
-    "step_beam_search": "companion.search",
-    "RankReport": "companion.search",
-    "rank_file": "companion.search",
-    "RewardFunction": "companion.scoring.reward_function",
-    "joint_rewards": "companion.rl.rewards",
-    "weighted_sum": "companion.rl.rewards",
-    "open_reward": "companion.rl.rewards",
-    "completion_kl": "companion.rl.policy_evaluation",
-    "FallTest": "companion.sequential",
-    "OveroptimizationMonitor": "companion.rl.monitor",
-    "GRPORunConfig": "companion.rl.config",
-    "GRPOResult": "companion.rl.run",
-    "train_grpo": "companion.rl.run",
-    "PairwiseRewardConfig": "companion.training.config",
-    "PairwiseRewardTrainer": "companion.training.pairwise",
-    "TrainingResult": "companion.training.run",
-    "train_pairwise": "companion.training.pairwise",
-    "KwiseRewardConfig": "companion.training.kwise",
-    "KwiseRewardTrainer": "companion.training.kwise",
-    "train_kwise": "companion.training.kwise",
-    "OutcomeRewardConfig": "companion.training.outcome",
-    "OutcomeRewardTrainer": "companion.training.outcome",
-    "train_outcome": "companion.training.outcome",
-    "ProcessRewardConfig": "companion.training.process",
-    "ProcessRewardTrainer": "companion.training.process",
-    "train_process": "companion.training.process",
-    "RewardScorer": "companion.scoring",
-    "RemoteScorer": "companion.scoring",
-    "Scores": "companion.scoring",
-    "TokenScorer": "companion.scoring",
-    "TokenScores": "companion.scoring",
-    "PairScores": "companion.scoring",
-    "load_scorer": "companion.scoring",
-    "TokenEvaluation": "companion.evaluation.tokens",
-    "evaluate_tokens": "companion.evaluation.tokens",
-    "evaluate_rankings": "companion.evaluation.rankings",
-    "Judge": "companion.judge",
-    "JudgeTemplate": "companion.judge",
-    "PairVerdict": "companion.judge",
-    "Grading": "companion.judge",
-    "load_template": "companion.judge",
-    "judge_file": "companion.judge",
-    "combine_orders": "companion.judge",
-    "JudgeReport": "companion.judge",
-    "judge_report": "companion.judge",
-    "cohen_kappa": "companion.judge",
-    "load_annotations": "companion.judge",
-    "annotator_report": "companion.judge",
-    "load_rows": "companion.data.loading",
-    "load_rows_with_report": "companion.data.loading",
-    "write_rows": "companion.data.writing",
-    "describe_rows": "companion.data.describe",
-    "split_by_prompt": "companion.data.splits",
-    "prompt_key": "companion.data.splits",
-    "duplicate_report": "companion.data.splits",
-    "overlap_report": "companion.data.splits",
-    "dataset_fingerprint": "companion.data.splits",
-}
+__version__ = "0.2.0"
 
-__all__ = ["__version__", *sorted(_EXPORTS)]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'companion' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+if TYPE_CHECKING:
+    from companion.data.loading import (
+        load_rows as load_rows,
+        load_rows_with_report as load_rows_with_report,
+    )
+    from companion.data.splits import (
+        dataset_fingerprint as dataset_fingerprint,
+        split_by_prompt as split_by_prompt,
+    )
+    from companion.data.writing import write_rows as write_rows
+    from companion.errors import CompanionError as CompanionError
+    from companion.evaluation.pairs import evaluate_pairs as evaluate_pairs
+    from companion.evaluation.rankings import evaluate_rankings as evaluate_rankings
+    from companion.evaluation.report import write_report as write_report
+    from companion.evaluation.tokens import evaluate_tokens as evaluate_tokens
+    from companion.formatting.formatter import RewardFormatter as RewardFormatter
+    from companion.functional.calibration import (
+        expected_calibration_error as expected_calibration_error,
+        fit_temperature as fit_temperature,
+    )
+    from companion.functional.losses import (
+        bradley_terry_loss as bradley_terry_loss,
+        bradley_terry_probability as bradley_terry_probability,
+        outcome_loss as outcome_loss,
+        plackett_luce_loss as plackett_luce_loss,
+        process_loss as process_loss,
+    )
+    from companion.functional.readout import last_token_readout as last_token_readout
+    from companion.functional.reduction import aggregate as aggregate
+    from companion.functional.resampling import bootstrap_interval as bootstrap_interval
+    from companion.functional.selection import (
+        best_of_n as best_of_n,
+        best_of_n_kl as best_of_n_kl,
+        pairwise_accuracy as pairwise_accuracy,
+        whiten as whiten,
+    )
+    from companion.generation.policy import Policy as Policy
+    from companion.judge.files import judge_file as judge_file
+    from companion.judge.judge import Judge as Judge
+    from companion.judge.local import LocalBackend as LocalBackend
+    from companion.judge.report import judge_report as judge_report
+    from companion.judge.server import ServerBackend as ServerBackend
+    from companion.judge.templates import load_template as load_template
+    from companion.models.loading import (
+        load_base as load_base,
+        load_reward_model as load_reward_model,
+    )
+    from companion.models.lora import apply_lora as apply_lora
+    from companion.models.manifest import RewardManifest as RewardManifest
+    from companion.models.reward_model import RewardModel as RewardModel
+    from companion.models.saving import save_reward_model as save_reward_model
+    from companion.rl.config import (
+        GRPORunConfig as GRPORunConfig,
+        PolicyArguments as PolicyArguments,
+        PromptArguments as PromptArguments,
+    )
+    from companion.rl.monitor import OveroptimizationMonitor as OveroptimizationMonitor
+    from companion.rl.rewards import open_reward as open_reward
+    from companion.rl.run import train_grpo as train_grpo
+    from companion.scoring.files import score_file as score_file
+    from companion.scoring.remote import RemoteScorer as RemoteScorer
+    from companion.scoring.reward_function import RewardFunction as RewardFunction
+    from companion.scoring.scorer import (
+        RewardScorer as RewardScorer,
+        Scorer as Scorer,
+        TokenScorer as TokenScorer,
+        load_scorer as load_scorer,
+    )
+    from companion.search.best_of_n import rank_file as rank_file
+    from companion.search.search import (
+        best_of_n_search as best_of_n_search,
+        step_beam_search as step_beam_search,
+    )
+    from companion.training.config import (
+        DataArguments as DataArguments,
+        ModelArguments as ModelArguments,
+        PairwiseRewardConfig as PairwiseRewardConfig,
+        RowArguments as RowArguments,
+    )
+    from companion.training.kwise import (
+        KwiseRewardConfig as KwiseRewardConfig,
+        KwiseRewardTrainer as KwiseRewardTrainer,
+        train_kwise as train_kwise,
+    )
+    from companion.training.outcome import (
+        OutcomeRewardConfig as OutcomeRewardConfig,
+        OutcomeRewardTrainer as OutcomeRewardTrainer,
+        train_outcome as train_outcome,
+    )
+    from companion.training.pairwise import (
+        PairwiseRewardTrainer as PairwiseRewardTrainer,
+        train_pairwise as train_pairwise,
+    )
+    from companion.training.process import (
+        ProcessRewardConfig as ProcessRewardConfig,
+        ProcessRewardTrainer as ProcessRewardTrainer,
+        train_process as train_process,
+    )
+    from companion.training.run import TrainingResult as TrainingResult
+else:
+    __getattr__, __dir__, __all__ = exports(__name__, __file__)

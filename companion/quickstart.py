@@ -18,17 +18,16 @@ from typing import Any
 import numpy as np
 
 from companion.data.splits import prompt_key
-from companion.data.tutor import GOLD, grade, make_rows
 from companion.data.writing import write_rows
 from companion.errors import CompanionError
 from companion.evaluation.pairs import PairEvaluation, evaluate_pairs
 from companion.evaluation.report import write_report
 from companion.scoring import RewardScorer, Scores
+from companion.tutor import GOLD, TUTOR_BASE, grade, make_rows
 
 #: The folder of the base that ships with the companion.
 #:
 #: :meta hide-value:
-TUTOR_BASE = Path(__file__).parent / "assets" / "tutor-base"
 _MARK = "quickstart.json"
 
 
@@ -115,7 +114,7 @@ def learned_weights(
     Returns
     -------
     dict
-        Part of :class:`companion.data.tutor.GoldReward` to (learned weight, gold weight).
+        Part of :class:`companion.tutor.GoldReward` to (learned weight, gold weight).
     """
     grades = [grade(row["prompt"][0]["content"], row["completion"]) for row in rows]
     design = np.array(

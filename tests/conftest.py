@@ -171,7 +171,7 @@ def tiny_rewards(
     tmp_path_factory: pytest.TempPathFactory, tiny_bases: Callable[[str], Path]
 ) -> Callable[[str], Path]:
     """``tiny_rewards("llama")``: folder of a saved (random) reward model of that kind."""
-    from companion.models import load_base, save_reward_model
+    from companion import load_base, save_reward_model
 
     made: dict[str, Path] = {}
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from companion.batching import pad_batch, token_budget_batches
+from companion.engine import pad_batch, token_budget_batches
 from companion.errors import DataError
 
 

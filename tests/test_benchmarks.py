@@ -34,7 +34,7 @@ from benchmarks.shapes import (
     pairs,
     useful_flops,
 )
-from companion.data.tutor import make_rows
+from companion.tutor import make_rows
 
 
 def test_methods_take_turns_and_preparation_is_not_timed() -> None:

@@ -8,10 +8,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from companion.calibration import (
+from companion.errors import DataError, ShapeError
+from companion.functional import (
     bootstrap_interval,
     brier_score,
     calibrated_band,
@@ -21,7 +21,6 @@ from companion.calibration import (
     orient_at_random,
     reliability_bins,
 )
-from companion.errors import DataError, ShapeError
 
 NAN = float("nan")
 

@@ -15,15 +15,15 @@ import pytest
 
 from companion.cli.main import main
 from companion.errors import DataError
-from companion.evaluation.metrics import pairwise_metrics
-from companion.evaluation.pairs import (
+from companion.evaluation import (
     PairEvaluation,
     evaluate_pairs,
+    format_table,
     gold_probability,
+    pairwise_metrics,
     subset_rows,
     summary_rows,
 )
-from companion.evaluation.tables import format_table
 
 
 class FakeScorer:
@@ -200,7 +200,7 @@ def test_command(
     assert metrics["limit"]["expected"]["accuracy"] == 0.75
 
     # the figures are those of the scorer's scores
-    from companion.scoring import RewardScorer
+    from companion import RewardScorer
 
     rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
     scores = RewardScorer.from_pretrained(tiny_reward, device="cpu").score_pairs(rows)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from companion.batching import pack, plan_trees
-from companion.batching.grouping import attention_groups, group_places
-from companion.models import packed_attention as packing
+from companion.engine import pack, packed_attention as packing, plan_trees
+from companion.engine.grouping import attention_groups, group_places
 
 ROW = st.builds(
     lambda root, rest: [7, 7, 8, 8, 7][:root] + rest,

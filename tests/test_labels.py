@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
+from companion import process_loss
 from companion.errors import DataError, ShapeError
-from companion.labels import (
+from companion.functional import (
     STEP_CLASSES,
     completion_mask,
     outcome_labels,
     step_boundaries,
     step_labels,
 )
-from companion.losses import process_loss
 
 
 def test_prompt_of_three_and_completion_of_four() -> None:

@@ -8,14 +8,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from companion import losses
-from companion._tensors import DtypeError
+from companion import pairwise_accuracy
 from companion.errors import DataError, ShapeError
-from companion.selection import pairwise_accuracy
+from companion.functional import losses
+from companion.functional.checks import DtypeError
 
 floats = st.floats(-50, 50, allow_nan=False)
 pairs = st.lists(st.tuples(floats, floats), min_size=1, max_size=20)

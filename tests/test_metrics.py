@@ -8,11 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from companion.errors import DataError, ShapeError
-from companion.evaluation.metrics import pairwise_metrics
+from companion.evaluation import pairwise_metrics
 
 NAN = float("nan")
 

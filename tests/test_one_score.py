@@ -14,14 +14,17 @@ import pytest
 import torch
 from datasets import Dataset
 
+from companion import (
+    PairwiseRewardConfig,
+    PairwiseRewardTrainer,
+    RewardScorer,
+    evaluate_pairs,
+    load_base,
+    save_reward_model,
+)
 from companion.cli.main import main
-from companion.data.tutor import make_rows
-from companion.evaluation.pairs import evaluate_pairs
-from companion.models import load_base, save_reward_model
-from companion.scoring import RewardScorer
-from companion.search.search import score_rows
-from companion.training.config import PairwiseRewardConfig
-from companion.training.pairwise import PairwiseRewardTrainer
+from companion.search import score_rows
+from companion.tutor import make_rows
 
 PAIRS = make_rows("pairs", 24, seed=5)
 SIDES = ("chosen", "rejected")

@@ -8,9 +8,8 @@ import re
 import numpy as np
 import pytest
 
+from companion import CompanionError
 from companion.cli.main import main
-from companion.data.tutor import GOLD, limits
-from companion.errors import CompanionError
 from companion.quickstart import (
     QuickstartConfig,
     example_rows,
@@ -18,6 +17,7 @@ from companion.quickstart import (
     make_data,
     run_quickstart,
 )
+from companion.tutor import GOLD, limits
 
 
 def test_no_prompt_stands_in_two_sets_and_the_sizes_are_as_asked():
@@ -39,7 +39,7 @@ def test_weights_of_the_gold_reward_itself_are_the_gold_weights():
         for row in make_data(QuickstartConfig(n_train=50, n_eval=50, n_test=300))["test"]
         for side in ("chosen", "rejected")
     ]
-    from companion.data.tutor import gold_reward
+    from companion.tutor import gold_reward
 
     gold = [gold_reward(r["prompt"][0]["content"], r["completion"]) for r in rows]
     for name, (learned, true) in learned_weights(rows, [g - 3.0 for g in gold]).items():

@@ -8,8 +8,14 @@ import pytest
 import torch
 
 from companion.errors import DataError
-from companion.losses import bradley_terry_loss, grouped_pair_loss, plackett_luce_loss
-from companion.rankings import best_is_best, ordered_pairs, ranking_loss
+from companion.functional import (
+    best_is_best,
+    bradley_terry_loss,
+    grouped_pair_loss,
+    ordered_pairs,
+    plackett_luce_loss,
+    ranking_loss,
+)
 
 
 def by_enumeration(scores: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:

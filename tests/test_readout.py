@@ -6,18 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from companion._tensors import DtypeError
 from companion.errors import ReadoutError, ShapeError
-from companion.readout import (
+from companion.functional import (
     last_token_index,
     last_token_readout,
     pad_id_readout_index,
     position_ids_from_mask,
 )
+from companion.functional.checks import DtypeError
 
 LENGTHS = [6, 3, 1, 5]
 rows = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 8), st.integers(0, 5)), min_size=1)

@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from companion.errors import DataError, ShapeError
-from companion.reduction import (
+from companion.functional import (
     SumCount,
     aggregate,
     all_reduce_metrics,

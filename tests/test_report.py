@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from companion.evaluation import figures
-from companion.evaluation.pairs import PairEvaluation, evaluate_pairs
-from companion.evaluation.report import write_report
+from companion import write_report
+from companion.evaluation import PairEvaluation, evaluate_pairs, figures
 
 EVIL = "<script>alert('x')</script> & <b>\"bold\"</b>"
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from companion import RewardScorer, score_file
 from companion.cli.main import main
 from companion.errors import DataError, ModelError, ReadoutError
 from companion.models import (
@@ -30,7 +31,6 @@ from companion.models import (
     save_reward_model,
 )
 from companion.models.checkpoint import model_fingerprint
-from companion.scoring import RewardScorer, score_file
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
 USER = {"role": "user", "content": "Ana has 3 boxes . How many ?"}

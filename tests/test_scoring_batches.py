@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from companion import load_base
 from companion.cli.main import main
 from companion.errors import DataError, ModelError, ReadoutError
-from companion.models import load_base
-from companion.models.readout import TokenReadout
-from companion.scoring import RewardScorer, TokenScorer, running
+from companion.models import TokenReadout
+from companion.scoring import RewardScorer, TokenScorer
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
 
@@ -99,7 +99,7 @@ def test_a_model_that_cannot_be_packed_is_padded_with_a_word(
     scorer = RewardScorer.from_pretrained(tiny_reward, device="cpu")
     want = scorer.score(rows()).raw
     scorer.reward_model.model.config.attn_logit_softcapping = 30.0
-    with caplog.at_level(logging.WARNING, "companion.scoring.running"):
+    with caplog.at_level(logging.WARNING, "companion.engine.runner"):
         np.testing.assert_allclose(scorer.score(rows()).raw, want, atol=1e-5, rtol=0)
         scorer.score(rows())
     said = [r.getMessage() for r in caplog.records]
@@ -129,7 +129,7 @@ class Memory:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, holds: int, names: Any = SCALAR) -> None:
         self.holds, self.sizes = holds, []  # type: tuple[int, list[int]]
         for name in names:
-            monkeypatch.setattr(running, name, self.guard(getattr(running, name)))
+            monkeypatch.setattr(runner, name, self.guard(getattr(runner, name)))
 
     def guard(self, forward: Any) -> Any:
         def call(model: Any, batch: Any, *rest: Any) -> Any:
@@ -186,10 +186,10 @@ def test_the_budget_on_cuda_comes_from_the_free_memory(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 99))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4)
-    monkeypatch.setattr(running, "cuda_token_budget", lambda *given: asked.append(given) or 4096)
-    assert running.default_token_budget(Model()) == 4096
+    monkeypatch.setattr(runner, "cuda_token_budget", lambda *given: asked.append(given) or 4096)
+    assert runner.default_token_budget(Model()) == 4096
     assert asked == [(13, "config", 2)]
-    assert running.default_token_budget(torch.nn.Linear(1, 1)) == running.CPU_TOKENS
+    assert runner.default_token_budget(torch.nn.Linear(1, 1)) == runner.CPU_TOKENS
 
 
 @pytest.mark.parametrize("command", ["score", "evaluate"])

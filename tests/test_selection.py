@@ -7,12 +7,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
+from companion import bootstrap_interval
 from companion.errors import DataError, ShapeError
-from companion.resampling import bootstrap_interval
-from companion.selection import (
+from companion.functional import (
     best_of_n,
     best_of_n_curve,
     best_of_n_kl,

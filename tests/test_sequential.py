@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from companion.errors import DataError, ShapeError
-from companion.rl import FallTest
-from companion.sequential import paired_fall
+from companion.functional import FallTest
+from companion.functional.sequential import paired_fall
 
 LOOKS, PROMPTS, RUNS = 16, 100, 200
 

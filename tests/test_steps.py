@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from companion import RewardFormatter
 from companion.errors import DataError
-from companion.formatting import RewardFormatter
-from companion.formatting.steps import EncodedSteps, encode_steps, split_steps
+from companion.formatting import EncodedSteps, encode_steps, split_steps
 
 SEPARATOR = " so "
 ROW = {"prompt": "Ana has", "completions": ["3 boxes", "now 4", "the answer is 7"]}

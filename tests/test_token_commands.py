@@ -13,14 +13,23 @@ import pytest
 import torch
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
+from companion import (
+    RewardManifest,
+    evaluate_rankings,
+    evaluate_tokens,
+    load_base,
+    save_reward_model,
+)
 from companion.cli.main import main
 from companion.errors import DataError
-from companion.evaluation.rankings import evaluate_rankings
-from companion.evaluation.tokens import evaluate_tokens
-from companion.models import load_base, save_reward_model
-from companion.models.manifest import RewardManifest
-from companion.models.readout import TokenReadout
-from companion.scoring import RewardScorer, TokenScorer, load_scorer, model_kind, score_file
+from companion.models import TokenReadout
+from companion.scoring import (
+    RewardScorer,
+    TokenScorer,
+    load_scorer,
+    model_kind,
+    score_file,
+)
 
 SEPARATOR = " so "
 READOUTS = {
@@ -322,8 +331,7 @@ def rankings(n: int) -> list[dict[str, Any]]:
 def test_evaluate_on_rankings_is_evaluate_on_their_pairs(
     tiny_reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from companion.data.loading import load_rows
-    from companion.evaluation.pairs import evaluate_pairs
+    from companion import evaluate_pairs, load_rows
 
     data, out = write(tmp_path / "rankings.jsonl", rankings(14)), tmp_path / "out.json"
     report = tmp_path / "report.html"

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from companion.errors import DataError
-from companion.evaluation.token_metrics import (
+from companion.evaluation import (
     first_error_figures,
     fit_threshold,
     guessing_f1,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from companion.errors import DataError, ShapeError
-from companion.selection import ensemble_scores, majority_vote
+from companion.functional import ensemble_scores, majority_vote
 
 NAN = float("nan")
 

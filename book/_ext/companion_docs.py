@@ -17,7 +17,6 @@ import inspect
 import re
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from docutils import nodes
@@ -58,13 +57,13 @@ def chapters_named(text: str | None) -> set[int]:
     return {int(number) for _, number in _CHAPTER.findall(text or "")}
 
 
-def chapters_of(thing: Any, module: ModuleType) -> set[int]:
+def chapters_of(thing: Any) -> set[int]:
     """Chapters of a function or class: those that it names, or else those that its module names."""
-    return chapters_named(thing.__doc__) or chapters_named(module.__doc__)
+    return chapters_named(thing.__doc__) or chapters_named(inspect.getmodule(thing).__doc__)
 
 
 def documented_modules(book: Path) -> list[str]:
-    """Names of the modules on the reference's pages, in their order."""
+    """Names of the modules on the reference's pages, in their order: the faces of the package."""
     pages = sorted((book / "api").glob("*.md"))
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     return re.findall(r"^\.\. automodule:: (\S+)$", text, re.MULTILINE)
@@ -72,17 +71,18 @@ def documented_modules(book: Path) -> list[str]:
 
 @cache
 def documented(book: Path) -> dict[str, dict[str, set[int]]]:
-    """Module -> its public functions and classes -> their chapters."""
+    """Face -> the functions and classes that it exports -> their chapters."""
     found = {}
-    for name in documented_modules(book):
-        module = importlib.import_module(name)
+    for face in documented_modules(book):
+        module = importlib.import_module(face)
+        # a face exports what its room defines; `companion.errors` has no list, and defines its own
         public = getattr(module, "__all__", [key for key in vars(module) if key[0] != "_"])
         things = ((key, getattr(module, key)) for key in public)
-        found[name] = {
-            key: chapters_of(thing, module)
+        found[face] = {
+            key: chapters_of(thing)
             for key, thing in things
             if (inspect.isfunction(thing) or inspect.isclass(thing))
-            and thing.__module__ == name
+            and thing.__module__.startswith(face)
             and thing.__doc__
         }
     return found
@@ -100,9 +100,8 @@ def link_chapters(lines: list[str], documents: dict[int, str]) -> None:
 
 def name_chapter(thing: Any, lines: list[str]) -> None:
     """Let a function or class that names no chapter name that of its module, in place."""
-    module = inspect.getmodule(thing)
-    if module is not None and not chapters_named("\n".join(lines)):
-        numbers = sorted(chapters_of(thing, module))
+    if inspect.getmodule(thing) is not None and not chapters_named("\n".join(lines)):
+        numbers = sorted(chapters_of(thing))
         if numbers:
             lines += ["", ", ".join(f"Chapter {number}" for number in numbers) + ".", ""]
 
@@ -135,17 +134,20 @@ class _Lines(SphinxDirective):
 
 
 class Exports(_Lines):
-    """The names that ``from companion import …`` knows, by the module that defines them."""
+    """The names that ``from companion import …`` knows, by the room that has more."""
 
     def lines(self) -> list[str]:
         import companion
 
-        by_module: dict[str, list[str]] = {}
-        for name, module in companion._EXPORTS.items():
-            by_module.setdefault(module, []).append(name)
+        places = {
+            name: face for face, things in documented(BOOK).items() for name in reversed(things)
+        }
+        by_face: dict[str, list[str]] = {}
+        for name in companion.__all__:
+            by_face.setdefault(places[name], []).append(name)
         return [
-            f"- ``{module}``: " + ", ".join(f":py:obj:`~{module}.{name}`" for name in sorted(names))
-            for module, names in by_module.items()
+            f"- :py:mod:`{face}`: " + ", ".join(f":py:obj:`~{face}.{name}`" for name in names)
+            for face, names in sorted(by_face.items())
         ]
 
 
@@ -157,8 +159,8 @@ class Chapter(_Lines):
     def lines(self) -> list[str]:
         number = int(self.arguments[0])
         found = {
-            module: [name for name, chapters in things.items() if number in chapters]
-            for module, things in documented(BOOK).items()
+            face: [name for name, chapters in things.items() if number in chapters]
+            for face, things in documented(BOOK).items()
         }
         return [
             f"- {{py:mod}}`{module}`: "
@@ -177,36 +179,52 @@ class Commands(_Lines):
         return [f"- ``companion {name}``: {text}" for name, (_, text) in COMMANDS.items()]
 
 
-def canonical_name(target: str) -> str | None:
-    """Where a re-exported name is defined: ``companion.data.tutor.make_rows`` lies in ``.rows``."""
+def find(target: str) -> Any:
+    """The module, function, class or attribute of a dotted name; None if there is none."""
     parts = target.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
+    for cut in range(len(parts), 0, -1):
         try:
             thing: Any = importlib.import_module(".".join(parts[:cut]))
         except ImportError:
             continue
         for part in parts[cut:]:
             thing = getattr(thing, part, None)
-        module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
-        found = f"{module}.{name}"
-        return found if module and name and found != target else None
+        return thing
+    return None
+
+
+def documented_name(target: str) -> str | None:
+    """Where a name of the package is documented: in the face that exports it, or its class."""
+    parts = target.split(".")
+    for cut in range(len(parts), 1, -1):
+        thing = find(".".join(parts[:cut]))
+        for face, things in documented(BOOK).items():
+            for name in things:
+                if find(f"{face}.{name}") is thing:
+                    return ".".join([face, name, *parts[cut:]])
     return None
 
 
 def resolve_exported(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.TextElement
 ) -> nodes.Element | None:
-    """Lead a link to a re-exported name to the place where it is documented."""
+    """Lead a link to where its name is documented.
+
+    Docstrings name things by the module that has them, pages by a face. What no face exports is
+    internal, has no page, and stays plain text; a name that is not there at all is a warning.
+    """
     target = node.get("reftarget", "")
-    if node.get("refdomain") != "py" or not target.startswith("companion."):
+    if node.get("refdomain") != "py" or not target.startswith("companion"):
         return None
-    name = canonical_name(target)
-    if name is None:
-        return None
-    domain = env.get_domain("py")
-    return domain.resolve_xref(
-        env, node["refdoc"], app.builder, node["reftype"], name, node, contnode
-    )
+    name = documented_name(target)
+    if name is not None and name != target:
+        domain = env.get_domain("py")
+        found = domain.resolve_xref(
+            env, node["refdoc"], app.builder, node["reftype"], name, node, contnode
+        )
+        if found is not None:
+            return found
+    return None if find(target) is None else contnode
 
 
 def number_chapters(app: Sphinx, env: BuildEnvironment) -> list[str]:

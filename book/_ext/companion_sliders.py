@@ -21,7 +21,7 @@ from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from companion.losses import (
+from companion.functional import (
     best_global_shift,
     bradley_terry_loss,
     bradley_terry_probability,

@@ -13,8 +13,8 @@ from xml.sax.saxutils import escape
 
 import torch
 
-from companion.data.tutor import make_rows
-from companion.losses import bradley_terry_loss, bradley_terry_probability
+from companion import bradley_terry_loss, bradley_terry_probability
+from companion.tutor import make_rows
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 MONO = "ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace"

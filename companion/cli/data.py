@@ -98,7 +98,7 @@ def _on_error_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _tutor_arguments(parser: argparse.ArgumentParser) -> None:
-    from companion.data import tutor
+    from companion import tutor
 
     parser.add_argument("--kind", choices=tutor.KINDS, default="pairs", help="what rows to make")
     parser.add_argument("--n", type=int, default=5000, help="how many")
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tutor(args: argparse.Namespace) -> int:
-    from companion.data import tutor
+    from companion import tutor
     from companion.data.writing import write_rows
 
     dials = {item.name: getattr(args, item.name) for item in fields(tutor.Dials)}

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags; those of the recipe are the fields of ``BaseConfig``."""
     # A flag a field, read from the dataclass: importing it costs torch and transformers, which this
     # command needs anyway.
-    from companion.training.base import BaseConfig
+    from companion.tutor.base import BaseConfig
 
     parser.add_argument(
         "--output_dir", default="tutor-base", help="folder to write; must be new or empty"
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and save the base; print what it knows."""
-    from companion.training.base import BaseConfig, train_base
+    from companion.tutor.base import BaseConfig, train_base
 
     output = Path(args.output_dir)
     if output.exists() and any(output.iterdir()):

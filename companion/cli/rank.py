@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Rank the file; 0 if at least one row was ranked, or there was nothing to do."""
-    from companion.search import Policy, rank_file
+    from companion.generation import Policy
+    from companion.search import rank_file
 
     scorer = open_scorer(args)
     policy = Policy.from_pretrained(args.policy, **loading(args)) if args.policy else None

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score the file; 0 if at least one row has a score, or there was nothing left to do."""
-    from companion.models import compile_parts
+    from companion.engine import compile_parts
     from companion.scoring import score_file
 
     scorer = open_scorer(args)

@@ -4,7 +4,14 @@
 >>> check("ch01.bradley_terry_loss", hint=1)  # doctest: +SKIP
 """
 
-from companion.course.checking import check
-from companion.course.result import CheckResult
+from __future__ import annotations
 
-__all__ = ["CheckResult", "check"]
+from typing import TYPE_CHECKING
+
+from companion._exports import exports
+
+if TYPE_CHECKING:
+    from companion.course.checking import check as check
+    from companion.course.result import CheckResult as CheckResult
+else:
+    __getattr__, __dir__, __all__ = exports(__name__, __file__)

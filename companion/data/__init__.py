@@ -1,42 +1,28 @@
-"""Rows: where they come from, what they must hold, how they are split.
-
-Names are imported on first use, so that ``companion.data.tutor`` does not pay for pyarrow.
-"""
+"""Rows: where they come from, what they must hold, how they are split. Chapter 4."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-#: public name -> module that defines it
-_EXPORTS: dict[str, str] = {
-    "KINDS": "companion.data.formats",
-    "detect_kind": "companion.data.formats",
-    "load_rows": "companion.data.loading",
-    "load_rows_with_report": "companion.data.loading",
-    "LoadReport": "companion.data.problems",
-    "RowProblem": "companion.data.problems",
-    "DuplicateReport": "companion.data.splits",
-    "OverlapReport": "companion.data.splits",
-    "dataset_fingerprint": "companion.data.splits",
-    "duplicate_report": "companion.data.splits",
-    "overlap_report": "companion.data.splits",
-    "prompt_key": "companion.data.splits",
-    "split_by_prompt": "companion.data.splits",
-    "describe_rows": "companion.data.describe",
-    "write_rows": "companion.data.writing",
-}
+from companion._exports import exports
 
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'companion.data' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+if TYPE_CHECKING:
+    from companion.data.describe import describe_rows as describe_rows
+    from companion.data.formats import KINDS as KINDS, detect_kind as detect_kind
+    from companion.data.loading import (
+        load_rows as load_rows,
+        load_rows_with_report as load_rows_with_report,
+    )
+    from companion.data.problems import LoadReport as LoadReport, RowProblem as RowProblem
+    from companion.data.splits import (
+        DuplicateReport as DuplicateReport,
+        OverlapReport as OverlapReport,
+        dataset_fingerprint as dataset_fingerprint,
+        duplicate_report as duplicate_report,
+        overlap_report as overlap_report,
+        prompt_key as prompt_key,
+        split_by_prompt as split_by_prompt,
+    )
+    from companion.data.writing import write_rows as write_rows
+else:
+    __getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -18,7 +18,7 @@ def describe_rows(rows: Iterable[Mapping[str, Any]], kind: str | None = None) ->
     Parameters
     ----------
     rows : iterable of mapping
-        Canonical rows, as :func:`companion.data.loading.load_rows` gives them.
+        Canonical rows, as :func:`companion.data.load_rows` gives them.
     kind : str, optional
         By the columns if not given.
 

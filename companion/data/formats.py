@@ -69,7 +69,7 @@ class Conversion:
     convert : callable
         One row of the source to a list of rows. Raises RowError.
     left_out, notes : Counter
-        As in :class:`companion.data.problems.LoadReport`.
+        As in :class:`companion.data.LoadReport`.
     """
 
     kind: str

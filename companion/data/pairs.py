@@ -177,7 +177,7 @@ def ranking_pairs(ranking: Mapping[str, Any], margins: str, left_out: Counter[st
     """All pairs of a ranking whose ranks differ, K(K−1)/2 at most (InstructGPT, section 3.5).
 
     With ``margins="ratings"`` the margin is the difference of ratings. Rows of one prompt stay
-    together under :func:`companion.data.splits.split_by_prompt`.
+    together under :func:`companion.data.split_by_prompt`.
     """
     ranks, ratings = ranking["ranks"], ranking.get("ratings")
     if margins == "ratings" and ratings is None:

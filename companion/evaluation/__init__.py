@@ -1,28 +1,50 @@
-"""Figures of a reward model on held-out rows, their tables, and a report. Chapters 3 and 4."""
+"""A reward model on held-out rows: figures beside limits and floors; reports. Chapter 4."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "Evaluation": "evaluation",
-    "OutcomeEvaluation": "tokens",
-    "PairEvaluation": "pairs",
-    "RankingEvaluation": "rankings",
-    "StepEvaluation": "tokens",
-    "TokenEvaluation": "tokens",
-    "evaluate_pairs": "pairs",
-    "evaluate_rankings": "rankings",
-    "evaluate_tokens": "tokens",
-    "pairwise_metrics": "metrics",
-    "summary_rows": "pairs",
-    "write_report": "report",
-}
-__all__ = sorted(_EXPORTS)
+from companion._exports import exports
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+if TYPE_CHECKING:
+    from companion.evaluation.evaluation import Evaluation as Evaluation
+    from companion.evaluation.figures import (
+        draw_accuracy as draw_accuracy,
+        draw_margins as draw_margins,
+        draw_reliability as draw_reliability,
+        draw_score_by_length as draw_score_by_length,
+        draw_training_curve as draw_training_curve,
+        style as style,
+        use_style as use_style,
+    )
+    from companion.evaluation.metrics import pairwise_metrics as pairwise_metrics
+    from companion.evaluation.pairs import (
+        PairEvaluation as PairEvaluation,
+        evaluate_pairs as evaluate_pairs,
+        gold_probability as gold_probability,
+        subset_rows as subset_rows,
+        summary_rows as summary_rows,
+    )
+    from companion.evaluation.rankings import (
+        RankingEvaluation as RankingEvaluation,
+        evaluate_rankings as evaluate_rankings,
+    )
+    from companion.evaluation.report import write_report as write_report
+    from companion.evaluation.tables import format_table as format_table
+    from companion.evaluation.token_metrics import (
+        first_error_figures as first_error_figures,
+        fit_threshold as fit_threshold,
+        guessing_f1 as guessing_f1,
+        outcome_metrics as outcome_metrics,
+        process_metrics as process_metrics,
+        roc_auc as roc_auc,
+    )
+    from companion.evaluation.tokens import (
+        OutcomeEvaluation as OutcomeEvaluation,
+        StepEvaluation as StepEvaluation,
+        TokenEvaluation as TokenEvaluation,
+        evaluate_tokens as evaluate_tokens,
+        token_table as token_table,
+    )
+else:
+    __getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import binom
 
-from companion.calibration import confidence_and_correctness, reliability_bins
-from companion.resampling import Array, Values, vector
+from companion.functional.calibration import confidence_and_correctness, reliability_bins
+from companion.functional.resampling import Array, Values, vector
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,15 +16,15 @@ import numpy.typing as npt
 import torch
 from scipy.stats import binomtest, pearsonr, spearmanr
 
-from companion.calibration import (
+from companion.errors import DataError, ShapeError
+from companion.functional.calibration import (
     brier_score,
     calibrated_band,
     confidence_and_correctness,
     expected_calibration_error,
 )
-from companion.errors import DataError, ShapeError
-from companion.losses import bradley_terry_loss
-from companion.resampling import Array, Interval, Values, bootstrap_interval
+from companion.functional.losses import bradley_terry_loss
+from companion.functional.resampling import Array, Interval, Values, bootstrap_interval
 
 N_BINS = 10
 NO_SCORE = "no score"

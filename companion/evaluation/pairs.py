@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from companion.calibration import fit_temperature
 from companion.data.splits import prompt_key
 from companion.errors import DataError
 from companion.evaluation.evaluation import Evaluation
 from companion.evaluation.metrics import pairwise_metrics
 from companion.evaluation.tables import format_table, interval, number, percent
+from companion.functional.calibration import fit_temperature
+from companion.functional.resampling import Array
 from companion.models.manifest import ReferenceStats, RewardManifest
-from companion.resampling import Array
 from companion.scoring.results import PairScores
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class PairEvaluation(Evaluation):
     probability : ndarray ``[n_rows]`` or None
         True probability that `chosen` is preferred.
     info, metrics : dict
-        As in :class:`companion.evaluation.evaluation.Evaluation`; the figures are those of
-        :func:`companion.evaluation.metrics.pairwise_metrics`.
+        As in :class:`companion.evaluation.Evaluation`; the figures are those of
+        :func:`companion.evaluation.pairwise_metrics`.
     """
 
     rows: list[Mapping[str, Any]]
@@ -208,7 +208,7 @@ def evaluate_pairs(
     scorer : Scorer
         Its ``score_pairs(rows)`` is called once with all rows.
     dataset : iterable of mappings
-        Pairs (``companion.data.loading.load_rows``), with an optional ``subset`` column and
+        Pairs (``companion.data.load_rows``), with an optional ``subset`` column and
         optional truth (:func:`gold_probability`).
     temperature : float, optional
         Of the calibrated probability; by default that of the scorer's manifest.

@@ -1,7 +1,7 @@
 """A reward model on held-out rankings: as pairs, and how often its favourite is the best.
 
 Every completion is scored once. The figures of the pairs are those of
-:func:`companion.evaluation.pairs.evaluate_pairs` on the pairs that the rankings hold; the pick of
+:func:`companion.evaluation.evaluate_pairs` on the pairs that the rankings hold; the pick of
 the best of K is what best-of-N and reranking use. Chapter 3.
 """
 
@@ -20,8 +20,8 @@ from companion.data.splits import prompt_key
 from companion.errors import DataError
 from companion.evaluation.metrics import accuracy_interval
 from companion.evaluation.pairs import PairEvaluation
-from companion.rankings import best_is_best
-from companion.resampling import Array
+from companion.functional.rankings import best_is_best
+from companion.functional.resampling import Array
 
 if TYPE_CHECKING:
     from companion.scoring import Scorer
@@ -73,7 +73,7 @@ def evaluate_rankings(
         Rows of the kind ``rankings`` (:mod:`companion.data.formats`), with an optional ``rewards``
         column (the truth of each completion) that gives the limit.
     temperature, info, progress, seed
-        As for :func:`companion.evaluation.pairs.evaluate_pairs`.
+        As for :func:`companion.evaluation.evaluate_pairs`.
 
     Raises
     ------

@@ -252,7 +252,7 @@ def write_report(
     title : str
         Heading of the page.
     evaluation : PairEvaluation
-        Of :func:`companion.evaluation.pairs.evaluate_pairs`.
+        Of :func:`companion.evaluation.evaluate_pairs`.
     train_log : sequence of mappings, optional
         ``Trainer.state.log_history``: gives the training curves.
     pairs : sequence of mappings, optional

@@ -19,12 +19,12 @@ from companion.errors import DataError
 from companion.evaluation.evaluation import Evaluation
 from companion.evaluation.tables import format_table, interval, number
 from companion.evaluation.token_metrics import fit_threshold, outcome_metrics, process_metrics
-from companion.labels import step_target
-from companion.losses import IGNORE_INDEX
+from companion.functional.labels import step_target
+from companion.functional.losses import IGNORE_INDEX
+from companion.functional.reduction import How, aggregate
+from companion.functional.resampling import Array
 from companion.models.manifest import RewardManifest
 from companion.models.readout import TokenReadout
-from companion.reduction import How, aggregate
-from companion.resampling import Array
 
 if TYPE_CHECKING:
     from companion.scoring import Scorer
@@ -65,7 +65,7 @@ def labelled_steps(
         Of all steps of each solution.
     targets : sequence of sequences of float
         Of each step a class (three labels) or the probability that it is good, or -100
-        (:func:`companion.labels.step_target`).
+        (:func:`companion.functional.step_target`).
     readout : TokenReadout
 
     Raises
@@ -106,9 +106,9 @@ class TokenEvaluation(Evaluation):
     seed : int
         Of the bootstrap and the band.
     info, metrics : dict
-        As in :class:`companion.evaluation.evaluation.Evaluation`; the figures are those of
-        :func:`companion.evaluation.token_metrics.outcome_metrics` or
-        :func:`companion.evaluation.token_metrics.process_metrics`, with ``kind``, ``n_rows`` and
+        As in :class:`companion.evaluation.Evaluation`; the figures are those of
+        :func:`companion.evaluation.outcome_metrics` or
+        :func:`companion.evaluation.process_metrics`, with ``kind``, ``n_rows`` and
         ``dropped`` {total, reasons}.
     """
 
@@ -305,7 +305,7 @@ def check_outcomes(rows: Sequence[Mapping[str, Any]]) -> None:
 def step_targets(
     rows: Sequence[Mapping[str, Any]], readout: TokenReadout, training: Mapping[str, Any]
 ) -> list[list[float]]:
-    """The labels of each row's steps as :func:`companion.labels.step_target` has them.
+    """The labels of each row's steps as :func:`companion.functional.step_target` has them.
 
     What a neutral step counts as is said by the settings of the model's `training`; with one
     logit, labels are soft if they were so in training, or if any of them is a float.

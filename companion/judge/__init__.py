@@ -1,45 +1,34 @@
-"""Ask a language model which completion is better; see :mod:`companion.judge.judge`.
-
-Names are imported on first use, so that reports do not pay for transformers.
-"""
+"""Ask a language model which completion is better. Chapter 3."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-#: public name -> module that defines it
-_EXPORTS: dict[str, str] = {
-    "Answer": "companion.judge.backend",
-    "AnswerCache": "companion.judge.cache",
-    "Grading": "companion.judge.judge",
-    "Judge": "companion.judge.judge",
-    "JudgeFileReport": "companion.judge.files",
-    "JudgeReport": "companion.judge.report",
-    "JudgeTemplate": "companion.judge.templates",
-    "LocalBackend": "companion.judge.local",
-    "PairVerdict": "companion.judge.judge",
-    "Question": "companion.judge.backend",
-    "ServerBackend": "companion.judge.server",
-    "annotator_report": "companion.judge.report",
-    "cohen_kappa": "companion.judge.report",
-    "combine_orders": "companion.judge.judge",
-    "judge_file": "companion.judge.files",
-    "judge_report": "companion.judge.report",
-    "load_annotations": "companion.judge.report",
-    "load_template": "companion.judge.templates",
-}
+from companion._exports import exports
 
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'companion.judge' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+if TYPE_CHECKING:
+    from companion.judge.backend import Answer as Answer, Backend as Backend, Question as Question
+    from companion.judge.cache import AnswerCache as AnswerCache
+    from companion.judge.files import JudgeFileReport as JudgeFileReport, judge_file as judge_file
+    from companion.judge.items import Item as Item, read_item as read_item
+    from companion.judge.judge import (
+        Grading as Grading,
+        Judge as Judge,
+        PairVerdict as PairVerdict,
+        combine_orders as combine_orders,
+    )
+    from companion.judge.local import LocalBackend as LocalBackend
+    from companion.judge.report import (
+        JudgeReport as JudgeReport,
+        annotator_report as annotator_report,
+        cohen_kappa as cohen_kappa,
+        judge_report as judge_report,
+        load_annotations as load_annotations,
+    )
+    from companion.judge.server import ServerBackend as ServerBackend
+    from companion.judge.templates import (
+        JudgeTemplate as JudgeTemplate,
+        load_template as load_template,
+    )
+else:
+    __getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -72,7 +72,7 @@ def judge_file(
     judge : Judge
         Its template decides whether pairs are compared or completions graded.
     input_path : str or path
-        .jsonl, .json, .csv or .parquet; see :func:`companion.judge.items.read_item` for the fields.
+        .jsonl, .json, .csv or .parquet; see :func:`companion.judge.read_item` for the fields.
     output_path : str or path
         .jsonl. Rows keep their fields.
     limit : int, optional

@@ -127,9 +127,9 @@ class Judge:
     backend : Backend
         :meth:`from_pretrained` and :meth:`from_server` make one.
     template : str, path or JudgeTemplate
-        See :func:`companion.judge.templates.load_template`.
+        See :func:`companion.judge.load_template`.
     cache : str or path, optional
-        Where answers are kept; see :class:`companion.judge.cache.AnswerCache`.
+        Where answers are kept; see :class:`companion.judge.AnswerCache`.
     max_tokens : int, optional
         How long an answer may be; default: what the template says.
 
@@ -211,7 +211,7 @@ class Judge:
         rows : sequence of mappings
             ``prompt`` with ``a`` and ``b``, or with ``chosen`` and ``rejected``. Of the latter the
             verdict's ``a`` is not always the chosen one: see
-            :func:`companion.judge.items.read_item`, whose ``row`` says which.
+            :func:`companion.judge.read_item`, whose ``row`` says which.
         names : sequence of str, optional
             How to call the rows in errors; default ``row 0``, …
         progress : callable, optional

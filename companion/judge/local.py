@@ -15,11 +15,11 @@ from torch import Tensor
 
 from companion.errors import DataError
 from companion.formatting.prompts import encode_prompts
+from companion.generation.policy import Policy
 from companion.judge.backend import Answer, Question
 from companion.judge.probabilities import verdict_probabilities
 from companion.judge.templates import JudgeTemplate
 from companion.models.checkpoint import model_fingerprint
-from companion.search.policy import Policy
 
 #: Likeliest tokens that are kept at each place, as many as servers give.
 TOP = 20
@@ -74,7 +74,7 @@ class LocalBackend:
         }
 
     def answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """See :class:`companion.judge.backend.Backend`. A prompt that is too long is refused."""
+        """See :class:`companion.judge.Backend`. A prompt that is too long is refused."""
         ids = self._encode(questions)
         limit = self.policy.max_positions
         fitting = []

@@ -1,7 +1,7 @@
 """What a judge prefers besides the better answer, and who agrees with whom. Chapter 3.
 
 The biases (place, length, its own writing) are computed from verdicts as
-:func:`companion.judge.files.judge_file` writes them; agreement also from files in which several
+:func:`companion.judge.judge_file` writes them; agreement also from files in which several
 people or models judged the same pairs. Intervals are bootstrap intervals (95%) that draw whole
 prompts.
 """
@@ -25,8 +25,8 @@ from companion.data.readers import read_rows
 from companion.data.splits import prompt_key
 from companion.errors import DataError, ShapeError
 from companion.evaluation.tables import format_table
+from companion.functional.resampling import bootstrap_interval
 from companion.judge.items import GIVEN, spoken
-from companion.resampling import bootstrap_interval
 
 Codes = npt.NDArray[np.int64]
 #: The verdicts of a pair, in the order of their codes.

@@ -102,7 +102,7 @@ class ServerBackend:
         }
 
     def answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """See :class:`companion.judge.backend.Backend`. What the server rejects is refused."""
+        """See :class:`companion.judge.Backend`. What the server rejects is refused."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             waiting = {pool.submit(self._ask, q): place for place, q in enumerate(questions)}
             try:

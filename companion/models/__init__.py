@@ -1,52 +1,44 @@
-"""Load, guard, run and save reward models.
+"""Load, guard and save reward models. Chapter 2.
 
-A reward model is a plain Hugging Face sequence-classification checkpoint with one label, plus
-``reward_manifest.json``. Stock transformers, TRL and vLLM load it and give the same score.
+A reward model is a plain Hugging Face checkpoint, plus ``reward_manifest.json``. Stock transformers
+loads it and gives the same values, TRL and vLLM too if it has one score a text.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_EXPORTS: dict[str, str] = {
-    "RewardModel": "companion.models.reward_model",
-    "ScoreHead": "companion.models.head",
-    "find_head": "companion.models.head",
-    "load_base": "companion.models.loading",
-    "load_reward_model": "companion.models.loading",
-    "save_reward_model": "companion.models.saving",
-    "apply_lora": "companion.models.lora",
-    "merged": "companion.models.lora",
-    "reward_scores": "companion.models.forward",
-    "token_logits": "companion.models.forward",
-    "packed_token_logits": "companion.models.forward",
-    "packed_scores": "companion.models.forward",
-    "compile_parts": "companion.models.compiling",
-    "packing_obstacle": "companion.models.packed_attention",
-    "stock_scores": "companion.models.forward",
-    "ScalarReadout": "companion.models.readout",
-    "TokenReadout": "companion.models.readout",
-    "RewardManifest": "companion.models.manifest",
-    "ReferenceStats": "companion.models.manifest",
-    "check_batch": "companion.models.guards",
-    "check_head": "companion.models.guards",
-    "check_positions": "companion.models.guards",
-    "check_tokenizer_and_config": "companion.models.guards",
-    "prepare_token_head": "companion.models.guards",
-    "precision_notes": "companion.models.guards",
-}
+from companion._exports import exports
 
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'companion.models' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+if TYPE_CHECKING:
+    from companion.models.guards import (
+        check_batch as check_batch,
+        check_head as check_head,
+        check_positions as check_positions,
+        check_tokenizer_and_config as check_tokenizer_and_config,
+        precision_notes as precision_notes,
+    )
+    from companion.models.head import (
+        ScoreHead as ScoreHead,
+        find_head as find_head,
+        initialise_head as initialise_head,
+        install_head as install_head,
+    )
+    from companion.models.loading import (
+        load_base as load_base,
+        load_formatter as load_formatter,
+        load_reward_model as load_reward_model,
+    )
+    from companion.models.lora import apply_lora as apply_lora, merged as merged
+    from companion.models.manifest import (
+        ReferenceStats as ReferenceStats,
+        RewardManifest as RewardManifest,
+    )
+    from companion.models.readout import (
+        ScalarReadout as ScalarReadout,
+        TokenReadout as TokenReadout,
+    )
+    from companion.models.reward_model import RewardModel as RewardModel
+    from companion.models.saving import save_reward_model as save_reward_model
+else:
+    __getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from companion.errors import ModelError, ReadoutError, ShapeError
+from companion.functional.readout import last_token_index, pad_id_readout_index
 from companion.models.head import ScoreHead, find_head, install_head, without_adapter
-from companion.readout import last_token_index, pad_id_readout_index
 
 #: Names under which decoders keep a table of absolute positions.
 _ABSOLUTE = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
@@ -253,7 +253,7 @@ def check_positions(model: Any, attention_mask: Tensor, position_ids: Tensor | N
     ):
         raise ReadoutError(
             "left-padded rows on a model with absolute positions: the padding is counted",
-            "pad right, or pass position_ids=companion.readout.position_ids_from_mask(mask)",
+            "pad right, or pass position_ids=companion.functional.position_ids_from_mask(mask)",
         )
 
 

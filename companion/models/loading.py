@@ -85,7 +85,7 @@ def load_base(
         model and of steps that are right or wrong (1), or bad, neutral or good (3).
     head_seed, head_std : int, float
         The fresh head is drawn from N(0, head_std²), by default std = 1/sqrt(D + 1); see
-        :func:`companion.models.head.initialise_head`.
+        :func:`companion.models.initialise_head`.
     keep_head : bool
         Keep the head of an earlier reward model in place of a fresh one.
     dtype : torch.dtype or str

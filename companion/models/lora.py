@@ -46,7 +46,7 @@ def apply_lora(
     Parameters
     ----------
     reward_model : RewardModel
-        From :func:`companion.models.loading.load_base`; its ``model`` is replaced.
+        From :func:`companion.models.load_base`; its ``model`` is replaced.
     r, alpha, dropout : int, int, float
         Rank, scale, and dropout of the adapter (0: a score has no randomness).
     target_modules : str or list of str

@@ -131,7 +131,7 @@ class RewardManifest:
         Its SHA-256.
     readout : dict
         The rule (``last_token_by_attention_mask``) and the head's dtype; for a token-level model
-        its kind, aggregation and the like (:class:`companion.models.readout.TokenReadout`).
+        its kind, aggregation and the like (:class:`companion.models.TokenReadout`).
     reference : ReferenceStats or None
         Without it, scores have no centred, z and percentile form.
     temperature : float or None

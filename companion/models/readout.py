@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from companion.errors import ModelError
-from companion.reduction import How
+from companion.functional.reduction import How
 
 #: kind of a model -> the rule by which its values are read
 RULES = {
@@ -52,7 +52,7 @@ class TokenReadout:
     labels : int
         Outputs of the head: 1 (a logit of 'right' or 'good') or 3 (bad, neutral, good).
     aggregation : str
-        From the values of a text to its score; see :func:`companion.reduction.aggregate`.
+        From the values of a text to its score; see :func:`companion.functional.aggregate`.
     separator : str or None
         What stands between the steps of a text (process models).
     step_score : str

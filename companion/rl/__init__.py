@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_EXPORTS: dict[str, str] = {
-    "RewardFunction": "companion.scoring.reward_function",
-    "Transform": "companion.scoring.reward_function",
-    "JointReward": "companion.rl.rewards",
-    "joint_rewards": "companion.rl.rewards",
-    "weighted_sum": "companion.rl.rewards",
-    "open_reward": "companion.rl.rewards",
-    "Fall": "companion.sequential",
-    "FallTest": "companion.sequential",
-    "Look": "companion.rl.policy_evaluation",
-    "Viewer": "companion.rl.policy_evaluation",
-    "completion_kl": "companion.rl.policy_evaluation",
-    "OveroptimizationMonitor": "companion.rl.monitor",
-    "GRPORunConfig": "companion.rl.config",
-    "PolicyArguments": "companion.rl.config",
-    "PromptArguments": "companion.rl.config",
-    "GRPOResult": "companion.rl.run",
-    "train_grpo": "companion.rl.run",
-}
+from companion._exports import exports
 
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'companion.rl' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+if TYPE_CHECKING:
+    from companion.rl.config import (
+        GRPORunConfig as GRPORunConfig,
+        PolicyArguments as PolicyArguments,
+        PromptArguments as PromptArguments,
+    )
+    from companion.rl.monitor import OveroptimizationMonitor as OveroptimizationMonitor
+    from companion.rl.policy_evaluation import (
+        Look as Look,
+        Viewer as Viewer,
+        completion_kl as completion_kl,
+    )
+    from companion.rl.rewards import (
+        JointReward as JointReward,
+        RewardCallable as RewardCallable,
+        joint_rewards as joint_rewards,
+        open_reward as open_reward,
+        weighted_sum as weighted_sum,
+    )
+    from companion.rl.run import GRPOResult as GRPOResult, train_grpo as train_grpo
+else:
+    __getattr__, __dir__, __all__ = exports(__name__, __file__)

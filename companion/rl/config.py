@@ -5,14 +5,14 @@ Chapter 5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from trl import GRPOConfig
 
 from companion.errors import CompanionError
-from companion.training.config import LoadArguments, SourceArguments
+from companion.training.config import LoadArguments, SourceArguments, setting
 
 
 @dataclass
@@ -27,89 +27,57 @@ class GRPORunConfig(GRPOConfig):
     Raises :class:`companion.errors.CompanionError` for settings that cannot be honoured.
     """
 
-    reward_model: list[str] = field(
+    reward_model: list[str] = setting(
         default_factory=list,
-        metadata={
-            "help": "One or more rewards: a reward model's folder or hub id, "
-            "http://host:port#MODEL for a server that runs MODEL, or module:function. "
-            "--reward_weights says what each counts; a completion that lacks one has none."
-        },
+        help="One or more rewards: a reward model's folder or hub id, http://host:port#MODEL for a "
+        "server that runs MODEL, or module:function. --reward_weights says what each counts; a "
+        "completion that lacks one has none.",
     )
-    reward_transform: str = field(
-        default="raw",
-        metadata={
-            "help": "What becomes of a reward model's score; other than raw needs a manifest.",
-            "choices": ["raw", "centered", "z", "sigmoid"],
-        },
+    reward_transform: str = setting(
+        "raw",
+        "What becomes of a reward model's score; other than raw needs a manifest.",
+        choices=["raw", "centered", "z", "sigmoid"],
     )
-    reward_clip: float | None = field(
-        default=None, metadata={"help": "Bound on its absolute value, after the transform."}
+    reward_clip: float | None = setting(None, "Bound on its absolute value, after the transform.")
+    reward_truncated: str = setting(
+        "score",
+        "Reward of a completion that was cut off: 'score' of the text as it stands, 'none', "
+        "which leaves it out, or a number.",
     )
-    reward_truncated: str = field(
-        default="score",
-        metadata={
-            "help": "Reward of a completion that was cut off: 'score' of the text as it stands, "
-            "'none', which leaves it out, or a number."
-        },
+    reward_protocol: str = setting(
+        "classify",
+        "What servers speak: vLLM's /classify, or the companion's /score.",
+        choices=["classify", "companion"],
     )
-    reward_protocol: str = field(
-        default="classify",
-        metadata={
-            "help": "What servers speak: vLLM's /classify, or the companion's /score.",
-            "choices": ["classify", "companion"],
-        },
+    held_out_scorer: str | None = setting(
+        None,
+        "A scorer that the policy is not trained on, named as a reward is; the run stops when "
+        "it falls, and keeps the policy at its best.",
     )
-    held_out_scorer: str | None = field(
-        default=None,
-        metadata={
-            "help": "A scorer that the policy is not trained on, named as a reward is; the run "
-            "stops when it falls, and keeps the policy at its best."
-        },
+    also_measure: list[str] = setting(
+        default_factory=list, help="Further scorers to report, named as a reward is."
     )
-    also_measure: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Further scorers to report, named as a reward is."},
+    monitor_steps: float = setting(
+        0.1, "Look at the held-out prompts every N steps, or below 1: share of the run."
     )
-    monitor_steps: float = field(
-        default=0.1,
-        metadata={
-            "help": "Look at the held-out prompts every N steps, or below 1: share of the run."
-        },
+    monitor_completions: int = setting(4, "Completions of each held-out prompt at each look.")
+    fall_alpha: float = setting(
+        0.05, "Chance of stopping, by mistake, a run whose held-out score never falls."
     )
-    monitor_completions: int = field(
-        default=4, metadata={"help": "Completions of each held-out prompt at each look."}
+    kl_budget: float | None = setting(
+        None, "Nats a completion that the policy may move from where it began."
     )
-    fall_alpha: float = field(
-        default=0.05,
-        metadata={
-            "help": "Chance of stopping, by mistake, a run whose held-out score never falls."
-        },
+    on_budget: str = setting(
+        "stop",
+        "When the KL budget is spent: stop, or raise beta until the KL is back.",
+        choices=["stop", "raise_beta"],
     )
-    kl_budget: float | None = field(
-        default=None,
-        metadata={"help": "Nats a completion that the policy may move from where it began."},
-    )
-    on_budget: str = field(
-        default="stop",
-        metadata={
-            "help": "When the KL budget is spent: stop, or raise beta until the KL is back.",
-            "choices": ["stop", "raise_beta"],
-        },
-    )
-    kl_estimator: str = field(
-        default="k1",
-        metadata={"help": "Estimator of the KL at a look.", "choices": ["k1", "k3"]},
-    )
-    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Former name of activation_checkpointing. Default: off."},
-    )
-    logging_steps: float = field(
-        default=0.02, metadata={"help": "Log every N steps, or below 1: every share of the run."}
-    )
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Keep this many training checkpoints."}
-    )
+    kl_estimator: str = setting("k1", "Estimator of the KL at a look.", choices=["k1", "k3"])
+    gradient_checkpointing: bool | None = setting(
+        None, "Former name of activation_checkpointing. Default: off."
+    )  # type: ignore[assignment]
+    logging_steps: float = setting(0.02, "Log every N steps, or below 1: every share of the run.")
+    save_total_limit: int | None = setting(2, "Keep this many training checkpoints.")
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -160,11 +128,9 @@ class PolicyArguments(LoadArguments):
 class PromptArguments(SourceArguments):
     """Which prompts to train on, and which to hold out."""
 
-    monitor_prompts: int = field(
-        default=128,
-        metadata={"help": "Held-out prompts that are looked at during training, to stop by."},
+    monitor_prompts: int = setting(
+        128, "Held-out prompts that are looked at during training, to stop by."
     )
-    test_prompts: int = field(
-        default=256,
-        metadata={"help": "Further held-out prompts, for the figures at the end of the run."},
+    test_prompts: int = setting(
+        256, "Further held-out prompts, for the figures at the end of the run."
     )

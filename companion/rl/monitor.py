@@ -22,10 +22,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from companion.errors import CompanionError, DataError
+from companion.functional.sequential import Fall, FallTest
+from companion.generation.policy import Policy
 from companion.rl.policy_evaluation import KLEstimator, Look, Viewer
 from companion.rl.rewards import RewardCallable
-from companion.search.policy import Policy
-from companion.sequential import Fall, FallTest
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class OveroptimizationMonitor(TrainerCallback):
         What the KL is measured from. Default: the base under an adapter, else the trainer's
         ``ref_model``, else a copy of the policy made when training begins.
     kl_estimator : {"k1", "k3"}
-        See :func:`companion.rl.policy_evaluation.completion_kl`.
+        See :func:`companion.rl.completion_kl`.
     record : path, optional
         File that gets a line of JSON for each look. A run that is resumed goes on from it.
     on_best : callable, optional

@@ -20,9 +20,9 @@ from accelerate.utils import gather_object
 
 from companion.errors import DataError
 from companion.formatting.conversation import as_reply
-from companion.resampling import Interval, bootstrap_interval
+from companion.functional.resampling import Interval, bootstrap_interval
+from companion.generation.policy import Policy, Sample
 from companion.rl.rewards import RewardCallable
-from companion.search.policy import Policy, Sample
 
 Array = npt.NDArray[np.float64]
 KLEstimator = Literal["k1", "k3"]

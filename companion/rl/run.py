@@ -24,9 +24,10 @@ from trl import GRPOTrainer
 from companion.data.splits import prompt_key, split_by_prompt
 from companion.errors import CompanionError, DataError
 from companion.evaluation.tables import format_table
-from companion.models.causal import load_causal
+from companion.functional.resampling import Interval, bootstrap_interval
+from companion.generation.causal import load_causal
+from companion.generation.policy import Policy, end_token_ids
 from companion.models.checkpoint import load_tokenizer, resolve
-from companion.resampling import Interval, bootstrap_interval
 from companion.rl.config import GRPORunConfig, PolicyArguments, PromptArguments
 from companion.rl.monitor import OveroptimizationMonitor
 from companion.rl.policy_evaluation import Look
@@ -37,7 +38,6 @@ from companion.rl.rewards import (
     reward_name,
     weighted_sum,
 )
-from companion.search.policy import Policy, end_token_ids
 from companion.training.run import Say, checkpoint_of, load_given
 from companion.training.trainer import whole_parameters
 

@@ -1,20 +1,31 @@
-"""Score texts, conversations and completions; see :mod:`companion.scoring.scorer`."""
+"""Score texts, conversations and completions, here or on a server. Chapter 6."""
 
-from companion.scoring.files import FileReport, score_file
-from companion.scoring.remote import RemoteScorer
-from companion.scoring.results import PairScores, Scores, TokenScores
-from companion.scoring.scorer import RewardScorer, Scorer, TokenScorer, load_scorer, model_kind
+from __future__ import annotations
 
-__all__ = [
-    "FileReport",
-    "PairScores",
-    "RemoteScorer",
-    "RewardScorer",
-    "Scorer",
-    "Scores",
-    "TokenScorer",
-    "TokenScores",
-    "load_scorer",
-    "model_kind",
-    "score_file",
-]
+from typing import TYPE_CHECKING
+
+from companion._exports import exports
+
+if TYPE_CHECKING:
+    from companion.scoring.files import FileReport as FileReport, score_file as score_file
+    from companion.scoring.remote import RemoteScorer as RemoteScorer
+    from companion.scoring.results import (
+        PairScores as PairScores,
+        Scores as Scores,
+        TokenScores as TokenScores,
+    )
+    from companion.scoring.reward_function import (
+        RewardFunction as RewardFunction,
+        Transform as Transform,
+    )
+    from companion.scoring.scorer import (
+        OnError as OnError,
+        Progress as Progress,
+        RewardScorer as RewardScorer,
+        Scorer as Scorer,
+        TokenScorer as TokenScorer,
+        load_scorer as load_scorer,
+        model_kind as model_kind,
+    )
+else:
+    __getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -15,8 +15,8 @@ import torch
 from companion.errors import CompanionError, DataError
 from companion.formatting import Encoded, RewardFormatter, Row
 from companion.formatting.steps import EncodedSteps, as_conversation, encode_steps, split_steps
+from companion.functional.reduction import aggregate
 from companion.models.readout import Readout, ScalarReadout, TokenReadout
-from companion.reduction import aggregate
 from companion.scoring.results import Scores, TokenScores
 
 #: A row as token ids; with the places that are read, where the read-out does not say it all.
@@ -131,7 +131,7 @@ class TokenReading:
             return EncodedSteps(encoded, list(range(encoded.prompt_length, len(encoded))))
         raise DataError(
             f"{name}: nothing says which of its tokens to read",
-            "give EncodedSteps (companion.formatting.steps.encode_steps), or the rows to score()",
+            "give EncodedSteps (companion.formatting.encode_steps), or the rows to score()",
         )
 
     def score(self, value: Any) -> float:

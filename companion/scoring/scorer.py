@@ -16,19 +16,19 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 import numpy as np
 import torch
 
+from companion.engine.runner import BatchRunner, Packing
 from companion.errors import CompanionError, DataError, ModelError, ReadoutError
 from companion.formatting import Encoded, Overlong, RewardFormatter, Row
 from companion.formatting.steps import EncodedSteps
+from companion.functional.reduction import How
 from companion.models.checkpoint import find_file, model_fingerprint, resolve
 from companion.models.loading import load_reward_model
 from companion.models.manifest import MANIFEST_FILE, ReferenceStats, RewardManifest
 from companion.models.readout import Readout, ScalarReadout, TokenReadout
 from companion.models.reward_model import RewardModel
-from companion.reduction import How
 from companion.scoring.reading import Found, Text, ids_of, reading_of
 from companion.scoring.results import PairScores, Scores, TokenScores
 from companion.scoring.reward_function import RewardFunction
-from companion.scoring.running import BatchRunner, Packing
 
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int], None]
@@ -169,7 +169,7 @@ class Scorer(ABC, Generic[ScoresT]):
         Parameters
         ----------
         **settings
-            Those of :class:`companion.scoring.reward_function.RewardFunction`: ``transform``,
+            Those of :class:`companion.scoring.RewardFunction`: ``transform``,
             ``clip``, ``truncated``, ``eos_token_ids``, ``name``.
         """
         return RewardFunction(self, **settings)
@@ -185,7 +185,7 @@ class Scorer(ABC, Generic[ScoresT]):
         """Score token ids, ``[N]`` float64 in input order.
 
         An outcome model needs :class:`Encoded`, which says where the completion begins, a process
-        model :class:`companion.formatting.steps.EncodedSteps`.
+        model :class:`companion.formatting.EncodedSteps`.
 
         Raises
         ------
@@ -423,7 +423,7 @@ class RewardScorer(LocalScorer[Scores]):
     Parameters
     ----------
     reward_model : RewardModel
-        From :func:`companion.models.loading.load_reward_model`, or one in training (it is put into
+        From :func:`companion.models.load_reward_model`, or one in training (it is put into
         eval mode while it scores, and back).
     readout : ScalarReadout, optional
         Default: the model's.

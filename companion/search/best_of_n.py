@@ -19,13 +19,13 @@ import torch
 from companion.data.writing import write_rows
 from companion.errors import CompanionError, DataError
 from companion.formatting.conversation import as_reply, check_messages, has_text, is_messages
+from companion.functional.resampling import Interval, bootstrap_interval
+from companion.functional.selection import best_of_n_kl, measured_best_of_n_kl
+from companion.generation.policy import Policy
 from companion.models.checkpoint import model_fingerprint
-from companion.resampling import Interval, bootstrap_interval
 from companion.scoring.files import Line, parse_line, write_in_chunks
 from companion.scoring.scorer import OnError, Progress, Scorer
-from companion.search.policy import Policy
 from companion.search.search import best_first, score_rows
-from companion.selection import best_of_n_kl, measured_best_of_n_kl
 
 
 @dataclass
@@ -47,9 +47,9 @@ class RankReport:
     score_best, score_mean : float
         Mean score of the best completions, and of all.
     kl_bound, kl_measured : float
-        Mean over prompts of :func:`companion.selection.best_of_n_kl` and of
-        :func:`companion.selection.measured_best_of_n_kl`, in nats.
-    kl_interval : companion.resampling.Interval
+        Mean over prompts of :func:`companion.functional.best_of_n_kl` and of
+        :func:`companion.functional.measured_best_of_n_kl`, in nats.
+    kl_interval : companion.functional.Interval
         95% bootstrap interval over prompts of the measured one.
     """
 
@@ -118,7 +118,7 @@ def rank_file(
     on_error : {"raise", "skip"}
         A row that cannot be ranked stops the run, or gets an ``error`` in the ranks.
     overwrite, chunk_rows, progress, on_total
-        As in :func:`companion.scoring.files.score_file`.
+        As in :func:`companion.scoring.score_file`.
 
     Raises
     ------

@@ -17,8 +17,8 @@ import numpy as np
 from companion.errors import DataError, ModelError
 from companion.formatting import Text
 from companion.formatting.steps import split_steps
+from companion.generation.policy import Policy, Sample
 from companion.scoring.scorer import Scorer, TokenScorer
-from companion.search.policy import Policy, Sample
 
 #: Rows (``prompt``, ``completion``, ``terminated``) in, a score each out; NaN for one without.
 AnyScorer = Scorer[Any] | Callable[[list[dict[str, Any]]], Sequence[float]]

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import DataLoader, Dataset as TorchDataset, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from companion.batching import pack, pad_batch, plan_trees
-from companion.batching.packing import PackedBatch
+from companion.engine import pack, pad_batch, plan_trees
+from companion.engine.forward import check_texts
+from companion.engine.packing import PackedBatch
 from companion.errors import DataError
-from companion.models.forward import check_texts
 from companion.models.guards import check_batch
 
 if TYPE_CHECKING:
@@ -180,7 +179,7 @@ class Collator:
     Gives, of N texts, ``input_ids`` and ``attention_mask`` ``[N, T]``. Packed, ``input_ids`` is
     ``[1, T]`` without padding, a prompt stands there once for all texts of the batch that begin
     with it, and in place of the mask there are ``packed`` (a
-    :class:`companion.batching.PackedBatch`, its rows in the order of the texts) and ``lengths``
+    :class:`companion.engine.PackedBatch`, its rows in the order of the texts) and ``lengths``
     ``[N]``. Besides, of B rows, ``real`` ``[B]``, 0 for padding, ``row`` ``[B]`` (the row of the
     source, -1 if unknown), and what the kind gives, at least ``weight`` ``[B]``.
 
@@ -191,7 +190,7 @@ class Collator:
     pad_to_multiple_of : int, optional
         Round the width up.
     config : transformers.PretrainedConfig, optional
-        With it, every batch passes the guards (:func:`companion.models.guards.check_batch`), so
+        With it, every batch passes the guards (:func:`companion.models.check_batch`), so
         stock transformers would read the same tokens.
     packing : bool
         Pack; only for models that :func:`companion.models.packing_obstacle` lets pass.

@@ -9,7 +9,7 @@ A kind of training adds its own settings to the last group, and takes out what i
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,35 +18,40 @@ from trl import RewardConfig
 from companion.errors import CompanionError
 
 
+def setting(default: Any = MISSING, help: str = "", choices: Any = (), **factory: Any) -> Any:
+    """A field that is a flag of the command line, with its text, and what may be chosen."""
+    if default is not MISSING:
+        factory["default"] = default
+    return field(metadata={"help": help, **({"choices": choices} if choices else {})}, **factory)
+
+
+def not_offered(why: str, default: Any = None) -> Any:
+    """A field of a base class that a subclass does not offer: neither argument nor flag.
+
+    `why` is what ``companion train`` says to those who ask for it all the same.
+    """
+    return field(init=False, default=default, metadata={"not_offered": why})
+
+
 @dataclass
 class LoadArguments:
     """Which model to start from, and whether to train all of it."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model to start from: a folder or a hub id."}
+    model_name_or_path: str | None = setting(None, "Model to start from: a folder or a hub id.")
+    model_revision: str | None = setting(None, "Branch, tag or commit on the hub.")
+    dtype: str = setting(
+        "float32",
+        "Number format of the weights. With bf16 on, float32 weights are computed with in bf16;"
+        " the head of a reward model is float32 in any case.",
+        choices=["float32", "bfloat16", "float16"],
     )
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit on the hub."}
-    )
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Number format of the weights. With bf16 on, float32 weights are computed "
-            "with in bf16; the head of a reward model is float32 in any case.",
-            "choices": ["float32", "bfloat16", "float16"],
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2, …"}
-    )
-    use_peft: bool = field(
-        default=False, metadata={"help": "Train a LoRA adapter, and a reward model's head."}
-    )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers to adapt; default: all linear ones."}
+    attn_implementation: str | None = setting(None, "eager, sdpa, flash_attention_2, …")
+    use_peft: bool = setting(False, "Train a LoRA adapter, and a reward model's head.")
+    lora_r: int = setting(16, "Rank of the adapter.")
+    lora_alpha: int = setting(32, "Scale of the adapter.")
+    lora_dropout: float = setting(0.0, "Dropout of the adapter.")
+    lora_target_modules: list[str] | None = setting(
+        None, "Layers to adapt; default: all linear ones."
     )
 
 
@@ -56,43 +61,25 @@ class SourceArguments:
 
     _argument_group_name = "data"
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Rows: a file (.jsonl, .parquet, .csv, …), a folder, or a hub id."},
+    dataset_name: str | None = setting(
+        None, "Rows: a file (.jsonl, .parquet, .csv, …), a folder, or a hub id."
     )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a hub dataset."}
+    dataset_config: str | None = setting(None, "Configuration of a hub dataset.")
+    dataset_revision: str | None = setting(None, "Branch, tag or commit of a hub dataset.")
+    dataset_train_split: str = setting(
+        "train", "Split to train on; slices such as train[:1000] work."
     )
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a hub dataset."}
+    dataset_test_split: str | None = setting(
+        None, "Split to hold out. Default: a part of the prompts of the train split."
     )
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "Split to train on; slices such as train[:1000] work."}
+    eval_dataset_name: str | None = setting(None, "Held-out rows from another source.")
+    split_seed: int = setting(0, "Another seed, another split.")
+    limit: int | None = setting(None, "Take this many rows at most.")
+    on_error: str = setting(
+        "raise",
+        "Bad rows: stop with all of them named, or skip and count them.",
+        choices=["raise", "skip"],
     )
-    dataset_test_split: str | None = field(
-        default=None,
-        metadata={"help": "Split to hold out. Default: a part of the prompts of the train split."},
-    )
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out rows from another source."}
-    )
-    split_seed: int = field(default=0, metadata={"help": "Another seed, another split."})
-    limit: int | None = field(default=None, metadata={"help": "Take this many rows at most."})
-    on_error: str = field(
-        default="raise",
-        metadata={
-            "help": "Bad rows: stop with all of them named, or skip and count them.",
-            "choices": ["raise", "skip"],
-        },
-    )
-
-
-def not_offered(why: str, default: Any = None) -> Any:
-    """A field of a base class that a subclass does not offer: neither argument nor flag.
-
-    `why` is what ``companion train`` says to those who ask for it all the same.
-    """
-    return field(init=False, default=default, metadata={"not_offered": why})
 
 
 #: of kinds whose trainer is not TRL's
@@ -130,68 +117,50 @@ class PairwiseRewardConfig(RewardConfig):
     Raises :class:`companion.errors.CompanionError` for settings that cannot be honoured.
     """
 
-    num_train_epochs: float = field(
-        default=1.0, metadata={"help": "Passes over the data; reward models overfit beyond one."}
+    num_train_epochs: float = setting(
+        1.0, "Passes over the data; reward models overfit beyond one."
     )
-    center_rewards_coefficient: float | None = field(
-        default=0.01,
-        metadata={"help": "Weight of the penalty (chosen + rejected)^2 that keeps scores near 0."},
+    center_rewards_coefficient: float | None = setting(
+        0.01, "Weight of the penalty (chosen + rejected)^2 that keeps scores near 0."
     )
-    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Former name of activation_checkpointing. Default: off."},
+    gradient_checkpointing: bool | None = setting(
+        None, "Former name of activation_checkpointing. Default: off."
+    )  # type: ignore[assignment]
+    bf16: bool | None = setting(
+        None, "bf16 mixed precision. Default: on where the device is CUDA with bf16."
+    )  # type: ignore[assignment]
+    logging_steps: float = setting(0.02, "Log every N steps, or below 1: every share of the run.")
+    eval_strategy: str = setting(
+        "steps",
+        "Evaluate on held-out pairs: by 'steps', by 'epoch', or 'no'.",
+        choices=["no", "steps", "epoch"],
     )
-    bf16: bool | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "bf16 mixed precision. Default: on where the device is CUDA with bf16."},
+    eval_steps: float | None = setting(0.2, "Evaluate every N steps, or below 1: share of the run.")
+    save_total_limit: int | None = setting(2, "Keep this many checkpoints.")
+    ddp_find_unused_parameters: bool | None = setting(
+        False, "Look for parameters without a gradient at every step (mixtures)."
     )
-    logging_steps: float = field(
-        default=0.02, metadata={"help": "Log every N steps, or below 1: every share of the run."}
+    dataset_num_proc: int | None = setting(
+        None,
+        "Processes that tokenise. Default: one for 4,000 rows, at most one a core; ranks of one"
+        " machine do not repeat each other's work.",
     )
-    eval_strategy: str = field(
-        default="steps",
-        metadata={
-            "help": "Evaluate on held-out pairs: by 'steps', by 'epoch', or 'no'.",
-            "choices": ["no", "steps", "epoch"],
-        },
-    )
-    eval_steps: float | None = field(
-        default=0.2, metadata={"help": "Evaluate every N steps, or below 1: share of the run."}
-    )
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Keep this many checkpoints."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "Look for parameters without a gradient at every step (mixtures)."},
-    )
-    dataset_num_proc: int | None = field(
-        default=None,
-        metadata={
-            "help": "Processes that tokenise. Default: one for 4,000 rows, at most one a core; "
-            "ranks of one machine do not repeat each other's work."
-        },
-    )
-    overlong: str = field(
-        default="drop",
-        metadata={
-            "help": "Pairs with a text above max_length: drop them, stop with an error, or cut "
-            "the prompt from its left. Each is counted and shown.",
-            "choices": ["drop", "error", "truncate_prompt"],
-        },
+    overlong: str = setting(
+        "drop",
+        "Pairs with a text above max_length: drop them, stop with an error, or cut the prompt "
+        "from its left. Each is counted and shown.",
+        choices=["drop", "error", "truncate_prompt"],
     )
 
-    packing: str = field(
-        default="auto",
-        metadata={
-            "help": "auto: a step computes each prompt once and no padding, with the same "
-            "gradient, where that is exact for the model. off: padded batches.",
-            "choices": ["auto", "off"],
-        },
+    packing: str = setting(
+        "auto",
+        "auto: a step computes each prompt once and no padding, with the same gradient, where "
+        "that is exact for the model. off: padded batches.",
+        choices=["auto", "off"],
     )
     eos_token: str | None = not_offered(f"{_LOADED_HERE}; set it in the tokenizer's own files")
     pad_token: str | None = not_offered(f"{_LOADED_HERE}; set it in the tokenizer's own files")
-    model_init_kwargs: dict[str, Any] | str | None = not_offered(  # noqa: RUF009
+    model_init_kwargs: dict[str, Any] | str | None = not_offered(
         f"{_LOADED_HERE}; take dtype, attn_implementation and model_revision"
     )
     average_tokens_across_devices: bool = not_offered(
@@ -241,30 +210,23 @@ class ModelArguments(LoadArguments):
 
     _argument_group_name = "model"
 
-    keep_head: bool = field(
-        default=False,
-        metadata={"help": "Go on with the head of an earlier reward model, not a fresh one."},
+    keep_head: bool = setting(
+        False, "Go on with the head of an earlier reward model, not a fresh one."
     )
-    use_rslora: bool = field(
-        default=False, metadata={"help": "Scale by alpha/sqrt(r) in place of alpha/r."}
-    )
+    use_rslora: bool = setting(False, "Scale by alpha/sqrt(r) in place of alpha/r.")
 
 
 @dataclass
 class RowArguments(SourceArguments):
     """Which rows to train on, and which to hold out."""
 
-    eval_fraction: float = field(
-        default=0.1,
-        metadata={"help": "Share of the rows to hold out, whole prompts, if nothing else is."},
+    eval_fraction: float = setting(
+        0.1, "Share of the rows to hold out, whole prompts, if nothing else is."
     )
-    calibration_fraction: float = field(
-        default=0.5,
-        metadata={
-            "help": "Share of the held-out rows that is looked at during training and sets "
-            "temperature, threshold and reference; the others give the final figures. 1: all do "
-            "both."
-        },
+    calibration_fraction: float = setting(
+        0.5,
+        "Share of the held-out rows that is looked at during training and sets temperature, "
+        "threshold and reference; the others give the final figures. 1: all do both.",
     )
 
 
@@ -272,12 +234,10 @@ class RowArguments(SourceArguments):
 class DataArguments(RowArguments):
     """Which pairs to train on, and which to hold out."""
 
-    margins: str = field(
-        default="given",
-        metadata={
-            "help": "A 'margin' column as given, made from ratings, or none.",
-            "choices": ["given", "ratings", "none"],
-        },
+    margins: str = setting(
+        "given",
+        "A 'margin' column as given, made from ratings, or none.",
+        choices=["given", "ratings", "none"],
     )
 
 

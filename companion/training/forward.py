@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 
-from companion.batching.packing import PackedBatch
-from companion.models.forward import packed_scores, packed_token_logits, reward_scores, token_logits
-from companion.models.packed_attention import restore_attention
+from companion.engine.attention import restore_attention
+from companion.engine.forward import packed_scores, packed_token_logits, reward_scores, token_logits
+from companion.engine.packing import PackedBatch
 
 
 def forward_scores(

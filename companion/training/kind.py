@@ -50,7 +50,7 @@ KINDS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Kind(Generic[E]):
-    """All that :func:`companion.training.run.train` has to know of a kind.
+    """All that :func:`companion.training.train` has to know of a kind.
 
     Attributes
     ----------

@@ -12,7 +12,7 @@ Chapter 3.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import numpy as np
@@ -24,10 +24,10 @@ from transformers import Trainer
 from companion.errors import DataError
 from companion.evaluation.rankings import RankingEvaluation, scored_rankings
 from companion.formatting import RewardFormatter
-from companion.losses import grouped_pair_loss
+from companion.functional.losses import grouped_pair_loss
+from companion.functional.rankings import best_is_best, ordered_pairs, ranking_loss
+from companion.functional.reduction import SumCount
 from companion.models.manifest import RewardManifest
-from companion.rankings import best_is_best, ordered_pairs, ranking_loss
-from companion.reduction import SumCount
 from companion.training.batches import Collator, forward_inputs, text_lengths
 from companion.training.config import (
     NO_OFFLOADING,
@@ -35,6 +35,7 @@ from companion.training.config import (
     PairwiseRewardConfig,
     RowArguments,
     not_offered,
+    setting,
 )
 from companion.training.kind import Kind
 from companion.training.rows import OVERLONG, FormatReport, check_columns, format_all, ids_feature
@@ -53,12 +54,10 @@ class KwiseRewardConfig(PairwiseRewardConfig):
     the pairwise penalty at K = 2. Chapter 3.
     """
 
-    loss_type: str = field(
-        default="plackett_luce",
-        metadata={
-            "help": "Likelihood of the whole ranking, or the mean over its pairs (InstructGPT).",
-            "choices": list(LOSSES),
-        },
+    loss_type: str = setting(
+        "plackett_luce",
+        "Likelihood of the whole ranking, or the mean over its pairs (InstructGPT).",
+        choices=list(LOSSES),
     )
 
     label_smoothing_factor: float = not_offered(
@@ -154,7 +153,7 @@ def _rankings_to_ids(
 class RankingCollator(Collator):
     """Rankings to a batch: N texts, all of all prompts; packed, a prompt once for all its texts.
 
-    Besides what :class:`companion.training.batches.Collator` gives: ``index`` ``[B, K]``, where
+    Besides what :class:`companion.training.Collator` gives: ``index`` ``[B, K]``, where
     each prompt's completions stand among the N, and -1 beyond its own; ``ranks`` ``[B, K]``;
     ``weight`` ``[B]``, 0 where no completion beats another.
     """
@@ -188,7 +187,7 @@ class KwiseRewardTrainer(ExactTrainer, Trainer):
     Parameters
     ----------
     model, args, train_dataset, eval_dataset, formatter, processing_class, **kwargs
-        As for :class:`companion.training.trainer.ExactTrainer`, with :class:`KwiseRewardConfig` and
+        As for :class:`companion.training.ExactTrainer`, with :class:`KwiseRewardConfig` and
         rows of the kind ``rankings``, or with ``completion_ids`` and ``ranks``. ``predict`` gives
         ``[n, K]`` scores, NaN beyond a row's own completions.
     """
@@ -279,6 +278,6 @@ def train_kwise(
 
     What is saved is the same plain checkpoint that a pairwise run gives, and what is held out is
     measured as the pairs that its rankings hold, so that both stand side by side. See
-    :func:`companion.training.run.train`.
+    :func:`companion.training.train`.
     """
     return train(KIND, config, model, data, **options)

@@ -10,7 +10,7 @@ cross-entropy over the one class, which is 0 whatever the model says. Chapter 3.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import numpy as np
@@ -23,13 +23,13 @@ from companion.evaluation.token_metrics import roc_auc
 from companion.evaluation.tokens import AGGREGATES, OutcomeEvaluation
 from companion.formatting import RewardFormatter
 from companion.formatting.steps import as_conversation
-from companion.labels import outcome_labels
-from companion.losses import IGNORE_INDEX, outcome_loss
+from companion.functional.labels import outcome_labels
+from companion.functional.losses import IGNORE_INDEX, outcome_loss
+from companion.functional.reduction import SumCount, aggregate
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
 from companion.models.readout import AGGREGATIONS, TokenReadout
-from companion.reduction import SumCount, aggregate
 from companion.training.batches import text_lengths
-from companion.training.config import ModelArguments, RowArguments
+from companion.training.config import ModelArguments, RowArguments, setting
 from companion.training.kind import Kind
 from companion.training.rows import OVERLONG, FormatReport, check_columns, format_all, ids_feature
 from companion.training.run import Options, TrainingResult, train
@@ -55,19 +55,15 @@ class OutcomeRewardConfig(TokenRewardConfig):
     all of them.
     """
 
-    reduction: str = field(
-        default="token",
-        metadata={
-            "help": "Mean over all labelled tokens (long texts weigh more), or over texts.",
-            "choices": list(REDUCTIONS),
-        },
+    reduction: str = setting(
+        "token",
+        "Mean over all labelled tokens (long texts weigh more), or over texts.",
+        choices=list(REDUCTIONS),
     )
-    aggregation: str = field(
-        default="last",
-        metadata={
-            "help": "From a text's probabilities to its score; written into the manifest.",
-            "choices": list(AGGREGATIONS),
-        },
+    aggregation: str = setting(
+        "last",
+        "From a text's probabilities to its score; written into the manifest.",
+        choices=list(AGGREGATIONS),
     )
 
 
@@ -149,7 +145,7 @@ def _outcomes_to_ids(
 class OutcomeCollator(TextCollator):
     """Outcomes to a batch with the label on every completion token.
 
-    Besides what :class:`companion.training.batches.Collator` gives: ``labels`` ``[B, T]`` (0, 1, or
+    Besides what :class:`companion.training.Collator` gives: ``labels`` ``[B, T]`` (0, 1, or
     -100 on the prompt and beyond the text); ``weight`` ``[B]``: the number of labelled tokens
     (`reduction` ``"token"``) or 1; ``outcome`` ``[B]``.
     """
@@ -183,7 +179,7 @@ class OutcomeRewardTrainer(TokenTrainer):
     Parameters
     ----------
     model, args, train_dataset, eval_dataset, formatter, processing_class, **kwargs
-        As for :class:`companion.training.trainer.ExactTrainer`, with :class:`OutcomeRewardConfig`
+        As for :class:`companion.training.ExactTrainer`, with :class:`OutcomeRewardConfig`
         and rows of the kind ``outcomes``, or with ``input_ids``, ``prompt_length`` and ``label``.
         ``predict`` gives ``[n, 4]``: the aggregates of
         :data:`companion.evaluation.tokens.AGGREGATES` (the product as its logarithm).
@@ -268,6 +264,6 @@ def train_outcome(
 ) -> TrainingResult[OutcomeEvaluation]:
     """Train, measure and save an outcome reward model, a plain token-classification checkpoint.
 
-    See :func:`companion.training.run.train`.
+    See :func:`companion.training.train`.
     """
     return train(KIND, config, model, data, **options)

@@ -22,12 +22,11 @@ from trl import RewardTrainer
 from companion.errors import DataError
 from companion.evaluation.pairs import PairEvaluation, scored_pairs
 from companion.formatting import RewardFormatter
-from companion.losses import bradley_terry_loss, centering_penalty
+from companion.functional.losses import bradley_terry_loss, centering_penalty
+from companion.functional.reduction import SumCount
+from companion.functional.selection import margin as pair_margin, pairwise_accuracy
 from companion.models.manifest import RewardManifest
-from companion.reduction import SumCount
 from companion.scoring.results import PairScores
-from companion.selection import margin as pair_margin
-from companion.selection import pairwise_accuracy
 from companion.training.batches import Collator, forward_inputs, text_lengths
 from companion.training.config import DataArguments, ModelArguments, PairwiseRewardConfig
 from companion.training.kind import Kind
@@ -137,7 +136,7 @@ def _check_margin(value: Any, where: str) -> None:
 class PairCollator(Collator):
     """Pairs to a batch, N = 2B texts: the chosen first, then the rejected.
 
-    Besides what :class:`companion.training.batches.Collator` gives, ``weight`` ``[B]`` (1, and 0
+    Besides what :class:`companion.training.Collator` gives, ``weight`` ``[B]`` (1, and 0
     for padding) and, if the rows have one, ``margin`` ``[B]``.
     """
 
@@ -164,8 +163,8 @@ class PairwiseRewardTrainer(ExactTrainer, RewardTrainer):
     Parameters
     ----------
     model, args, train_dataset, eval_dataset, formatter, processing_class, **kwargs
-        As for :class:`companion.training.trainer.ExactTrainer`, with
-        :class:`companion.training.config.PairwiseRewardConfig`, ``peft_config`` as for TRL's
+        As for :class:`companion.training.ExactTrainer`, with
+        :class:`companion.training.PairwiseRewardConfig`, ``peft_config`` as for TRL's
         trainer, and pairs (``chosen``, ``rejected``, optionally ``prompt`` and ``margin``), or rows
         with ``chosen_ids`` and ``rejected_ids``. ``predict`` gives ``[n, 2]``: the scores of chosen
         and rejected.
@@ -300,6 +299,6 @@ def train_pairwise(
 ) -> TrainingResult[PairEvaluation]:
     """Train, calibrate, measure and save a Bradley–Terry reward model.
 
-    See :func:`companion.training.run.train`.
+    See :func:`companion.training.train`.
     """
     return train(KIND, config, model, data, **options)

@@ -10,7 +10,7 @@ is that of the mean over all labelled steps of the whole step of the optimiser. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import numpy as np
@@ -22,13 +22,13 @@ from companion.errors import CompanionError, DataError
 from companion.evaluation.tokens import StepEvaluation, step_targets
 from companion.formatting import RewardFormatter
 from companion.formatting.steps import encode_steps
-from companion.labels import LABEL_TYPES, NEUTRALS, step_target
-from companion.losses import IGNORE_INDEX, outcome_loss, process_loss
+from companion.functional.labels import LABEL_TYPES, NEUTRALS, step_target
+from companion.functional.losses import IGNORE_INDEX, outcome_loss, process_loss
+from companion.functional.reduction import SumCount
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
 from companion.models.readout import AGGREGATIONS, STEP_SCORES, TokenReadout
-from companion.reduction import SumCount
 from companion.training.batches import text_lengths
-from companion.training.config import ModelArguments, RowArguments
+from companion.training.config import ModelArguments, RowArguments, setting
 from companion.training.kind import Kind
 from companion.training.rows import OVERLONG, FormatReport, check_columns, format_all, ids_feature
 from companion.training.run import Options, TrainingResult, train
@@ -51,41 +51,29 @@ class ProcessRewardConfig(TokenRewardConfig):
     neutral, is taken for a bad step.
     """
 
-    label_type: str = field(
-        default="three",
-        metadata={
-            "help": "'three': classes for −1, 0, +1; 'binary': good or bad; 'soft': labels are "
-            "probabilities in [0, 1] that the step is good.",
-            "choices": list(LABEL_TYPES),
-        },
+    label_type: str = setting(
+        "three",
+        "'three': classes for −1, 0, +1; 'binary': good or bad; 'soft': labels are "
+        "probabilities in [0, 1] that the step is good.",
+        choices=list(LABEL_TYPES),
     )
-    neutral: str = field(
-        default="good",
-        metadata={
-            "help": "What a label of 0 is with label_type 'binary'.",
-            "choices": list(NEUTRALS),
-        },
+    neutral: str = setting(
+        "good", "What a label of 0 is with label_type 'binary'.", choices=list(NEUTRALS)
     )
-    step_separator: str = field(
-        default=r"\n",  # as a shell hands it over, for --help; the line break itself below
-        metadata={
-            "help": r"Text between two steps; it must stay tokens of its own. \n is a line break."
-        },
+    step_separator: str = setting(
+        r"\n",  # as a shell hands it over, for --help; the line break itself below
+        r"Text between two steps; it must stay tokens of its own. \n is a line break.",
     )
-    step_score: str = field(
-        default="expected",
-        metadata={
-            "help": "A step's score with three classes: 'good', P(+1), or 'expected', the expected "
-            "label, moved from [−1, 1] to [0, 1]. With one logit both are P(good).",
-            "choices": list(STEP_SCORES),
-        },
+    step_score: str = setting(
+        "expected",
+        "A step's score with three classes: 'good', P(+1), or 'expected', the expected label, "
+        "moved from [−1, 1] to [0, 1]. With one logit both are P(good).",
+        choices=list(STEP_SCORES),
     )
-    aggregation: str = field(
-        default="min",
-        metadata={
-            "help": "From the scores of the steps to that of the text; in the manifest.",
-            "choices": list(AGGREGATIONS),
-        },
+    aggregation: str = setting(
+        "min",
+        "From the scores of the steps to that of the text; in the manifest.",
+        choices=list(AGGREGATIONS),
     )
 
     def __post_init__(self) -> None:
@@ -114,7 +102,7 @@ def format_steps(
 ) -> tuple[Dataset, FormatReport]:
     """Tokenise solutions in steps by the one formatter; find where each step ends.
 
-    A solution that goes on (:func:`companion.formatting.steps.encode_steps`) has its last step
+    A solution that goes on (:func:`companion.formatting.encode_steps`) has its last step
     closed by the separator. What follows a step cannot change what a causal model says of it, so
     the rest itself need not be read.
 
@@ -201,7 +189,7 @@ def _steps_to_ids(
 class StepCollator(TextCollator):
     """Solutions to a batch with a label at the token that ends each labelled step.
 
-    Besides what :class:`companion.training.batches.Collator` gives: ``labels`` ``[B, T]``: classes
+    Besides what :class:`companion.training.Collator` gives: ``labels`` ``[B, T]``: classes
     (int64, three labels) or probabilities (float32), and -100 elsewhere; ``ends`` ``[B, S]``, -1
     beyond a row's own steps; ``weight`` ``[B]``: the number of labelled steps.
     """
@@ -243,7 +231,7 @@ class ProcessRewardTrainer(TokenTrainer):
     Parameters
     ----------
     model, args, train_dataset, eval_dataset, formatter, processing_class, **kwargs
-        As for :class:`companion.training.trainer.ExactTrainer`, with :class:`ProcessRewardConfig`
+        As for :class:`companion.training.ExactTrainer`, with :class:`ProcessRewardConfig`
         and rows of the kind ``steps``, or with ``input_ids``, ``ends`` and ``targets``. ``predict``
         gives logits ``[n, S × labels]`` at the ends of the steps, NaN beyond a row's own.
     """
@@ -352,6 +340,6 @@ def train_process(
     """Train, measure and save a process reward model, a plain token-classification checkpoint.
 
     The threshold of the first error is fitted on held-out rows that are not those of the figures.
-    See :func:`companion.training.run.train`.
+    See :func:`companion.training.train`.
     """
     return train(KIND, config, model, data, **options)

@@ -6,14 +6,14 @@ Chapter 3.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers import Trainer
 
 from companion.training.batches import Collator, forward_inputs
-from companion.training.config import NO_OFFLOADING, PairwiseRewardConfig, not_offered
+from companion.training.config import NO_OFFLOADING, PairwiseRewardConfig, not_offered, setting
 from companion.training.trainer import ExactTrainer
 
 
@@ -31,12 +31,10 @@ class TokenRewardConfig(PairwiseRewardConfig):
         "it belongs to training on pairs; soft labels belong into the data", default=0.0
     )
     activation_offloading: bool = not_offered(NO_OFFLOADING, default=False)
-    as_chat: bool = field(
-        default=True,
-        metadata={
-            "help": "Write a prompt and completion of text as a user's question and the "
-            "assistant's answer; false: one behind the other, as they are."
-        },
+    as_chat: bool = setting(
+        True,
+        "Write a prompt and completion of text as a user's question and the assistant's answer;"
+        " false: one behind the other, as they are.",
     )
 
 

@@ -39,16 +39,16 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from companion.engine.attention import packing_obstacle
 from companion.errors import CompanionError, DataError, ModelError
 from companion.formatting import RewardFormatter
+from companion.functional.reduction import SumCount, all_reduce_metrics
 from companion.models.guards import check_head, check_tokenizer_and_config, prepare_token_head
 from companion.models.head import find_head, install_head
 from companion.models.loading import load_base
 from companion.models.lora import apply_lora
-from companion.models.packed_attention import packing_obstacle
 from companion.models.readout import Readout, ScalarReadout
 from companion.models.reward_model import RewardModel
-from companion.reduction import SumCount, all_reduce_metrics
 from companion.training.batches import Collator, ExactBatches, ItemTables
 from companion.training.config import ModelArguments, PairwiseRewardConfig
 from companion.training.evaluation_loop import ExactEvaluation
@@ -409,7 +409,7 @@ class ExactTrainer(ExactBatches, ExactEvaluation):
             raise ModelError(
                 "no rank holds the whole model: it is sharded (ZeRO-3, FSDP)",
                 "save it (trainer.save_model) and load the folder, or train by "
-                "companion.training.run.train, which does both",
+                "companion.training.train, which does both",
             )
         model: Any = self.accelerator.unwrap_model(self.model)
         remove_forward(model)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from book_pages import BOOK, load_module
 
-from companion.losses import (
+from companion.functional import (
     best_global_shift,
     bradley_terry_loss,
     bradley_terry_probability,

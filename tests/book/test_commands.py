@@ -19,11 +19,10 @@ from pathlib import Path
 import pytest
 from book_pages import PAGES, ROOT, all_commands, commands_of, companion_arguments, inline_commands
 
+from companion import CompanionError
 from companion.cli.main import _VERBATIM, COMMANDS, main
 from companion.course.progress import VARIABLE
-from companion.data.tutor import make_rows
-from companion.errors import CompanionError
-from companion.quickstart import TUTOR_BASE
+from companion.tutor import TUTOR_BASE, make_rows
 
 COMMANDS_ON_PAGES = all_commands()
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -238,7 +237,7 @@ def test_a_wrong_launch_is_refused(line):
 def test_commands_are_found_in_blocks_and_in_the_text():
     text = (
         "```bash\n# a comment\n$ companion score \\\n  --model x\n```\n```python\ncompanion\n```\n"
-        "Then `make test`, {func}`~companion.losses.x`, `companion/` and `companion progress`.\n"
+        "Then `make test`, {func}`~companion.functional.x`, `companion/`, `companion progress`.\n"
     )
     assert [command.words for command in commands_of(text)] == [
         ("companion", "score", "--model", "x")

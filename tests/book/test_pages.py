@@ -129,7 +129,7 @@ def test_every_public_name_has_its_chapter():
 
 def test_a_function_without_a_chapter_takes_that_of_its_module():
     extension = load_module(BOOK / "_ext" / "companion_docs.py")
-    from companion.readout import last_token_index
+    from companion.functional import last_token_index
 
     lines = ["Index of the last token."]
     extension.name_chapter(last_token_index, lines)

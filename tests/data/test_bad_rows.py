@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from companion.data.loading import load_rows, load_rows_with_report
+from companion import load_rows, load_rows_with_report, write_rows
 from companion.data.problems import CURES
-from companion.data.writing import write_rows
 from companion.errors import DataError
 
 USER = [{"role": "user", "content": "What is 2 + 2?"}]

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
+from companion import load_rows, write_rows
 from companion.cli.main import main
-from companion.data.loading import load_rows
-from companion.data.splits import overlap_report
-from companion.data.writing import write_rows
+from companion.data import overlap_report
 
 GOOD = [
     {"prompt": f"p{i % 20}", "chosen": f"long answer {i}", "rejected": f"no {i}", "subset": "s"}
@@ -30,7 +29,7 @@ def file(tmp_path: Path) -> Path:
 def test_tutor_writes_what_make_rows_makes(
     tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from companion.data.tutor import limits, make_rows
+    from companion.tutor import limits, make_rows
 
     path = tmp_path / f"x.{suffix}"
     args = ["--n", "40", "--seed", "3", "--noise", "0.2", "--output", str(path)]
@@ -47,7 +46,7 @@ def test_tutor_writes_what_make_rows_makes(
 def test_every_kind_of_the_tutor_passes_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from companion.data.tutor import KINDS
+    from companion.tutor import KINDS
 
     for kind in KINDS:
         path = str(tmp_path / f"{kind}.jsonl")
@@ -119,7 +118,7 @@ def test_describe(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_describe_by_hand(tmp_path: Path) -> None:
-    from companion.data.describe import describe_rows
+    from companion.data import describe_rows
 
     rows = [
         {"prompt": "p", "chosen": "aaaa", "rejected": "b"},

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from companion.data.formats import KINDS, detect_kind
-from companion.data.loading import load_rows
-from companion.data.splits import dataset_fingerprint
-from companion.data.writing import plain_row, write_rows
+from companion import dataset_fingerprint, load_rows, write_rows
+from companion.data import KINDS, detect_kind
+from companion.data.writing import plain_row
 from companion.errors import DataError
 
 USER = [{"role": "user", "content": "What is 2 + 2?"}]

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from companion.data.loading import load_rows, load_rows_with_report
+from companion import load_rows, load_rows_with_report, write_rows
 from companion.data.messages import parse_transcript
-from companion.data.writing import plain_row, write_rows
+from companion.data.writing import plain_row
 from companion.errors import DataError
 
 USER = [{"role": "user", "content": "What is 2 + 2?"}]

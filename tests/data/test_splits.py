@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
-from companion.data.splits import (
+from companion.data import (
     dataset_fingerprint,
     duplicate_report,
     overlap_report,

@@ -9,10 +9,14 @@ import random
 import numpy as np
 import pytest
 
-from companion.data.tutor import (
+from companion.errors import DataError
+from companion.tutor import (
     GOLD,
     KINDS,
     Dials,
+    Style,
+    draw_problem,
+    draw_solution,
     gold_reward,
     grade,
     limits,
@@ -20,10 +24,11 @@ from companion.data.tutor import (
     parse_problem,
     preference_probability,
 )
-from companion.data.tutor.labelling import annotator_factors, label_probability, tie_probability
-from companion.data.tutor.solutions import Style, draw_solution
-from companion.data.tutor.world import draw_problem
-from companion.errors import DataError
+from companion.tutor.labelling import (
+    annotator_factors,
+    label_probability,
+    tie_probability,
+)
 
 
 def _problems(n: int, seed: int = 0):

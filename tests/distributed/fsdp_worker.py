@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks.shapes import make_model, pairs
-from companion.batching import pack, plan_trees
+from companion.engine import pack, plan_trees
 from companion.training.forward import install_forward
 
 

@@ -36,12 +36,17 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer
 
+from companion import (
+    KwiseRewardConfig,
+    KwiseRewardTrainer,
+    OutcomeRewardConfig,
+    OutcomeRewardTrainer,
+    PairwiseRewardConfig,
+    PairwiseRewardTrainer,
+    ProcessRewardConfig,
+    ProcessRewardTrainer,
+)
 from companion.training.batches import ExactBatches
-from companion.training.config import PairwiseRewardConfig
-from companion.training.kwise import KwiseRewardConfig, KwiseRewardTrainer
-from companion.training.outcome import OutcomeRewardConfig, OutcomeRewardTrainer
-from companion.training.pairwise import PairwiseRewardTrainer
-from companion.training.process import ProcessRewardConfig, ProcessRewardTrainer
 
 disable_progress_bars()
 CENTERING = 0.05

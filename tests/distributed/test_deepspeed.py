@@ -69,7 +69,7 @@ def test_zero_gives_the_weights_of_one_process(
 
 def test_a_whole_run_under_zero_3_saves_a_plain_checkpoint(tmp_path: Path) -> None:
     """The shards are gathered, the manifest is written, and the model loads without DeepSpeed."""
-    from companion.models import load_reward_model
+    from companion import load_reward_model
 
     output = tmp_path / "model"
     launch([WORKER, "run", str(output)], ranks=2, **CPU)

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 from launching import launch
 
-from companion.models import load_reward_model
+from companion import Policy, RewardScorer, load_reward_model
 from companion.rl import Look, PromptArguments, Viewer, open_reward, weighted_sum
 from companion.rl.run import hold_out
-from companion.scoring import RewardScorer
-from companion.search.policy import Policy
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("torchrun")]
 

@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from companion.batching import pack, plan_trees
-from companion.losses import bradley_terry_loss, outcome_loss, plackett_luce_loss, process_loss
-from companion.models import load_reward_model, reward_scores
-from companion.models.last_layer import LastLayer
-from companion.models.packed_attention import packed_attention
-from companion.readout import last_token_readout
-from companion.scoring import RewardScorer
+from companion import (
+    RewardScorer,
+    bradley_terry_loss,
+    last_token_readout,
+    load_reward_model,
+    outcome_loss,
+    plackett_luce_loss,
+    process_loss,
+)
+from companion.engine import pack, packed_attention, plan_trees, reward_scores
+from companion.engine.last_layer import LastLayer
 
 pytestmark = [
     pytest.mark.gpu,

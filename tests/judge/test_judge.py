@@ -7,14 +7,11 @@ import math
 
 import pytest
 
+from companion import load_rows_with_report
 from companion.cli.main import main
-from companion.data.loading import load_rows_with_report
-from companion.data.tutor import make_rows
 from companion.errors import DataError, JudgeError
-from companion.judge import AnswerCache, Judge, combine_orders, judge_file
-from companion.judge.backend import Answer
-from companion.judge.items import read_item
-from companion.quickstart import TUTOR_BASE
+from companion.judge import Answer, AnswerCache, Judge, combine_orders, judge_file, read_item
+from companion.tutor import TUTOR_BASE, make_rows
 
 TEMPLATE = "{prompt}\n{a}\n---\n{b}"
 

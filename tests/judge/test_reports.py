@@ -10,7 +10,12 @@ from sklearn.metrics import cohen_kappa_score
 
 from companion.cli.main import main
 from companion.errors import DataError, ShapeError
-from companion.judge import annotator_report, cohen_kappa, judge_report, load_annotations
+from companion.judge import (
+    annotator_report,
+    cohen_kappa,
+    judge_report,
+    load_annotations,
+)
 
 
 @pytest.mark.parametrize("seed", range(5))

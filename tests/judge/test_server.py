@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from companion.data.tutor import make_rows
+from companion import Judge
 from companion.errors import JudgeError
-from companion.judge import Judge
-from companion.quickstart import TUTOR_BASE
+from companion.tutor import TUTOR_BASE, make_rows
 
 pytestmark = pytest.mark.serving
 ROWS = [{"prompt": "p", "a": "one", "b": "two"}]

@@ -6,10 +6,11 @@ import math
 
 import pytest
 
-from companion.data.tutor.text import JUDGE_PROMPT
 from companion.errors import DataError
+from companion.judge import JudgeTemplate, load_template
 from companion.judge.probabilities import verdict_probabilities
-from companion.judge.templates import BUILT_IN, JudgeTemplate, load_template
+from companion.judge.templates import BUILT_IN
+from companion.tutor.text import JUDGE_PROMPT
 
 PAIR = "{prompt} {a} {b}"
 LETTERS = {"a": "[[A]]", "b": "[[B]]", "tie": "[[C]]"}

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from companion import apply_lora, load_base
 from companion.cli.main import main
+from companion.engine import compile_parts
 from companion.errors import ModelError
-from companion.models import apply_lora, compile_parts, load_base
 
 
 @pytest.fixture

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from companion.batching import pad_batch
+from companion.engine import pad_batch, reward_scores, stock_scores
+from companion.engine.forward import apply_head
 from companion.errors import ModelError, ReadoutError, ShapeError
+from companion.functional import position_ids_from_mask
 from companion.models import (
+    ScoreHead,
     check_batch,
     check_head,
     check_positions,
@@ -21,12 +24,7 @@ from companion.models import (
     load_base,
     load_reward_model,
     precision_notes,
-    reward_scores,
-    stock_scores,
 )
-from companion.models.forward import apply_head
-from companion.models.head import ScoreHead
-from companion.readout import position_ids_from_mask
 
 IDS = [[1, 10, 11, 12, 13, 2], [1, 20, 21, 2], [1, 30, 31, 32, 2]]
 

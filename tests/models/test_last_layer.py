@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from companion.batching import PackedBatch, pack, plan_trees
-from companion.models import forward, last_layer, load_base, packed_scores
-from companion.models.last_layer import PRUNABLE, LastLayer, prunable
-from companion.models.packed_attention import PROVED, restore_attention
+from companion.engine import PackedBatch, forward, last_layer, pack, packed_scores, plan_trees
+from companion.engine.attention import PROVED, restore_attention
+from companion.engine.last_layer import PRUNABLE, LastLayer, prunable
+from companion.models import load_base
 
 WINDOWED: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 5},

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from companion.batching import pad_batch
+from companion import RewardFormatter
+from companion.engine import pad_batch, reward_scores
 from companion.errors import ModelError, ReadoutError
-from companion.formatting import RewardFormatter
 from companion.models import (
     ReferenceStats,
     RewardManifest,
@@ -21,7 +21,6 @@ from companion.models import (
     load_base,
     load_reward_model,
     merged,
-    reward_scores,
     save_reward_model,
 )
 

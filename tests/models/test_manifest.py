@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
+from companion import RewardFormatter
 from companion.errors import DataError, ModelError
-from companion.formatting import RewardFormatter
 from companion.models import ReferenceStats, RewardManifest
 
 

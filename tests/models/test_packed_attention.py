@@ -12,11 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from companion.batching import PackedBatch, Segment, Segments, pack, plan_trees
+from companion.engine import (
+    PackedBatch,
+    Segment,
+    Segments,
+    last_layer,
+    pack,
+    packed_attention as packing,
+    packed_scores,
+    packing_obstacle,
+    plan_trees,
+    reward_scores,
+)
+from companion.engine.attention import PACKED, restore_attention
 from companion.errors import ModelError
-from companion.models import last_layer, load_base, packed_scores, packing_obstacle, reward_scores
-from companion.models import packed_attention as packing
-from companion.models.packed_attention import PACKED, restore_attention
+from companion.models import load_base
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
 #: a window shorter than the texts; Qwen's needs to be switched on, for the layers it is meant for

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from companion.models import load_reward_model
+from companion import load_reward_model
 from companion.scoring import TokenScores, load_scorer
 
 SAVED = Path(__file__).parents[1] / "assets" / "before_0_2"
@@ -50,7 +50,7 @@ def test_ids_and_scores_are_as_they_were(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["pairwise", "outcome", "process"])
 def test_the_manifest_is_written_as_it_was(kind: str, tmp_path: Path) -> None:
     """A model that is loaded and saved again keeps its manifest, but for versions and date."""
-    from companion.models import save_reward_model
+    from companion import save_reward_model
 
     save_reward_model(load_reward_model(SAVED / kind), tmp_path)
     before, after = (

@@ -12,20 +12,19 @@ import pytest
 import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from companion.batching import pad_batch
+from companion import RewardManifest, RewardScorer, TokenScorer
+from companion.engine import pad_batch, token_logits
 from companion.errors import DataError, ModelError
-from companion.formatting.steps import encode_steps
+from companion.formatting import encode_steps
 from companion.models import (
+    TokenReadout,
     apply_lora,
     load_base,
     load_reward_model,
     prepare_token_head,
     save_reward_model,
-    token_logits,
 )
-from companion.models.manifest import MANIFEST_FILE, RewardManifest
-from companion.models.readout import TokenReadout
-from companion.scoring import RewardScorer, TokenScorer
+from companion.models.manifest import MANIFEST_FILE
 
 PROCESS = TokenReadout("process", 3, "min", separator="so", step_score="good")
 

@@ -11,11 +11,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from companion import Policy, RewardFunction, RewardScorer
 from companion.errors import CompanionError, DataError
-from companion.rl import OveroptimizationMonitor, RewardFunction, completion_kl
+from companion.rl import OveroptimizationMonitor, completion_kl
 from companion.rl.monitor import frozen_copy
-from companion.scoring import RewardScorer
-from companion.search.policy import Policy
 
 USER = [{"role": "user", "content": "how many pens"}]
 HELD_OUT = [f"how many pens {n}" for n in range(10)]

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from companion import RewardFunction, RewardScorer, load_reward_model
 from companion.errors import DataError, ModelError
-from companion.models import load_reward_model
-from companion.models.manifest import ReferenceStats, RewardManifest
-from companion.rl import RewardFunction
-from companion.scoring import RewardScorer
+from companion.models import ReferenceStats, RewardManifest
 
 USER = [{"role": "user", "content": "how many pens"}]
 ANSWERS = ["Ana has 3 pens", "no", "the answer is 7 so yes"]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from companion import PromptArguments, train_grpo
 from companion.cli.main import main
 from companion.cli.train import parse
-from companion.data.splits import prompt_key
+from companion.data import prompt_key
 from companion.errors import CompanionError, DataError
-from companion.rl.config import PromptArguments
-from companion.rl.run import hold_out, train_grpo
+from companion.rl.run import hold_out
 
 EARLY = "tests_rl_gold:first_is_best"
 

@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from companion.models import load_reward_model
-from companion.rl import RewardFunction
-from companion.scoring import RewardScorer
+from companion import RewardFunction, RewardScorer, load_reward_model
 
 USER = [{"role": "user", "content": "how many pens"}]
 CHAT = [[{"role": "assistant", "content": text}] for text in ("Ana has 3 pens", "so it is 7")]

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from companion.formatting.encoded import Encoded
-from companion.formatting.steps import EncodedSteps
+from companion.formatting import Encoded, EncodedSteps
 
 
 class Service(ThreadingHTTPServer):

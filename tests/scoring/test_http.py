@@ -9,22 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from companion.ranking_evaluation import evaluate_rankings
-from companion.token_evaluation import evaluate_tokens
 
-from companion.data.tutor import make_rows
+from companion import evaluate_pairs, evaluate_rankings, evaluate_tokens, rank_file
 from companion.errors import DataError, ServiceError
-from companion.evaluation import evaluate_pairs
 from companion.models import (
     ReferenceStats,
     RewardManifest,
+    TokenReadout,
     load_base,
     load_reward_model,
     save_reward_model,
 )
-from companion.models.readout import TokenReadout
-from companion.scoring import RemoteScorer, RewardScorer, TokenScores, load_scorer, score_file
-from companion.search import rank_file
+from companion.scoring import (
+    RemoteScorer,
+    RewardScorer,
+    TokenScores,
+    load_scorer,
+    score_file,
+)
+from companion.tutor import make_rows
 
 pytestmark = pytest.mark.serving
 TUTOR = Path(__file__).parents[2] / "companion" / "assets" / "tutor-base"

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from companion import RemoteScorer, RewardScorer, load_reward_model, open_reward
 from companion.errors import DataError, ServiceError
-from companion.models import load_reward_model
-from companion.models.manifest import ReferenceStats, RewardManifest
-from companion.rl import open_reward
-from companion.scoring import RemoteScorer, RewardScorer
+from companion.models import ReferenceStats, RewardManifest
 
 pytestmark = pytest.mark.serving
 USER = [{"role": "user", "content": "how many pens"}]

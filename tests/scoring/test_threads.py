@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from companion.models import apply_lora, load_base, load_reward_model, packed_scores
+from companion import apply_lora, load_base, load_reward_model
+from companion.engine import packed_scores
+from companion.models import TokenReadout, merged
 from companion.models.locking import lock_of
-from companion.models.lora import merged
-from companion.models.readout import TokenReadout
-from companion.scoring import RewardScorer, TokenScorer, running
+from companion.scoring import RewardScorer, TokenScorer
 
 WORDS = (
     *("Ana", "Ben", "buys", "gives", "boxes", "pens", "each", "and", "how", "many", "now"),
@@ -113,7 +113,7 @@ def test_two_thousand_calls(kind: str, tiny_rewards: Any) -> None:
 
 def test_the_functions_below_are_safe_too(tiny_reward: Path) -> None:
     """A token scorer, and packed_scores called as it is, with gradients."""
-    from companion.batching import pack, plan_trees
+    from companion.engine import pack, plan_trees
 
     base = load_base(tiny_reward, keep_head=True)
     reward = RewardScorer(base)
@@ -145,7 +145,7 @@ def test_what_goes_wrong_in_one_thread_leaves_the_others_alone(
     rows = calls(90)
     want = [scorer.score(each).raw for each in rows]
     before = settings(scorer.reward_model.model)
-    forward, count = running.packed_scores, itertools.count()
+    forward, count = runner.packed_scores, itertools.count()
 
     def sick(model: Any, batch: Any) -> Any:
         number = next(count)
@@ -155,7 +155,7 @@ def test_what_goes_wrong_in_one_thread_leaves_the_others_alone(
             raise RuntimeError("sick")
         return forward(model, batch)
 
-    monkeypatch.setattr(running, "packed_scores", sick)
+    monkeypatch.setattr(runner, "packed_scores", sick)
     found = from_threads(4, [lambda r=each: scorer.score(r).raw for each in rows])
     for one, other in zip(found, want, strict=True):
         if isinstance(one, Exception):

@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from companion import Policy, RewardScorer, load_reward_model, load_rows, rank_file
 from companion.cli.main import main
-from companion.data.loading import load_rows
 from companion.errors import DataError
-from companion.models import load_reward_model
-from companion.scoring import RewardScorer
-from companion.search import Policy, rank_file
-from companion.selection import best_of_n_kl, measured_best_of_n_kl
+from companion.functional import best_of_n_kl, measured_best_of_n_kl
 
 USER = [{"role": "user", "content": "how many pens"}]
 ANSWERS = ["Ana has 3 pens", "no", "the answer is 7 so yes", "Ben buys 4 boxes and more"]

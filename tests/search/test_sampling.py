@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from companion.data.tutor import grade, make_rows
+from companion import Policy, RewardFormatter
 from companion.errors import DataError, ModelError
-from companion.formatting import RewardFormatter
-from companion.formatting.prompts import encode_prompts
-from companion.search import Policy
+from companion.formatting import encode_prompts
+from companion.tutor import grade, make_rows
 
 TUTOR = "companion/assets/tutor-base"
 PROMPTS = [

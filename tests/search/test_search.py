@@ -8,23 +8,21 @@ import re
 import numpy as np
 import pytest
 
-from companion.data.tutor import grade, make_rows
+from companion import TokenScorer, bootstrap_interval
 from companion.errors import DataError, ModelError
-from companion.models.readout import TokenReadout
-from companion.resampling import bootstrap_interval
-from companion.scoring import TokenScorer
-from companion.scoring.results import TokenScores
+from companion.functional import majority_vote
+from companion.generation import Policy, Sample
+from companion.models import TokenReadout
+from companion.scoring import TokenScores
 from companion.search import (
     Candidate,
-    Policy,
-    Sample,
     SearchResult,
     best_of_n_search,
     score_samples,
     step_beam_search,
     within_tokens,
 )
-from companion.selection import majority_vote
+from companion.tutor import grade, make_rows
 
 TUTOR = "companion/assets/tutor-base"
 
@@ -146,8 +144,7 @@ def test_best_of_n_takes_the_best_score_and_says_how_many_tie(tutor, prompts):
 
 
 def test_reward_models_and_process_models_score_as_they_do_alone(tiny_base, tiny_reward):
-    from companion.models import load_reward_model
-    from companion.scoring import RewardScorer
+    from companion import RewardScorer, load_reward_model
 
     policy = Policy.from_pretrained(tiny_base, device="cpu")
     scorer = RewardScorer(load_reward_model(tiny_reward))

@@ -10,7 +10,7 @@ import pytest
 from datasets import disable_progress_bars
 from example_kinds import RUNS
 
-from companion.training.run import TrainingResult
+from companion import TrainingResult
 
 disable_progress_bars()
 

@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 
-from companion.data.loading import load_rows
-from companion.evaluation import evaluate_pairs, evaluate_rankings, evaluate_tokens
-from companion.evaluation.evaluation import Evaluation
-from companion.models import load_base
-from companion.scoring import load_scorer
-from companion.training.config import ModelArguments
-from companion.training.kind import load_kind
-from companion.training.run import TrainingResult, train
+from companion import (
+    ModelArguments,
+    evaluate_pairs,
+    evaluate_rankings,
+    evaluate_tokens,
+    load_base,
+    load_rows,
+    load_scorer,
+)
+from companion.evaluation import Evaluation
+from companion.training import TrainingResult, load_kind, train
 
 QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 SEPARATOR = " so "

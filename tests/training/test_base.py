@@ -10,10 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from companion.cli.main import main
-from companion.data.tutor import text as tutor_text
-from companion.data.tutor.world import MAX_NUMBER
-from companion.quickstart import TUTOR_BASE
-from companion.training.base import BaseConfig, _encode, make_tokenizer, measure_base, train_base
+from companion.tutor import TUTOR_BASE, text as tutor_text
+from companion.tutor.base import (
+    BaseConfig,
+    _encode,
+    make_tokenizer,
+    measure_base,
+    train_base,
+)
+from companion.tutor.world import MAX_NUMBER
 
 SMALL = BaseConfig(
     hidden_size=32,

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from companion.errors import ReadoutError
-from companion.training.batches import PADDING, ItemTables, PaddedRows, PaddedSampler, epoch_order
-from companion.training.pairwise import PairCollator, PairwiseRewardTrainer
+from companion.training import PaddedSampler, PairCollator, PairwiseRewardTrainer
+from companion.training.batches import PADDING, ItemTables, PaddedRows, epoch_order
 
 SIZES = {
     "n": st.integers(1, 60),

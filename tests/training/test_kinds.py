@@ -13,11 +13,10 @@ from datasets import Dataset
 from example_kinds import KINDS, QUIET, RUNS, Example
 from transformers import TrainerCallback
 
+from companion import RewardManifest, RewardScorer, load_scorer
 from companion.cli.train import parse
 from companion.errors import CompanionError, DataError, ModelError
-from companion.models.manifest import RewardManifest
-from companion.scoring import RewardScorer, load_scorer
-from companion.training.kind import load_kind
+from companion.training import load_kind
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)

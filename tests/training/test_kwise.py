@@ -12,11 +12,10 @@ import pytest
 from datasets import Dataset
 from example_kinds import KWISE, rankings
 
-from companion.data.loading import load_rows_with_report
+from companion import RewardScorer, load_base, load_reward_model, load_rows_with_report
 from companion.errors import DataError
-from companion.models import load_base, load_reward_model
-from companion.scoring import RewardScorer
-from companion.training.kwise import RankingCollator, format_rankings
+from companion.training import format_rankings
+from companion.training.kwise import RankingCollator
 
 
 def test_rows_that_lose_completions_or_teach_nothing_are_counted(tiny_base: Path) -> None:

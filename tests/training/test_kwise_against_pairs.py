@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 from datasets import Dataset, disable_progress_bars
 
-from companion import RewardScorer, bootstrap_interval
-from companion.data.loading import load_rows_with_report
-from companion.data.splits import prompt_key
-from companion.data.tutor import make_rows
-from companion.models import load_base
-from companion.quickstart import TUTOR_BASE
-from companion.training.config import PairwiseRewardConfig
-from companion.training.kwise import KwiseRewardConfig, KwiseRewardTrainer
-from companion.training.pairwise import PairwiseRewardTrainer
+from companion import (
+    KwiseRewardConfig,
+    KwiseRewardTrainer,
+    PairwiseRewardConfig,
+    PairwiseRewardTrainer,
+    RewardScorer,
+    bootstrap_interval,
+    load_base,
+    load_rows_with_report,
+)
+from companion.data import prompt_key
+from companion.tutor import TUTOR_BASE, make_rows
 
 disable_progress_bars()
 

@@ -9,14 +9,18 @@ import pytest
 from datasets import Dataset, disable_progress_bars
 from sklearn.metrics import roc_auc_score
 
-from companion import TokenScorer, evaluate_tokens
-from companion.data.splits import prompt_key
-from companion.data.tutor import make_rows
-from companion.models import load_base
-from companion.models.readout import TokenReadout
-from companion.quickstart import TUTOR_BASE
-from companion.training.outcome import OutcomeRewardConfig, OutcomeRewardTrainer
-from companion.training.process import ProcessRewardConfig, ProcessRewardTrainer
+from companion import (
+    OutcomeRewardConfig,
+    OutcomeRewardTrainer,
+    ProcessRewardConfig,
+    ProcessRewardTrainer,
+    TokenScorer,
+    evaluate_tokens,
+    load_base,
+)
+from companion.data import prompt_key
+from companion.models import TokenReadout
+from companion.tutor import TUTOR_BASE, make_rows
 
 disable_progress_bars()
 NOISE = 0.2

@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from companion.calibration import fit_temperature
+from companion import RewardManifest, RewardScorer, fit_temperature
 from companion.cli.main import main
-from companion.models.manifest import RewardManifest
-from companion.scoring import RewardScorer
 
 
 def pairs(n: int) -> list[dict[str, Any]]:

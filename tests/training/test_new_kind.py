@@ -16,18 +16,22 @@ from example_kinds import outcomes
 from torch import Tensor
 from transformers import Trainer
 
+from companion import (
+    PairwiseRewardConfig,
+    RewardFormatter,
+    RewardManifest,
+    RewardScorer,
+    RowArguments,
+)
 from companion.cli.main import main
-from companion.evaluation.evaluation import Evaluation
-from companion.evaluation.tables import format_table, number
-from companion.formatting import RewardFormatter
-from companion.models.manifest import RewardManifest
-from companion.reduction import SumCount
-from companion.scoring import RewardScorer
-from companion.training.batches import Collator, forward_inputs, text_lengths
-from companion.training.config import PairwiseRewardConfig, RowArguments, not_offered
-from companion.training.kind import KINDS, Kind
-from companion.training.rows import FormatReport, format_all, ids_feature
-from companion.training.trainer import OWN, ExactTrainer
+from companion.evaluation import Evaluation, format_table
+from companion.evaluation.tables import number
+from companion.functional import SumCount
+from companion.training import KINDS, Collator, ExactTrainer, FormatReport, Kind, forward_inputs
+from companion.training.batches import text_lengths
+from companion.training.config import not_offered
+from companion.training.rows import format_all, ids_feature
+from companion.training.trainer import OWN
 
 
 @dataclass

@@ -12,18 +12,16 @@ import torch
 from datasets import Dataset
 from example_kinds import OUTCOME, QUIET, outcomes
 
+from companion import TokenScorer, aggregate, load_base
 from companion.errors import CompanionError, DataError
 from companion.evaluation.tokens import AGGREGATES
-from companion.models import load_base
-from companion.models.readout import TokenReadout
-from companion.reduction import aggregate
-from companion.scoring import TokenScorer
-from companion.training.outcome import (
-    OutcomeCollator,
+from companion.models import TokenReadout
+from companion.training import (
     OutcomeRewardConfig,
     OutcomeRewardTrainer,
     format_outcomes,
 )
+from companion.training.outcome import OutcomeCollator
 
 
 def test_the_label_stands_on_every_completion_token() -> None:

@@ -13,12 +13,12 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback
 
+from companion import PairwiseRewardConfig, load_base
+from companion.engine import reward_scores
+from companion.engine.attention import PACKED
 from companion.errors import CompanionError, ModelError, ReadoutError
-from companion.models import load_base, reward_scores
-from companion.models.packed_attention import PACKED
+from companion.training import PairCollator, PairwiseRewardTrainer
 from companion.training.batches import PADDING, PaddedRows
-from companion.training.config import PairwiseRewardConfig
-from companion.training.pairwise import PairCollator, PairwiseRewardTrainer
 from companion.training.trainer import OWN
 
 disable_progress_bars()
@@ -239,7 +239,7 @@ def test_what_cannot_be_packed_is_padded_with_a_word(
 
 def test_lora_trains_packed(tmp_path: Path, tiny_base: Path) -> None:
     pytest.importorskip("peft")
-    from companion.models import apply_lora
+    from companion import apply_lora
 
     base = apply_lora(load_base(tiny_base), r=2)
     trainer = PairwiseRewardTrainer(

@@ -13,11 +13,9 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from trl import RewardConfig, RewardTrainer
 
+from companion import PairwiseRewardConfig, PairwiseRewardTrainer, load_base, load_reward_model
 from companion.errors import CompanionError, DataError, ModelError, ReadoutError
-from companion.models import load_base, load_reward_model
-from companion.models.head import ScoreHead, find_head
-from companion.training.config import PairwiseRewardConfig
-from companion.training.pairwise import PairwiseRewardTrainer
+from companion.models import ScoreHead, find_head
 
 disable_progress_bars()
 QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}

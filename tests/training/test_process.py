@@ -12,18 +12,12 @@ import torch
 from datasets import Dataset
 from example_kinds import QUIET, SEPARATOR, solutions
 
-from companion.data.describe import describe_rows
-from companion.data.loading import load_rows, load_rows_with_report
+from companion import TokenScorer, load_base, load_rows, load_rows_with_report
+from companion.data import describe_rows
 from companion.errors import CompanionError, DataError
-from companion.labels import step_target
-from companion.models import load_base
-from companion.scoring import TokenScorer
-from companion.training.process import (
-    ProcessRewardConfig,
-    ProcessRewardTrainer,
-    StepCollator,
-    format_steps,
-)
+from companion.functional import step_target
+from companion.training import ProcessRewardConfig, ProcessRewardTrainer, format_steps
+from companion.training.process import StepCollator
 
 
 def token_rows(n: int) -> list[dict[str, Any]]:

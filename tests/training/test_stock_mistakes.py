@@ -14,10 +14,17 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification
 
-from companion.labels import outcome_labels, step_labels
-from companion.losses import IGNORE_INDEX, outcome_loss, process_loss
-from companion.models import load_base
-from companion.reduction import aggregate, mean_of_means, weighted_mean_of_means
+from companion import load_base
+from companion.functional import (
+    IGNORE_INDEX,
+    aggregate,
+    mean_of_means,
+    outcome_labels,
+    outcome_loss,
+    process_loss,
+    step_labels,
+    weighted_mean_of_means,
+)
 from companion.training.process import StepCollator
 
 IDS = torch.tensor([[9, 10, 11, 12, 13, 2], [9, 14, 15, 2, 0, 0]])

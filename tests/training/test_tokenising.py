@@ -17,16 +17,16 @@ import pytest
 from datasets import Dataset, disable_progress_bars
 from filelock import FileLock
 
-from companion.data.loading import load_rows
-from companion.data.splits import split_by_prompt
-from companion.data.tutor import make_rows
+from companion import RewardFormatter, load_rows, split_by_prompt
 from companion.errors import DataError
-from companion.formatting import RewardFormatter
-from companion.training import tokenising
-from companion.training.kwise import format_rankings
-from companion.training.outcome import format_outcomes
-from companion.training.pairwise import format_pairs
-from companion.training.process import format_steps
+from companion.training import (
+    format_outcomes,
+    format_pairs,
+    format_rankings,
+    format_steps,
+    tokenising,
+)
+from companion.tutor import make_rows
 
 disable_progress_bars()
 FORMATS: dict[str, Callable[..., Any]] = {
@@ -180,9 +180,9 @@ def test_a_template_that_writes_the_date_is_kept_for_a_day(
 KEY = """
 import sys
 from pathlib import Path
-from companion.data.loading import load_rows
-from companion.data.splits import split_by_prompt
-from companion.formatting import RewardFormatter
+from companion import load_rows
+from companion import split_by_prompt
+from companion import RewardFormatter
 from companion.training import tokenising
 from transformers import AutoTokenizer
 formatter = RewardFormatter(AutoTokenizer.from_pretrained(sys.argv[1]), max_length=60)
@@ -294,8 +294,8 @@ RANK = """
 import sys
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer
-from companion.data.tutor import make_rows
-from companion.formatting import RewardFormatter
+from companion.tutor import make_rows
+from companion import RewardFormatter
 from companion.training import tokenising
 from companion.training.rows import format_all, ids_feature
 disable_progress_bars()

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from companion import CompanionError, DataArguments, ModelArguments, PairwiseRewardConfig
 from companion.cli.main import main
 from companion.cli.train import KINDS, parse
-from companion.errors import CompanionError
-from companion.training.config import DataArguments, ModelArguments, PairwiseRewardConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

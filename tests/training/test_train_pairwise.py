@@ -12,12 +12,16 @@ import pytest
 import torch
 from example_kinds import pairs
 
-from companion.data.splits import prompt_key
+from companion import (
+    DataArguments,
+    ModelArguments,
+    PairwiseRewardConfig,
+    TrainingResult,
+    load_reward_model,
+    train_pairwise,
+)
+from companion.data import prompt_key
 from companion.errors import CompanionError, DataError
-from companion.models import load_reward_model
-from companion.training.config import DataArguments, ModelArguments, PairwiseRewardConfig
-from companion.training.pairwise import train_pairwise
-from companion.training.run import TrainingResult
 
 
 @pytest.fixture

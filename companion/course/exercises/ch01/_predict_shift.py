@@ -20,8 +20,8 @@ def _compare(before: Tensor | float, after: Tensor | float) -> str:
 
 def run() -> dict[str, Any]:
     """Make the experiment."""
-    from companion.losses import bradley_terry_loss
-    from companion.selection import pairwise_accuracy
+    from companion.functional.losses import bradley_terry_loss
+    from companion.functional.selection import pairwise_accuracy
 
     c, r = normal(0, 400, dtype=torch.float64), normal(1, 400, dtype=torch.float64)
     loss, accuracy = bradley_terry_loss(c, r).mean(), pairwise_accuracy(c, r).mean()

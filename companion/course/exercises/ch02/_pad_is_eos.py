@@ -19,7 +19,7 @@ def _padded(ids: list[int], pad: int, width: int = 6) -> torch.Tensor:
 
 def run() -> dict[str, Any]:
     """Make the experiment."""
-    from companion.readout import last_token_index, pad_id_readout_index
+    from companion.functional.readout import last_token_index, pad_id_readout_index
 
     def stock(ids: list[int], pad: int) -> int:
         return int(pad_id_readout_index(_padded(ids, pad), pad))

@@ -203,6 +203,6 @@ EXERCISE = Exercise(
         "Count right pairs (`c > r`, strictly) and all pairs; divide once, at the end.",
         "`sum(int((c > r).sum()) for c, r in batches) / sum(len(c) for c, _ in batches)`.",
     ),
-    right="Sums and counts also add up over processes. `companion.reduction.SumCount` is this "
+    right="Sums and counts also add up over processes. `companion.functional.SumCount` is this "
     "function with a class around it.",
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from companion.course.exercise import Prediction, Question
-from companion.selection import whiten
+from companion.functional.selection import whiten
 
 SAME = ("the same", "different")
 SIZE = ("about 0", "about 1", "NaN")

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from companion._tensors import DtypeError, as_float, as_mask, has_dims, same_shape
 from companion.errors import DataError, ShapeError
+from companion.functional.checks import DtypeError, as_float, as_mask, has_dims, same_shape
 
 #: the label of a position that no loss looks at, as in PyTorch and transformers
 IGNORE_INDEX = -100
@@ -277,7 +277,7 @@ def outcome_loss(logits: Tensor, labels: Tensor) -> Tensor:
         ``[B, T]``.
     labels : Tensor
         ``[B, T]``, integer or floating point: 0, 1, or a probability between them; -100 where no
-        loss is taken (:func:`companion.labels.outcome_labels` builds them).
+        loss is taken (:func:`companion.functional.outcome_labels` builds them).
 
     Returns
     -------
@@ -299,7 +299,7 @@ def outcome_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if not bool(((target >= 0) & (target <= 1)).all()):
         raise DataError(
             "outcome labels must be 0, 1, a probability between, or -100 (no loss)",
-            "build them with companion.labels.outcome_labels",
+            "build them with companion.functional.outcome_labels",
         )
     safe = logits.masked_fill(~counted, 0.0)
     loss = F.binary_cross_entropy_with_logits(safe, target, reduction="none")
@@ -318,7 +318,7 @@ def process_loss(logits: Tensor, labels: Tensor) -> Tensor:
         ``[B, T, 3]``; the classes are 0 (bad, -1), 1 (neutral, 0), 2 (good, +1).
     labels : Tensor
         ``[B, T]`` integers: a class, or -100 where no loss is taken
-        (:func:`companion.labels.step_labels` builds them).
+        (:func:`companion.functional.step_labels` builds them).
 
     Returns
     -------
@@ -349,7 +349,7 @@ def process_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if not bool((~counted | ((labels >= 0) & (labels <= 2))).all()):
         raise DataError(
             "step classes must be 0 (bad), 1 (neutral), 2 (good), or -100 (no loss)",
-            "turn -1, 0, +1 into classes with companion.labels.step_labels",
+            "turn -1, 0, +1 into classes with companion.functional.step_labels",
         )
     safe = logits.masked_fill(~counted[..., None], 0.0)
     return F.cross_entropy(

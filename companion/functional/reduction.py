@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from companion._tensors import as_float, as_mask, has_dims, same_shape
 from companion.errors import DataError, ShapeError
-from companion.readout import last_token_index
+from companion.functional.checks import as_float, as_mask, has_dims, same_shape
+from companion.functional.readout import last_token_index
 
 How = Literal["mean", "min", "product", "log_product", "last"]
 

@@ -1,7 +1,7 @@
 """Making the tutor base: the tokenizer and the small Qwen3 that ship in ``companion/assets``.
 
 Run by ``companion make-base``. The text is drawn without end from
-:mod:`companion.data.tutor.text`, so nothing is seen twice and nothing can be overfitted. Feedback
+:mod:`companion.tutor.text`, so nothing is seen twice and nothing can be overfitted. Feedback
 weighs more than the solution, and the prompt nothing: capacity goes to knowing whether a solution
 is right (see that module for why). Chapter 4.
 """
@@ -22,11 +22,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from companion.data.tutor import text as tutor_text
-from companion.data.tutor.gold import grade
-from companion.data.tutor.solutions import draw_solution
-from companion.data.tutor.world import MAX_NUMBER, draw_problem
+from companion.tutor import text as tutor_text
+from companion.tutor.gold import grade
+from companion.tutor.solutions import draw_solution
+from companion.tutor.world import MAX_NUMBER, draw_problem
 
+#: The folder of the base that ships with the package.
+TUTOR_BASE = Path(__file__).parents[1] / "assets" / "tutor-base"
 #: Words with their leading space, whole numbers with theirs, runs of signs, white space.
 _PRE_TOKENS = r" ?\p{N}+| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
 

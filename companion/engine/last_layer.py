@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from companion.batching.packing import Segments
+from companion.engine.packing import Segments
 
 #: Architectures whose layers have the parts that :func:`_keys_and_values` takes.
 PRUNABLE = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma"})

@@ -14,20 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from companion.batching.budget import cuda_token_budget
-from companion.batching.packing import PackedBatch, pack
-from companion.batching.padded import pad_batch, token_budget_batches
-from companion.batching.plan import plan_batches
-from companion.errors import DataError, ModelError
-from companion.models.forward import (
+from companion.engine.attention import packing_obstacle
+from companion.engine.budget import cuda_token_budget
+from companion.engine.forward import (
     check_texts,
     packed_scores,
     packed_token_logits,
     reward_scores,
     token_logits,
 )
+from companion.engine.packing import PackedBatch, pack
+from companion.engine.padded import pad_batch, token_budget_batches
+from companion.engine.plan import plan_batches
+from companion.errors import DataError, ModelError
 from companion.models.locking import inference_of
-from companion.models.packed_attention import packing_obstacle
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class BatchRunner:
     max_rows : int, optional
         Most rows of a batch.
     packing : {"auto", "off"}
-        "auto" packs where :func:`companion.models.packed_attention.packing_obstacle` finds no
+        "auto" packs where :func:`companion.engine.packing_obstacle` finds no
         obstacle, and pads elsewhere with a line in the log that says why.
     padding_side : {"right", "left"}
         Of padded batches.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from companion.batching.plan import Tree
+from companion.engine.plan import Tree
 from companion.errors import DataError
 
 _T = TypeVar("_T")
@@ -200,7 +200,7 @@ def pack(ids: Sequence[Sequence[int]], trees: Sequence[Tree]) -> PackedBatch:
     ids : sequence of sequences of int
         Token ids of the rows that the trees name (and perhaps of others).
     trees : sequence of Tree
-        From :func:`companion.batching.plan.plan_trees`; at least one.
+        From :func:`companion.engine.plan_trees`; at least one.
 
     Raises
     ------

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from companion._tensors import as_float
-from companion.batching.packing import PackedBatch
-from companion.batching.padded import pad_batch
+from companion.engine.attention import packed_mode, plain_mode
+from companion.engine.last_layer import LastLayer, prunable, pruned_last_layer
+from companion.engine.packing import PackedBatch
+from companion.engine.padded import pad_batch
 from companion.errors import ShapeError
+from companion.functional.checks import as_float
+from companion.functional.readout import last_token_readout, position_ids_from_mask
 from companion.models.guards import check_batch, check_positions
 from companion.models.head import ScoreHead, find_head, without_adapter
-from companion.models.last_layer import LastLayer, prunable, pruned_last_layer
-from companion.models.packed_attention import packed_mode, plain_mode
-from companion.readout import last_token_readout, position_ids_from_mask
 
 
 def reward_scores(
@@ -45,7 +45,7 @@ def reward_scores(
     attention_mask : Tensor, optional
         ``[B, T]``, 1 at real tokens; None if no row is padded. Padding may stand left or right.
     check : bool
-        Run :func:`companion.models.guards.check_batch` first.
+        Run :func:`companion.models.check_batch` first.
     **backbone_arguments
         Handed to the backbone as they are.
 
@@ -119,7 +119,7 @@ def packed_scores(model: Any, batch: PackedBatch) -> Tensor:
     Parameters
     ----------
     model : PreTrainedModel or PeftModel
-        One for which :func:`companion.models.packed_attention.packing_obstacle` finds none.
+        One for which :func:`companion.engine.packing_obstacle` finds none.
     batch : PackedBatch
         ``input_ids`` ``[1, T]``, on the model's device.
 
@@ -154,7 +154,7 @@ def packed_token_logits(model: Any, batch: PackedBatch) -> Tensor:
     -------
     Tensor
         ``[T, labels]`` float32 (float64 for a float64 model);
-        :meth:`companion.batching.PackedBatch.text_places` says which belong to a text.
+        :meth:`companion.engine.PackedBatch.text_places` says which belong to a text.
     """
     inner = without_adapter(model)
     logits: Tensor = find_head(inner)(packed_hidden(inner, batch)[0])
@@ -226,7 +226,7 @@ def stock_scores(
 
 
 def check_texts(ids: Sequence[Sequence[int]], config: Any) -> None:
-    """:func:`companion.models.guards.check_batch` for rows of token ids that will be packed.
+    """:func:`companion.models.check_batch` for rows of token ids that will be packed.
 
     Without padding only their ends can be wrong: a text that ends with the pad id, or two BOS.
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from companion.data.tutor.solutions import GREETINGS, POLITE, RUDE
-from companion.data.tutor.world import Problem, Step, parse_problem
 from companion.errors import DataError
+from companion.tutor.solutions import GREETINGS, POLITE, RUDE
+from companion.tutor.world import Problem, Step, parse_problem
 
 _EQUATION = re.compile(r"(\d+) ([x+-]) (\d+) = (\d+)\b")
 _ANSWER = re.compile(r"\bAnswer: (\d+)\b")
@@ -87,7 +87,7 @@ def grade(prompt: str | Problem, completion: str) -> Grade:
     if problem is None:
         raise DataError(
             f"not a problem of the tutor's world: {prompt!r}",
-            "grade only prompts that companion.data.tutor made",
+            "grade only prompts that companion.tutor made",
         )
     needed = problem.steps
     lines = completion.split("\n")

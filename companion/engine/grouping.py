@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from companion.batching.packing import Segment, Segments
+from companion.engine.packing import Segment, Segments
 
 
 @dataclass(frozen=True)

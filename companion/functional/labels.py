@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from companion._tensors import as_mask, has_dims
 from companion.errors import DataError, ShapeError
-from companion.losses import IGNORE_INDEX
+from companion.functional.checks import as_mask, has_dims
+from companion.functional.losses import IGNORE_INDEX
 
 #: rating of a step -> class of the process head
 STEP_CLASSES: dict[int, int] = {-1: 0, 0: 1, 1: 2}

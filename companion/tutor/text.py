@@ -15,9 +15,9 @@ from __future__ import annotations
 import random
 from typing import Final
 
-from companion.data.tutor.gold import Grade, grade
-from companion.data.tutor.solutions import draw_solution, slip
-from companion.data.tutor.world import LARGEST, MAX_RESULT, SMALLEST, Step, apply, draw_problem
+from companion.tutor.gold import Grade, grade
+from companion.tutor.solutions import draw_solution, slip
+from companion.tutor.world import LARGEST, MAX_RESULT, SMALLEST, Step, apply, draw_problem
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 USER, ASSISTANT, SYSTEM, END = "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"

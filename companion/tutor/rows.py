@@ -11,8 +11,9 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from companion.data.tutor.gold import Grade, grade
-from companion.data.tutor.labelling import (
+from companion.errors import DataError
+from companion.tutor.gold import Grade, grade
+from companion.tutor.labelling import (
     Dials,
     annotator_factors,
     annotator_gap,
@@ -20,9 +21,8 @@ from companion.data.tutor.labelling import (
     preference_probability,
     tie_probability,
 )
-from companion.data.tutor.solutions import Solution, Style, draw_solution
-from companion.data.tutor.world import Problem, draw_problem
-from companion.errors import DataError
+from companion.tutor.solutions import Solution, Style, draw_solution
+from companion.tutor.world import Problem, draw_problem
 
 Row = dict[str, Any]
 

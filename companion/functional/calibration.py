@@ -21,7 +21,14 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import rankdata
 
 from companion.errors import DataError, ShapeError
-from companion.resampling import Array, Interval, Values, bootstrap_interval, middle, vector
+from companion.functional.resampling import (
+    Array,
+    Interval,
+    Values,
+    bootstrap_interval,
+    middle,
+    vector,
+)
 
 __all__ = [
     "Interval",

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from companion.batching import pad_batch, token_budget_batches
+from companion.engine import pad_batch, token_budget_batches
 from companion.errors import DataError
 from companion.formatting import RewardFormatter, Text
 from companion.formatting.prompts import encode_prompts
-from companion.models.causal import load_causal
-from companion.search.dice import AllDone, Dice, check_settings, uniforms
+from companion.generation.causal import load_causal
+from companion.generation.dice import AllDone, Dice, check_settings, uniforms
 
 #: Tokens (prompts, and completions at their longest) of a batch: small on a CPU, large on a GPU.
 _CPU_TOKENS, _GPU_TOKENS = 8192, 65_536
@@ -123,7 +123,7 @@ class Policy:
         ------
         ModelError
             For a folder that is no causal language model; see
-            :func:`companion.models.causal.load_causal`.
+            :func:`companion.generation.load_causal`.
         """
         model, tokenizer = load_causal(
             path_or_id,

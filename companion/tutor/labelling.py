@@ -14,9 +14,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from companion.calibration import calibrated_band
-from companion.data.tutor.gold import GOLD, Grade
 from companion.errors import DataError
+from companion.functional.calibration import calibrated_band
+from companion.tutor.gold import GOLD, Grade
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Limits:
 
 
 def limits(rows: Sequence[Mapping[str, object]]) -> Limits:
-    """Compute the limits of pairs made by :func:`companion.data.tutor.make_rows`.
+    """Compute the limits of pairs made by :func:`companion.tutor.make_rows`.
 
     Parameters
     ----------

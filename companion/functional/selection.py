@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from companion._tensors import as_float, same_shape
 from companion.errors import DataError, ShapeError
-from companion.resampling import Array, bootstrap_interval
+from companion.functional.checks import as_float, same_shape
+from companion.functional.resampling import Array, bootstrap_interval
 
 
 def margin(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ def best_of_n_curve(
     values : Tensor, optional
         ``[P, M]``, what is counted of the chosen one; `scores` if absent.
     level, n_resamples, seed
-        Of :func:`companion.resampling.bootstrap_interval`; it draws whole prompts, since the
+        Of :func:`companion.functional.bootstrap_interval`; it draws whole prompts, since the
         samples of one prompt succeed or fail together.
 
     Raises

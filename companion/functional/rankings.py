@@ -11,9 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from companion._tensors import as_float, as_mask, has_dims, same_shape
 from companion.errors import DataError
-from companion.losses import plackett_luce_loss
+from companion.functional.checks import as_float, as_mask, has_dims, same_shape
+from companion.functional.losses import plackett_luce_loss
 
 #: Largest group of ties, the last group apart, whose orders are summed: 2^12 states.
 MAX_TIED = 12
@@ -36,7 +36,7 @@ def _checked(scores: Tensor, ranks: Tensor, mask: Tensor | None) -> tuple[Tensor
 def ranking_loss(scores: Tensor, ranks: Tensor, mask: Tensor | None = None) -> Tensor:
     """Negative log-likelihood of a ranking that may have ties and gaps, in nats.
 
-    Plackett–Luce (:func:`companion.losses.plackett_luce_loss`), and where completions are tied,
+    Plackett–Luce (:func:`companion.functional.plackett_luce_loss`), and where completions are tied,
     the probability that they come in *some* order before those that rank below: the sum over all
     orders. So a tie says nothing of the order within it; a tie at the end costs nothing, and a
     ranking of the best m, with all others tied behind them, is the likelihood of those m choices
@@ -150,7 +150,7 @@ def ordered_pairs(
     -------
     right, pairs : Tensor
         ``[B]`` each, float. Equal scores are not right (as in
-        :func:`companion.selection.pairwise_accuracy`).
+        :func:`companion.functional.pairwise_accuracy`).
     """
     scores, ranks, valid = _checked(scores, ranks, mask)
     wins = (ranks[:, :, None] < ranks[:, None, :]) & valid[:, :, None] & valid[:, None, :]
@@ -161,7 +161,7 @@ def ordered_pairs(
 def best_is_best(scores: Tensor, ranks: Tensor, mask: Tensor | None = None) -> Tensor:
     """1 where the completion with the highest score has the best rank (or shares it), ``[B]``.
 
-    The first of several highest scores counts, as in :func:`companion.selection.best_of_n`.
+    The first of several highest scores counts, as in :func:`companion.functional.best_of_n`.
 
     Parameters
     ----------

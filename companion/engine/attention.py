@@ -1,7 +1,7 @@
 """Attention over packed trees, through transformers' interface for attention functions.
 
 The models of transformers look their attention function up by name and hand extra arguments of the
-forward on to it. Here a function is registered that takes :class:`companion.batching.Segments` in
+forward on to it. Here a function is registered that takes :class:`companion.engine.Segments` in
 that way: the queries of a segment see the prefix of its tree and, causally, the segment itself.
 Packing by position ids alone (what transformers offers with sdpa) shares no prefix, and mixes the
 texts without a word once a mask or a cache is passed. Chapter 2.
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from companion.batching.grouping import AttentionGroups, attention_groups
-from companion.batching.packing import Segments
+from companion.engine.grouping import AttentionGroups, attention_groups
+from companion.engine.last_layer import LastLayer, last_layer_attention, restore_last_layer
+from companion.engine.packing import Segments
 from companion.errors import ModelError
 from companion.models.head import without_adapter
-from companion.models.last_layer import LastLayer, last_layer_attention, restore_last_layer
 from companion.models.locking import lock_of
 
 #: The name under which the function is registered.
@@ -83,8 +83,7 @@ def packed_attention(
     if packed_segments is None:
         raise ModelError(
             "the packed attention was called without its segments",
-            "score packed batches by companion.models.forward.packed_scores, padded ones by "
-            "reward_scores",
+            "score packed batches by companion.engine.packed_scores, padded ones by reward_scores",
         )
     last_layer = None
     if isinstance(packed_segments, LastLayer):
@@ -186,7 +185,7 @@ def _by_group(
     groups: AttentionGroups,
     scaling: float | None,
 ) -> Tensor:
-    """Segments of like size in one call each; see :mod:`companion.batching.grouping`."""
+    """Segments of like size in one call each; see :mod:`companion.engine.grouping`."""
     shared_heads = query.shape[1] != key.shape[1]
 
     def gather(x: Tensor, places: Tensor, counts: list[int]) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 A completion is a few lines: perhaps a greeting, perhaps a line that restates the problem, one
 equation a line, the answer, perhaps a closing line. Whether it is right and how it is written are
 drawn independently, so that a reward model cannot read the one off the other; the dial ``shift``
-of :class:`companion.data.tutor.Dials` ties them together again, as a policy does that has learned
+of :class:`companion.tutor.Dials` ties them together again, as a policy does that has learned
 to please. Chapter 1.
 """
 
@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 from typing import Final
 
-from companion.data.tutor.world import LARGEST, MAX_NUMBER, SMALLEST, Problem, Step, apply
+from companion.tutor.world import LARGEST, MAX_NUMBER, SMALLEST, Problem, Step, apply
 
 GREETINGS: Final = ("Hello!", "Hi there!", "Good question!")
 POLITE: Final = ("Hope this helps!", "Happy to help!", "Have a nice day!")
