@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from companion.data.pairs import ranking_pairs
+from companion.data.formats import ranking_pairs
 from companion.data.splits import prompt_key
 from companion.errors import DataError
 from companion.evaluation import EvaluationResult, scored_pairs
