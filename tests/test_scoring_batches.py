@@ -15,6 +15,7 @@ import torch
 
 from companion import load_base
 from companion.cli.main import main
+from companion.engine import runner
 from companion.errors import DataError, ModelError, ReadoutError
 from companion.models import TokenReadout
 from companion.scoring import RewardScorer, TokenScorer

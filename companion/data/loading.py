@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from companion.data.formats import (
     Conversion,
+    Row,
     closing_notes,
     detect_kind,
     find_conversion,
     signature,
 )
-from companion.data.pairs import Row
 from companion.data.problems import SHOWN, LoadReport, RowError, RowProblem
 from companion.data.readers import Record
 from companion.data.sources import open_source, split_name

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
-from companion.data.pairs import ranking_pairs
+from companion.data.formats import ranking_pairs
 from companion.data.splits import prompt_key
 from companion.errors import DataError
 from companion.evaluation.metrics import accuracy_interval

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from companion.data.messages import Text, completion_of, plain, prompt_of
-from companion.data.pairs import (
+from companion.data.formats import (
     VERDICT_COLUMNS,
+    Conversion,
     preference_pair,
     side_columns,
     verdict_column,
     verdict_side,
     without,
 )
+from companion.data.messages import Text, completion_of, plain, prompt_of
 from companion.data.problems import RowError, RowProblem
 
 Row = Mapping[str, Any]
@@ -84,7 +84,7 @@ def _single(row: dict[str, Any]) -> Item:
 def _pair(row: dict[str, Any]) -> Item:
     given = row.get(GIVEN)
     if "chosen" in row or "rejected" in row:
-        rest = preference_pair(row, "given", Counter())
+        (rest,) = preference_pair(row, Conversion("pairs", "preferences"))
         chosen, rejected = rest.pop("chosen"), rest.pop("rejected")
         first = _chosen_first(spoken(chosen), spoken(rejected))
         a, b = (chosen, rejected) if first else (rejected, chosen)

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from companion.data.pairs import verdict_column, verdict_side
+from companion.data.formats import verdict_column, verdict_side
 from companion.data.problems import RowError, RowProblem
 from companion.data.readers import read_rows
 from companion.data.splits import prompt_key

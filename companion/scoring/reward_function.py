@@ -19,7 +19,6 @@ import numpy as np
 
 from companion.errors import DataError, ModelError
 from companion.models.manifest import ReferenceStats
-from companion.scoring.results import Scores
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +36,8 @@ class RowScorer(Protocol):
     def tokenizer(self) -> Any:
         """The reward model's tokenizer."""
 
-    def score(
-        self, rows: Sequence[Mapping[str, Any]], *, on_error: Literal["raise", "skip"]
-    ) -> Scores:
-        """Scores in the order of the rows; with "skip" a bad row has NaN and a reason."""
+    def score(self, rows: Sequence[Any], *, on_error: Literal["raise", "skip"]) -> Any:
+        """:class:`Scores` in the order of the rows; with "skip" a bad row has NaN and a reason."""
 
 
 class RewardFunction:

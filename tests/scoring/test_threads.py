@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from companion import apply_lora, load_base, load_reward_model
-from companion.engine import packed_scores
+from companion.engine import packed_scores, runner
 from companion.models import TokenReadout, merged
 from companion.models.locking import lock_of
 from companion.scoring import RewardScorer, TokenScorer
