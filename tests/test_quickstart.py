@@ -63,7 +63,6 @@ def quickstart(tmp_path_factory):
     return folder
 
 
-@pytest.mark.xdist_group("quickstart")
 class TestTheRealRun:
     """One run with the defaults; the thresholds leave room for another machine's rounding."""
 

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from companion import load_base
+from companion import RewardScorer, TokenScorer, load_base
 from companion.cli.main import main
 from companion.engine import runner
 from companion.errors import DataError, ModelError, ReadoutError
 from companion.models import TokenReadout
-from companion.scoring import RewardScorer, TokenScorer
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
 

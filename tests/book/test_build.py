@@ -35,6 +35,7 @@ def test_no_notebook_was_executed_twice(site):
         pytest.skip("only 'make test' executes the notebooks before it builds the book")
     cache = get_cache(site.parent / ".jupyter_cache")
     assert len(cache.list_cache_records()) == len(outputs.sources())
+    cache.db.dispose()
 
 
 def test_pages_load_nothing_from_the_network(site):

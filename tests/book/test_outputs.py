@@ -72,6 +72,7 @@ def test_the_build_finds_what_was_executed(root):
     assert len(cache.list_cache_records()) == 1
     _, merged = cache.merge_match_into_notebook(asked)
     assert merged.cells[1].outputs[0].text == "c"
+    cache.db.dispose()
 
 
 def test_what_does_not_fit_is_refused():

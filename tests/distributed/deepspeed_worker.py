@@ -95,7 +95,12 @@ def whole_run(output: str) -> None:
     """``train_pairwise`` under ZeRO-3, from a base on disk to a saved reward model."""
     from transformers import Qwen3ForCausalLM
 
-    from companion import DataArguments, ModelArguments, PairwiseRewardConfig, train_pairwise
+    from companion import (
+        DataArguments,
+        ModelArguments,
+        PairwiseRewardConfig,
+        train_pairwise,
+    )
 
     state = PartialState(backend="gloo")
     base_dir, data = Path(f"{output}.base"), Path(f"{output}.jsonl")

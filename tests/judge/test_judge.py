@@ -10,7 +10,14 @@ import pytest
 from companion import load_rows_with_report
 from companion.cli.main import main
 from companion.errors import DataError, JudgeError
-from companion.judge import Answer, AnswerCache, Judge, combine_orders, judge_file, read_item
+from companion.judge import (
+    Answer,
+    AnswerCache,
+    Judge,
+    combine_orders,
+    judge_file,
+    read_item,
+)
 from companion.tutor import TUTOR_BASE, make_rows
 
 TEMPLATE = "{prompt}\n{a}\n---\n{b}"

@@ -12,10 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from companion.engine import PackedBatch, forward, last_layer, pack, packed_scores, plan_trees
+from companion import load_base
+from companion.engine import (
+    PackedBatch,
+    forward,
+    last_layer,
+    pack,
+    packed_scores,
+    plan_trees,
+)
 from companion.engine.attention import PROVED, restore_attention
 from companion.engine.last_layer import PRUNABLE, LastLayer, prunable
-from companion.models import load_base
 
 WINDOWED: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 5},

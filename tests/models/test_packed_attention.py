@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from companion import load_base
 from companion.engine import (
     PackedBatch,
     Segment,
@@ -26,7 +27,6 @@ from companion.engine import (
 )
 from companion.engine.attention import PACKED, restore_attention
 from companion.errors import ModelError
-from companion.models import load_base
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
 #: a window shorter than the texts; Qwen's needs to be switched on, for the layers it is meant for

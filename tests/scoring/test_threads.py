@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from companion import apply_lora, load_base, load_reward_model
+from companion import RewardScorer, TokenScorer, apply_lora, load_base, load_reward_model
 from companion.engine import packed_scores, runner
 from companion.models import TokenReadout, merged
 from companion.models.locking import lock_of
-from companion.scoring import RewardScorer, TokenScorer
 
 WORDS = (
     *("Ana", "Ben", "buys", "gives", "boxes", "pens", "each", "and", "how", "many", "now"),

@@ -27,7 +27,14 @@ from companion.cli.main import main
 from companion.evaluation import Evaluation, format_table
 from companion.evaluation.tables import number
 from companion.functional import SumCount
-from companion.training import KINDS, Collator, ExactTrainer, FormatReport, Kind, forward_inputs
+from companion.training import (
+    KINDS,
+    Collator,
+    ExactTrainer,
+    FormatReport,
+    Kind,
+    forward_inputs,
+)
 from companion.training.batches import text_lengths
 from companion.training.config import not_offered
 from companion.training.rows import format_all, ids_feature

@@ -13,7 +13,12 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from trl import RewardConfig, RewardTrainer
 
-from companion import PairwiseRewardConfig, PairwiseRewardTrainer, load_base, load_reward_model
+from companion import (
+    PairwiseRewardConfig,
+    PairwiseRewardTrainer,
+    load_base,
+    load_reward_model,
+)
 from companion.errors import CompanionError, DataError, ModelError, ReadoutError
 from companion.models import ScoreHead, find_head
 

@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from companion import CompanionError, DataArguments, ModelArguments, PairwiseRewardConfig
+from companion import (
+    CompanionError,
+    DataArguments,
+    ModelArguments,
+    PairwiseRewardConfig,
+)
 from companion.cli.main import main
 from companion.cli.train import KINDS, parse
 
