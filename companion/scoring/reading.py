@@ -36,27 +36,23 @@ class ScalarReading:
     def __init__(self, readout: ScalarReadout) -> None:
         self.readout = readout
 
-    def rows(
+    def encode(
         self,
         formatter: RewardFormatter,
-        rows: Sequence[Row],
+        rows: Sequence[Any],
         names: Sequence[str],
-        field: str,
-        terminated: bool | None,
+        fields: Sequence[str],
+        terminated: bool | None = None,
     ) -> Found:
-        """Encode one field of each row."""
-        found = formatter.try_encode_many(rows, field, terminated=terminated, names=names)
+        """Encode one field of each row, or both sides of a pair."""
+        if len(fields) == 2:
+            return formatter.try_encode_pairs(rows, names=names)
+        found = formatter.try_encode_many(rows, fields[0], terminated=terminated, names=names)
         return [[item] if isinstance(item, Encoded) else item for item in found]
-
-    def pairs(
-        self, formatter: RewardFormatter, rows: Sequence[Mapping[str, Any]], names: Sequence[str]
-    ) -> Found:
-        """Encode both sides of each row."""
-        return formatter.try_encode_pairs(rows, names=names)
 
     def text(self, encoded: Any, name: str) -> Text:
         """Token ids as a text."""
-        return encoded if isinstance(encoded, Encoded) else Encoded(list(encoded), 0, True)
+        return encoded if isinstance(encoded, Text) else Encoded(list(encoded), 0, True)
 
     def score(self, value: Any) -> float:
         """The score of a text from what was read of it."""
@@ -83,15 +79,30 @@ class TokenReading:
     def __init__(self, readout: TokenReadout) -> None:
         self.readout = readout
 
-    def rows(
+    def encode(
+        self,
+        formatter: RewardFormatter,
+        rows: Sequence[Any],
+        names: Sequence[str],
+        fields: Sequence[str],
+        terminated: bool | None = None,
+    ) -> Found:
+        """Encode one field of each row, or both sides of a pair, with the places that are read."""
+        sides = [self._encode(formatter, rows, names, field, terminated) for field in fields]
+        found: list[Any] = []
+        for texts in zip(*sides, strict=True):
+            bad = [text for text in texts if not isinstance(text, EncodedSteps)]
+            found.append(bad[0] if bad else texts)
+        return found
+
+    def _encode(
         self,
         formatter: RewardFormatter,
         rows: Sequence[Row],
         names: Sequence[str],
         field: str,
         terminated: bool | None,
-    ) -> Found:
-        """Encode one field of each row, with the places that are read."""
+    ) -> list[Any]:
         found: list[Any] = []
         for row, name in zip(rows, names, strict=True):
             try:
@@ -108,19 +119,7 @@ class TokenReading:
         else:
             encoded = formatter.try_encode_many(solutions, names=names)
         for i, item, name in zip(good, encoded, names, strict=True):
-            is_text = isinstance(item, (Encoded, EncodedSteps))
-            found[i] = [self.text(item, name)] if is_text else item
-        return found
-
-    def pairs(
-        self, formatter: RewardFormatter, rows: Sequence[Mapping[str, Any]], names: Sequence[str]
-    ) -> Found:
-        """Encode both sides of each row."""
-        sides = [self.rows(formatter, rows, names, side, None) for side in ("chosen", "rejected")]
-        found: list[Any] = []
-        for pair in zip(*sides, strict=True):
-            bad = [side for side in pair if side is None or isinstance(side, CompanionError)]
-            found.append(bad[0] if bad else [text for side in pair for text in side])  # type: ignore[union-attr]
+            found[i] = self.text(item, name) if isinstance(item, Encoded) else item
         return found
 
     def text(self, encoded: Any, name: str) -> Text:

@@ -134,7 +134,7 @@ class Scorer(ABC, Generic[ScoresT]):
         """
         reading = reading_of(self.readout)
         rows, names = _named_rows(rows, names)
-        found = reading.rows(self.formatter, rows, names, field, terminated)
+        found = reading.encode(self.formatter, rows, names, [field], terminated)
         raw, lengths, reasons, values = self._score_found(found, 1, names, on_error, progress)
         read = [
             None if value is None else (texts[0], value[0])  # type: ignore[index]
@@ -157,7 +157,8 @@ class Scorer(ABC, Generic[ScoresT]):
         :meth:`score`.
         """
         rows, names = _named_rows(rows, names)
-        found = reading_of(self.readout).pairs(self.formatter, rows, names)
+        sides = ["chosen", "rejected"]
+        found = reading_of(self.readout).encode(self.formatter, rows, names, sides)
         raw, lengths, reasons, _ = self._score_found(found, 2, names, on_error, progress)
         return PairScores(raw[:, 0], raw[:, 1], lengths[:, 0], lengths[:, 1], reasons)
 
