@@ -176,7 +176,7 @@ def rows_digest(dataset: Dataset) -> str:
 #: what makes token ids of rows, beside the tokenizer and the file of the kind
 _CODE: Final = (
     "formatting/*.py",
-    "labels.py",
+    "functional/labels.py",
     "training/rows.py",
 )
 
