@@ -21,9 +21,8 @@ from benchmarks.measuring import Outcome, ratio, table, take_turns
 from benchmarks.results import add_arguments, save
 from benchmarks.shapes import PAD, SHAPES, make_model, mixed_lengths, pairs
 from companion import bradley_terry_loss
-from companion.engine import BatchRunner, compile_parts
-from companion.training import PairCollator, forward_inputs
-from companion.training.forward import install_forward
+from companion.engine import BatchRunner, compile_parts, packed_scores, reward_scores
+from companion.training import PairCollator
 
 #: Method -> whether batches are packed, and what of the model is compiled. The first is the base.
 METHODS: dict[str, tuple[bool, str]] = {
@@ -70,7 +69,6 @@ def training(shape: str, quick: bool) -> dict[str, Callable[[], Outcome]]:
         model = make_model(shape, torch.device("cpu")).train()
         collator = PairCollator(PAD, config=model.config, packing=packed)
         batches = [collator(rows[i : i + 8]) for i in range(0, len(rows), 8)]
-        install_forward(model)
         compile_model(model, what)
         before = copy.deepcopy(model.state_dict())
 
@@ -79,7 +77,11 @@ def training(shape: str, quick: bool) -> dict[str, Callable[[], Outcome]]:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
             total = 0.0
             for batch in batches:
-                scores = model(**forward_inputs(batch)).logits.squeeze(-1)
+                if packed:
+                    scores = packed_scores(model, batch["packed"])
+                else:
+                    ids, mask = batch["input_ids"], batch["attention_mask"]
+                    scores = reward_scores(model, ids, mask, check=False)
                 loss = bradley_terry_loss(*scores.chunk(2)).mean()
                 loss.backward()
                 optimizer.step()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from companion.engine import pack, packed_attention as packing, plan_trees
+from companion.engine import attention as packing, pack, plan_trees
 from companion.engine.grouping import attention_groups, group_places
 
 ROW = st.builds(

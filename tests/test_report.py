@@ -21,7 +21,7 @@ EVIL = "<script>alert('x')</script> & <b>\"bold\"</b>"
 
 class Scorer:
     def __init__(self, temperature: float | None = 1.5) -> None:
-        self.reward_model = SimpleNamespace(manifest=SimpleNamespace(temperature=temperature))
+        self.manifest = SimpleNamespace(temperature=temperature)
 
     def score_pairs(self, rows: Any, **_: Any) -> Any:
         random = np.random.default_rng(0)

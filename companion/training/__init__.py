@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from companion.training.batches import (
         Collator as Collator,
         PaddedSampler as PaddedSampler,
-        forward_inputs as forward_inputs,
     )
     from companion.training.config import (
         DataArguments as DataArguments,

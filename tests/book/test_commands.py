@@ -36,7 +36,7 @@ def check_companion(arguments: list[str], output_dir: Path) -> None:
     name, rest = arguments[0], arguments[1:]
     module = importlib.import_module(COMMANDS[name][0])
     if name in _VERBATIM:
-        assert rest[0] in module.KINDS
+        assert rest[0] in module.purposes()
         words = rest[1:]
         if "--output_dir" in words:  # the settings make the folder
             words[words.index("--output_dir") + 1] = str(output_dir)
@@ -94,7 +94,7 @@ def test_commands_in_the_text_exist(page):
         elif (arguments := companion_arguments(words)) is not None and arguments:
             assert arguments[0] in COMMANDS or arguments[0] in ("COMMAND", "--help"), words
             if arguments[0] in _VERBATIM and len(arguments) > 1:
-                assert arguments[1] in importlib.import_module(COMMANDS[arguments[0]][0]).KINDS
+                assert arguments[1] in importlib.import_module(COMMANDS[arguments[0]][0]).purposes()
         elif words[:2] == ("python", "-m"):
             assert importlib.util.find_spec(words[2]) is not None
         elif words[0] == "python":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,9 @@ def test_two_processes_with_a_server_a_second_reward_and_completions_that_are_cu
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "scorer_of_the_test.py").write_text(SCORER)
     (tmp_path / "command.py").write_text(COMMAND)
-    service = _module("../rl/test_remote.py").Service(RewardScorer(load_reward_model(tiny_reward)))
+    scorer = RewardScorer(load_reward_model(tiny_reward))
+    service = _module("../scoring/conftest.py").Service(scorer)
+    threading.Thread(target=service.serve_forever, daemon=True).start()
     try:
         launch(
             [
@@ -146,8 +149,8 @@ def test_two_processes_with_a_server_a_second_reward_and_completions_that_are_cu
             PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)]),
         )
     finally:
-        service.server.shutdown()
-        service.server.server_close()
+        service.shutdown()
+        service.server_close()
     left = [(tmp_path / f"threads_{rank}").read_text() for rank in (0, 1)]
     assert left == ["0", "0"], "one of gloo's threads could abort the process at its end"
     assert service.bodies, "the server was asked"

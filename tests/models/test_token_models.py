@@ -21,9 +21,9 @@ from companion.models import (
     apply_lora,
     load_base,
     load_reward_model,
-    prepare_token_head,
     save_reward_model,
 )
+from companion.models.guards import prepare_token_head
 from companion.models.manifest import MANIFEST_FILE
 
 PROCESS = TokenReadout("process", 3, "min", separator="so", step_score="good")

@@ -17,7 +17,7 @@ from companion import (
     PairwiseRewardConfig,
 )
 from companion.cli.main import main
-from companion.cli.train import KINDS, parse
+from companion.cli.train import parse, purposes
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -129,7 +129,7 @@ def test_every_field_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    sorted(file for kind in KINDS for file in (RECIPES / kind).glob("*.yaml")),
+    sorted(file for kind in purposes() for file in (RECIPES / kind).glob("*.yaml")),
     ids=lambda file: f"{file.parent.name}-{file.stem}",
 )
 def test_recipes_parse(file: Path) -> None:
@@ -145,7 +145,7 @@ def test_recipes_parse(file: Path) -> None:
 def test_every_kind_has_a_recipe_and_says_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
-    for kind in KINDS:
+    for kind in purposes():
         assert (RECIPES / kind / "tutor.yaml").is_file()
         assert f"  {kind} " in out
         with pytest.raises(CompanionError, match=f"'companion train {kind} --help'"):
