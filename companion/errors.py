@@ -3,6 +3,17 @@
 Every error that a user can cause is a :class:`CompanionError`. Its text says what is wrong, where
 (file, row, field), and what to do. The command line prints it without a traceback and exits with
 code 2; anything else that escapes is a bug in the companion and keeps its traceback.
+
+.. code-block:: text
+
+    CompanionError
+    ├── DataError     (ValueError)    a row, a file or a dataset
+    ├── ShapeError    (ValueError)    tensors whose shapes do not fit
+    ├── DtypeError    (TypeError)     a tensor of the wrong kind of number
+    ├── ReadoutError  (ValueError)    a model or a batch whose score would be silently wrong
+    ├── ModelError    (ValueError)    a folder or a checkpoint
+    ├── ServiceError  (RuntimeError)  a server that scores
+    └── JudgeError    (RuntimeError)  a judge that cannot be asked
 """
 
 from __future__ import annotations
@@ -31,6 +42,10 @@ class DataError(CompanionError, ValueError):
 
 class ShapeError(CompanionError, ValueError):
     """Tensors whose shapes do not fit; raised where PyTorch would broadcast in silence."""
+
+
+class DtypeError(CompanionError, TypeError):
+    """A tensor of the wrong kind of number, such as integer scores."""
 
 
 class ReadoutError(CompanionError, ValueError):

@@ -12,9 +12,8 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from companion import pairwise_accuracy
-from companion.errors import DataError, ShapeError
+from companion.errors import DataError, DtypeError, ShapeError
 from companion.functional import losses
-from companion.functional.checks import DtypeError
 
 floats = st.floats(-50, 50, allow_nan=False)
 pairs = st.lists(st.tuples(floats, floats), min_size=1, max_size=20)

@@ -9,14 +9,13 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from companion.errors import ReadoutError, ShapeError
+from companion.errors import DtypeError, ReadoutError, ShapeError
 from companion.functional import (
     last_token_index,
     last_token_readout,
     pad_id_readout_index,
     position_ids_from_mask,
 )
-from companion.functional.checks import DtypeError
 
 LENGTHS = [6, 3, 1, 5]
 rows = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 8), st.integers(0, 5)), min_size=1)

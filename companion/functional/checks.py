@@ -9,13 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from companion.errors import CompanionError, ShapeError
+from companion.errors import DtypeError, ShapeError
 
 _HALF = (torch.float16, torch.bfloat16)
-
-
-class DtypeError(CompanionError, TypeError):
-    """A tensor of the wrong kind of number, such as integer scores."""
 
 
 def as_float(name: str, value: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from companion.errors import DataError, ShapeError
-from companion.functional.checks import DtypeError, as_float, as_mask, has_dims, same_shape
+from companion.errors import DataError, DtypeError, ShapeError
+from companion.functional.checks import as_float, as_mask, has_dims, same_shape
 
 #: the label of a position that no loss looks at, as in PyTorch and transformers
 IGNORE_INDEX = -100

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from companion.errors import ReadoutError, ShapeError
-from companion.functional.checks import DtypeError, as_float, as_mask, has_dims
+from companion.errors import DtypeError, ReadoutError, ShapeError
+from companion.functional.checks import as_float, as_mask, has_dims
 
 
 def last_token_index(attention_mask: Tensor) -> Tensor:
