@@ -104,7 +104,7 @@ class GRPORunConfig(GRPOConfig):
 
     @property
     def truncated(self) -> Any:
-        """``reward_truncated`` as :class:`companion.rl.RewardFunction` takes it."""
+        """``reward_truncated`` as :class:`companion.scoring.RewardFunction` takes it."""
         if self.reward_truncated == "score":
             return "score"
         if self.reward_truncated.lower() in ("none", "null"):

@@ -67,7 +67,7 @@ class OveroptimizationMonitor(TrainerCallback):
         (the adaptive penalty of Schulman et al. 2017, arXiv 1707.06347, section 4).
     alpha : float
         Chance of stopping, by mistake, a run whose gold score never falls; see
-        :class:`companion.rl.FallTest`.
+        :class:`companion.functional.FallTest`.
     further : mapping of str to callable, optional
         More scorers to log.
     reference : PreTrainedModel, optional

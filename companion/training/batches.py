@@ -193,7 +193,7 @@ class Collator:
         With it, every batch passes the guards (:func:`companion.models.check_batch`), so
         stock transformers would read the same tokens.
     packing : bool
-        Pack; only for models that :func:`companion.models.packing_obstacle` lets pass.
+        Pack; only for models that :func:`companion.engine.packing_obstacle` lets pass.
     """
 
     pad_token_id: int
