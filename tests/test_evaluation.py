@@ -148,10 +148,10 @@ def test_tables(result: PairEvaluation) -> None:
     text = result.table()
     assert "longer wins" in text
     assert "both" not in text
-    # a limit from elsewhere takes the place of its own
+    # the limit is what the figures say it is
     other = {"rows": {"accuracy": 0.123, "loss": 0.5, "brier": 0.1}}
     assert ("accuracy [95%]", rows["accuracy [95%]"][0], "12.3%") in summary_rows(
-        result.metrics, other
+        result.metrics | {"limit": other}
     )
     no_limit = summary_rows(
         evaluate_pairs(FakeScorer(TABLE), [ROWS[0] | {"probability": None}]).metrics

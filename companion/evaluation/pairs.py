@@ -260,9 +260,7 @@ def scored_pairs(
 # --- tables -----------------------------------------------------------------------------------
 
 
-def summary_rows(
-    metrics: Mapping[str, Any], limit: Mapping[str, Any] | None = None
-) -> list[tuple[str, str, str]]:
+def summary_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return (figure, ours, limit) as text, for tables on a terminal and in a report.
 
     The limit is what the true probabilities reach on the same labels, an interval what a perfectly
@@ -272,10 +270,8 @@ def summary_rows(
     ----------
     metrics : mapping
         Of :func:`pairwise_metrics`.
-    limit : mapping, optional
-        In place of ``metrics["limit"]``, of the same form.
     """
-    limit = limit or metrics.get("limit") or {}
+    limit = metrics.get("limit") or {}
     best: Mapping[str, Any] = limit.get("rows", {})
     pairs = f"{metrics['n']:,}"
     if metrics.get("n_prompts") not in (None, metrics["n"]):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 
 from companion.evaluation import figures
@@ -22,7 +23,8 @@ from companion.evaluation.pairs import PairEvaluation, subset_rows, summary_rows
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_STYLE_FILE = Path(__file__).parents[1] / "assets" / "report.css"
+_ASSETS = Path(__file__).parents[1] / "assets"
+_TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True)
 _LONGEST_TEXT = 2000
 _MOST_SUBSETS = 12
 #: colours of the figures -> variables of the page, which differ between light and dark
@@ -39,8 +41,10 @@ _VARIABLES = {
 }
 
 
-def _figure(name: str, caption: str, draw: Callable[[Axes], object], *, height: float = 3.3) -> str:
-    """Draw one figure and return it as inline SVG whose colours follow the page's."""
+def _figure(
+    name: str, caption: str, draw: Callable[[Axes], object], *, height: float = 3.3
+) -> tuple[str, str, str]:
+    """Name, caption, and the figure as inline SVG whose colours follow the page's."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -68,62 +72,20 @@ def _figure(name: str, caption: str, draw: Callable[[Axes], object], *, height: 
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return f'<figure id="{name}">{svg}<figcaption>{html.escape(caption)}</figcaption></figure>'
+    return name, caption, svg
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "numbers") -> str:
-    def cells(row: Sequence[str], tag: str) -> str:
-        # an interval may move to a line of its own on a phone, but not break inside
-        texts = (html.escape(str(cell)).replace(", ", ",&nbsp;") for cell in row)
-        return "".join(f"<{tag}>{text}</{tag}>" for text in texts)
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{cells(head, "th")}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _text(value: Any) -> str:
-    """Return a text or a list of messages as escaped HTML; long ones are cut, and say so."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        turns = [("", value)]
-    else:
-        turns = [(str(m.get("role", "")), str(m.get("content") or "")) for m in value]
-    parts = []
-    for role, content in turns:
-        note = ""
-        if len(content) > _LONGEST_TEXT:
-            left_out = len(content) - _LONGEST_TEXT
-            content = content[:_LONGEST_TEXT]
-            note = f'<span class="soft"> … {left_out:,} more characters</span>'
-        name = f'<span class="role">{html.escape(role)}</span> ' if role else ""
-        parts.append(f"<p>{name}{html.escape(content)}{note}</p>")
-    return "".join(parts)
-
-
-def _pair(row: Mapping[str, Any], number: int, result: PairEvaluation) -> str:
+def _pair(result: PairEvaluation, rows: Sequence[Mapping[str, Any]], number: int) -> dict[str, Any]:
+    """What the page shows of a pair."""
+    row = rows[number]
     facts = [f"margin {result.margins[number]:+.2f}"]
     if result.probability is not None:
         facts.append(f"true P(chosen) {result.probability[number]:.2f}")
     if row.get("subset") is not None:
         facts.append(str(row["subset"]))
     facts.append(f"row {row.get('id', number)}")
-    prompt = f'<div class="text">{_text(row["prompt"])}</div>' if row.get("prompt") else ""
-    sides = "".join(
-        f'<div class="side {side}"><h4>{side} <span class="soft">{score:+.2f}</span></h4>'
-        f'<div class="text">{_text(row.get(side))}</div></div>'
-        for side, score in (
-            ("chosen", result.chosen[number]),
-            ("rejected", result.rejected[number]),
-        )
-    )
-    return (
-        f'<article class="pair"><p class="soft">{html.escape(" · ".join(facts))}</p>{prompt}'
-        f'<div class="sides">{sides}</div></article>'
-    )
+    sides = (("chosen", result.chosen[number]), ("rejected", result.rejected[number]))
+    return {"facts": " · ".join(facts), "row": row, "sides": sides}
 
 
 def _extremes(
@@ -156,7 +118,7 @@ def _figures(
     result: PairEvaluation,
     train_log: Sequence[Mapping[str, Any]] | None,
     best: Mapping[str, Any],
-) -> list[str]:
+) -> list[tuple[str, str, str]]:
     metrics, keep = result.metrics, np.isfinite(result.margins)
     margins = result.margins[keep]
     parts = []
@@ -238,8 +200,6 @@ def write_report(
     title: str,
     evaluation: PairEvaluation,
     train_log: Sequence[Mapping[str, Any]] | None = None,
-    pairs: Sequence[Mapping[str, Any]] | None = None,
-    limit: Mapping[str, Any] | None = None,
     run_info: Mapping[str, Any] | None = None,
     n_examples: int = 5,
 ) -> Path:
@@ -255,58 +215,35 @@ def write_report(
         Of :func:`companion.evaluation.evaluate_pairs`.
     train_log : sequence of mappings, optional
         ``Trainer.state.log_history``: gives the training curves.
-    pairs : sequence of mappings, optional
-        Rows to show as best and worst, in the order of the evaluation; by default its own.
-    limit : mapping, optional
-        In place of ``evaluation.metrics["limit"]``, of the same form.
     run_info : mapping, optional
         Facts of the run (name -> value), shown at the end.
     n_examples : int, default 5
         Best and worst pairs to show, of each.
     """
     metrics = evaluation.metrics
-    limit = limit or metrics.get("limit") or {}
-    best: Mapping[str, Any] = limit.get("rows", {})
-    rows = evaluation.rows if pairs is None else pairs
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts.append(_table(("figure", "ours", "limit"), summary_rows(metrics, limit)))
-    note = "The limit is what the true preference probabilities reach on the same labels. "
-    parts.append(
-        f'<p class="soft">{note if best else ""}A calibration error inside the interval '
-        "beside it is no evidence of miscalibration: a calibrated model shows such values by "
-        "chance. It compares the model's confidence with being right; a tie counts as wrong in "
-        "the accuracy.</p>"
-    )
-    dropped = metrics["dropped"]
-    if dropped["total"]:
-        parts.append("<h2>Rows without a score</h2>")
-        parts.append(
-            _table(("reason", "rows"), [(k, f"{v:,}") for k, v in dropped["reasons"].items()])
-        )
-    parts.append('<h2>Figures</h2><div class="figures">')
-    parts += [*_figures(evaluation, train_log, best), "</div>"]
-    if metrics["subsets"]:
-        head, *body = subset_rows(metrics)
-        parts += ["<h2>Subsets</h2>", _table(head, body)]
+    best: Mapping[str, Any] = (metrics.get("limit") or {}).get("rows", {})
+    rows = evaluation.rows
     good, bad = _extremes(evaluation, rows, n_examples)
-    for heading, places, empty in (
+    examples = (
         ("Most sure, and right", good, "No pair is ordered as its label says."),
         ("Most sure, and wrong", bad, "No pair is ordered against its label."),
-    ):
-        if rows:
-            parts.append(f"<h2>{heading}</h2>")
-            parts += [_pair(rows[i], i, evaluation) for i in places] or [f"<p>{empty}</p>"]
+    )
     facts = {**evaluation.info, **dict(run_info or {})}
-    if facts:
-        shown = [(k, "–" if v is None else str(v)) for k, v in facts.items()]
-        parts += ["<h2>Run</h2>", _table(("", "value"), shown, "facts")]
-    page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{html.escape(title)}</title>"
-        f"<style>{_STYLE_FILE.read_text(encoding='utf-8')}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    page = _TEMPLATES.get_template("report.html").render(
+        title=title,
+        style=(_ASSETS / "report.css").read_text(encoding="utf-8"),
+        longest=_LONGEST_TEXT,
+        summary=summary_rows(metrics),
+        limited=bool(best),
+        dropped=[(why, f"{count:,}") for why, count in metrics["dropped"]["reasons"].items()],
+        figures=_figures(evaluation, train_log, best),
+        subsets=subset_rows(metrics),
+        examples=[
+            (heading, [_pair(evaluation, rows, i) for i in places], empty)
+            for heading, places, empty in examples
+            if rows
+        ],
+        facts=[(name, "–" if value is None else str(value)) for name, value in facts.items()],
     )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
