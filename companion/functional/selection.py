@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from companion.errors import DataError, ShapeError
-from companion.functional.checks import as_float, same_shape
+from companion.functional.checks import as_float, as_pair, same_shape
 from companion.functional.resampling import Array, bootstrap_interval
 
 
@@ -29,8 +29,7 @@ def margin(chosen: Tensor, rejected: Tensor) -> Tensor:
     ShapeError, DtypeError
         If the shapes differ or a tensor is not of floating point.
     """
-    chosen, rejected = as_float("chosen", chosen), as_float("rejected", rejected)
-    same_shape(chosen=chosen, rejected=rejected)
+    chosen, rejected = as_pair(chosen, rejected)
     return chosen - rejected
 
 
@@ -59,8 +58,7 @@ def pairwise_accuracy(
     DataError
         If `ties` is unknown.
     """
-    chosen, rejected = as_float("chosen", chosen), as_float("rejected", rejected)
-    same_shape(chosen=chosen, rejected=rejected)
+    chosen, rejected = as_pair(chosen, rejected)
     if ties not in ("wrong", "half"):
         raise DataError(f"ties={ties!r} is unknown", "there are 'wrong' and 'half'")
     result = (chosen > rejected).to(torch.promote_types(chosen.dtype, rejected.dtype))
