@@ -103,11 +103,9 @@ def bradley_terry_loss(
     logits = chosen - rejected
     if isinstance(margin, Tensor):
         # Ratings come as integers, so an integer margin is welcome; a wrong shape is not.
-        margin = (
-            margin.to(logits.dtype)
-            if not margin.is_floating_point()
-            else as_float("margin", margin)
-        )
+        if not margin.is_floating_point():
+            margin = margin.to(logits.dtype)
+        margin = as_float("margin", margin)
         same_shape(chosen=chosen, margin=margin)
     if margin is not None:
         logits = logits - margin

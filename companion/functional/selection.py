@@ -92,14 +92,9 @@ def best_of_n(scores: Tensor) -> Tensor:
     DataError
         If all N scores of an item are NaN.
     """
-    scores = _candidates(scores)
-    invalid = scores.isnan()
-    if bool(invalid.all(dim=-1).any()):
+    if bool(_candidates(scores).isnan().all(dim=-1).any()):
         raise DataError("a prompt has no completion with a score: all are NaN")
-    # Minus infinity would tie a NaN with a true -inf, so the finite-or-not is asked first.
-    filled = scores.masked_fill(invalid, float("-inf"))
-    best = filled == filled.amax(dim=-1, keepdim=True)
-    return (best & ~invalid).int().argmax(dim=-1)
+    return top_k(scores, 1).squeeze(-1)
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
