@@ -51,7 +51,7 @@ def run_argv(argv: Sequence[str]) -> int:
     training = _load(argv[0])
     result = training.run(config, model, data)
     if config.process_index == 0:
-        print(training.summary(result))
+        print(result.summary())
     del result  # and with it the trainer and its model under DDP, which hold the group
     _leave_process_group()
     return 0
@@ -70,23 +70,20 @@ class Training(NamedTuple):
     model: type
     config: type
     run: Callable[..., Any]
-    summary: Callable[[Any], str]
 
 
 def _load(name: str) -> Training:
     if name == GRPO[0]:
         from companion.rl.config import GRPORunConfig, PolicyArguments, PromptArguments
-        from companion.rl.run import summary, train_grpo
+        from companion.rl.run import train_grpo
 
-        return Training(
-            "PROMPTS", PromptArguments, PolicyArguments, GRPORunConfig, train_grpo, summary
-        )
+        return Training("PROMPTS", PromptArguments, PolicyArguments, GRPORunConfig, train_grpo)
     from companion.training.config import ModelArguments
-    from companion.training.run import TrainingResult, train
+    from companion.training.run import train
 
     kind = load_kind(name)
     settings = kind.data, ModelArguments, kind.trainer.config_class
-    return Training(kind.rows.upper(), *settings, partial(train, kind), TrainingResult.summary)
+    return Training(kind.rows.upper(), *settings, partial(train, kind))
 
 
 def parse(argv: Sequence[str], kind: str = "pairwise") -> tuple[Any, Any, Any]:

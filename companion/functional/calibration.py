@@ -25,23 +25,9 @@ from companion.functional.resampling import (
     Array,
     Interval,
     Values,
-    bootstrap_interval,
     middle,
     vector,
 )
-
-__all__ = [
-    "Interval",
-    "ReliabilityBins",
-    "bootstrap_interval",
-    "brier_score",
-    "calibrated_band",
-    "confidence_and_correctness",
-    "expected_calibration_error",
-    "fit_temperature",
-    "orient_at_random",
-    "reliability_bins",
-]
 
 Strategy = Literal["width", "mass"]
 
@@ -299,32 +285,24 @@ def calibrated_band(
     DataError, ShapeError
         If a value is outside [0, 1] or NaN, or `level` is not inside (0, 1).
     """
-    errors = _simulated_errors(
-        _probabilities("confidence", confidence), n_bins, strategy, debias, n_simulations, seed
-    )
-    return middle(errors, level)
-
-
-def _simulated_errors(
-    confidence: Array, n_bins: int, strategy: Strategy, debias: bool, n_simulations: int, seed: int
-) -> Array:
-    index = _bin_index(confidence, n_bins, strategy)
+    probabilities = _probabilities("confidence", confidence)
+    index = _bin_index(probabilities, n_bins, strategy)
     order = np.argsort(index, kind="stable")
-    ordered = confidence[order]
+    ordered = probabilities[order]
     starts = np.flatnonzero(np.diff(index[order], prepend=-1))
-    count = np.diff(np.append(starts, confidence.size)).astype(np.float64)
+    count = np.diff(np.append(starts, ordered.size)).astype(np.float64)
     mean_confidence = np.add.reduceat(ordered, starts) / count
     random = np.random.default_rng(seed)
-    chunk = max(1, 2_000_000 // confidence.size)  # bounds the memory at 16 MB a chunk
+    chunk = max(1, 2_000_000 // ordered.size)  # bounds the memory at 16 MB a chunk
     errors = []
     for begin in range(0, n_simulations, chunk):
         size = min(chunk, n_simulations - begin)
-        outcomes = random.random((size, confidence.size)) < ordered
+        outcomes = random.random((size, ordered.size)) < ordered
         mean = np.add.reduceat(outcomes, starts, axis=1, dtype=np.float64) / count
         # of 0 and 1 the sample variance is n m (1 - m) / (n - 1)
         variance = mean * (1 - mean) * count / np.maximum(count - 1, 1)
         errors.append(_calibration_error(count, mean_confidence, mean, variance, debias))
-    return np.concatenate(errors)
+    return middle(np.concatenate(errors), level)
 
 
 def fit_temperature(margins: Values, *, bounds: tuple[float, float] = (0.01, 100.0)) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from companion.errors import DtypeError, ShapeError
+from companion.errors import DataError, DtypeError, ShapeError
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -68,6 +68,42 @@ def same_shape(**tensors: Tensor) -> None:
             f"shapes differ: {listing}",
             "nothing is broadcast here; a trailing axis of length 1 goes with .squeeze(-1)",
         )
+
+
+def as_pair(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides of pairs by :func:`as_float`, of one shape."""
+    chosen, rejected = as_float("chosen", chosen), as_float("rejected", rejected)
+    same_shape(chosen=chosen, rejected=rejected)
+    return chosen, rejected
+
+
+def as_lists(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scores ``[B, K]`` by :func:`as_float`, and which of them count (all without a mask)."""
+    scores = as_float("scores", scores)
+    has_dims("scores", scores, 2, "[B, K]")
+    valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else as_mask("mask", mask)
+    same_shape(scores=scores, mask=valid)
+    return scores, valid
+
+
+def as_rankings(
+    scores: Tensor, ranks: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`as_lists`, with their ranks.
+
+    Raises
+    ------
+    DataError
+        If a rank that counts is NaN; the message names the row.
+    """
+    scores, valid = as_lists(scores, mask)
+    same_shape(scores=scores, ranks=ranks)
+    if ranks.is_floating_point() and bool((bad := (ranks.isnan() & valid).any(dim=1)).any()):
+        raise DataError(
+            f"ranks of row {int(bad.int().argmax())} hold NaN",
+            "mask the completion or give it a rank",
+        )
+    return scores, ranks, valid
 
 
 def has_dims(name: str, value: Tensor, dims: int, layout: str) -> None:

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from companion.errors import DataError, DtypeError, ShapeError
-from companion.functional.checks import as_float, as_mask, has_dims, same_shape
+from companion.functional.checks import (
+    as_float,
+    as_lists,
+    as_pair,
+    as_rankings,
+    has_dims,
+    same_shape,
+)
 
 #: the label of a position that no loss looks at, as in PyTorch and transformers
 IGNORE_INDEX = -100
@@ -43,8 +50,7 @@ def bradley_terry_probability(chosen: Tensor, rejected: Tensor) -> Tensor:
     DtypeError
         If a tensor is not of floating point.
     """
-    chosen, rejected = as_float("chosen", chosen), as_float("rejected", rejected)
-    same_shape(chosen=chosen, rejected=rejected)
+    chosen, rejected = as_pair(chosen, rejected)
     return torch.sigmoid(chosen - rejected)
 
 
@@ -87,8 +93,7 @@ def bradley_terry_loss(
     DataError
         If `label_smoothing` is outside [0, 0.5).
     """
-    chosen, rejected = as_float("chosen", chosen), as_float("rejected", rejected)
-    same_shape(chosen=chosen, rejected=rejected)
+    chosen, rejected = as_pair(chosen, rejected)
     if not 0.0 <= label_smoothing < 0.5:
         raise DataError(
             f"label_smoothing is {label_smoothing}; it must lie in [0, 0.5)",
@@ -97,11 +102,9 @@ def bradley_terry_loss(
     logits = chosen - rejected
     if isinstance(margin, Tensor):
         # Ratings come as integers, so an integer margin is welcome; a wrong shape is not.
-        margin = (
-            margin.to(logits.dtype)
-            if not margin.is_floating_point()
-            else as_float("margin", margin)
-        )
+        if not margin.is_floating_point():
+            margin = margin.to(logits.dtype)
+        margin = as_float("margin", margin)
         same_shape(chosen=chosen, margin=margin)
     if margin is not None:
         logits = logits - margin
@@ -133,8 +136,7 @@ def centering_penalty(chosen: Tensor, rejected: Tensor) -> Tensor:
     ShapeError, DtypeError
         As in :func:`bradley_terry_loss`.
     """
-    chosen, rejected = as_float("chosen", chosen), as_float("rejected", rejected)
-    same_shape(chosen=chosen, rejected=rejected)
+    chosen, rejected = as_pair(chosen, rejected)
     return (chosen + rejected).square()
 
 
@@ -153,19 +155,10 @@ def best_global_shift(chosen: Tensor, rejected: Tensor) -> Tensor:
     ShapeError
         If the shapes differ or there is no pair.
     """
-    chosen, rejected = as_float("chosen", chosen), as_float("rejected", rejected)
-    same_shape(chosen=chosen, rejected=rejected)
+    chosen, rejected = as_pair(chosen, rejected)
     if chosen.numel() == 0:
         raise ShapeError("there is no pair to centre")
     return -(chosen + rejected).mean() / 2
-
-
-def _valid(scores: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return torch.ones_like(scores, dtype=torch.bool)
-    valid = as_mask("mask", mask)
-    same_shape(scores=scores, mask=valid)
-    return valid
 
 
 def plackett_luce_loss(scores: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -198,9 +191,7 @@ def plackett_luce_loss(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     -----
     Time and memory grow as B·K², which is nothing at the K of preference data (4 to 16).
     """
-    scores = as_float("scores", scores)
-    has_dims("scores", scores, 2, "[B, K]")
-    valid = _valid(scores, mask)
+    scores, valid = as_lists(scores, mask)
     scores = scores.masked_fill(~valid, 0.0)  # a NaN in the padding must not reach the gradient
     size = scores.shape[1]
     position = torch.arange(size, device=scores.device)
@@ -244,17 +235,7 @@ def grouped_pair_loss(scores: Tensor, ranks: Tensor, mask: Tensor | None = None)
     DataError
         If a rank that counts is NaN; the message names the row.
     """
-    scores = as_float("scores", scores)
-    has_dims("scores", scores, 2, "[B, K]")
-    same_shape(scores=scores, ranks=ranks)
-    valid = _valid(scores, mask)
-    if ranks.is_floating_point():
-        bad = (ranks.isnan() & valid).any(dim=1)
-        if bool(bad.any()):
-            raise DataError(
-                f"ranks of row {int(bad.int().argmax())} hold NaN",
-                "mask the completion or give it a rank",
-            )
+    scores, ranks, valid = as_rankings(scores, ranks, mask)
     scores = scores.masked_fill(~valid, 0.0)
     wins = ranks[:, :, None] < ranks[:, None, :]
     wins = wins & valid[:, :, None] & valid[:, None, :]

@@ -12,25 +12,11 @@ import torch
 from torch import Tensor
 
 from companion.errors import DataError
-from companion.functional.checks import as_float, as_mask, has_dims, same_shape
+from companion.functional.checks import as_rankings
 from companion.functional.losses import plackett_luce_loss
 
 #: Largest group of ties, the last group apart, whose orders are summed: 2^12 states.
 MAX_TIED = 12
-
-
-def _checked(scores: Tensor, ranks: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    scores = as_float("scores", scores)
-    has_dims("scores", scores, 2, "[B, K]")
-    same_shape(scores=scores, ranks=ranks)
-    valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else as_mask("mask", mask)
-    same_shape(scores=scores, mask=valid)
-    if ranks.is_floating_point() and bool((bad := (ranks.isnan() & valid).any(dim=1)).any()):
-        raise DataError(
-            f"ranks of row {int(bad.int().argmax())} hold NaN",
-            "mask the completion or give it a rank",
-        )
-    return scores, ranks, valid
 
 
 def ranking_loss(scores: Tensor, ranks: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -64,7 +50,7 @@ def ranking_loss(scores: Tensor, ranks: Tensor, mask: Tensor | None = None) -> T
     DataError
         If a rank that counts is NaN, or more than 12 completions are tied above others.
     """
-    scores, ranks, valid = _checked(scores, ranks, mask)
+    scores, ranks, valid = as_rankings(scores, ranks, mask)
     key = ranks.double().masked_fill(~valid, float("inf"))
     order = torch.sort(key, dim=1, stable=True).indices
     key, valid = key.gather(1, order), valid.gather(1, order)
@@ -152,7 +138,7 @@ def ordered_pairs(
         ``[B]`` each, float. Equal scores are not right (as in
         :func:`companion.functional.pairwise_accuracy`).
     """
-    scores, ranks, valid = _checked(scores, ranks, mask)
+    scores, ranks, valid = as_rankings(scores, ranks, mask)
     wins = (ranks[:, :, None] < ranks[:, None, :]) & valid[:, :, None] & valid[:, None, :]
     right = wins & (scores[:, :, None] > scores[:, None, :])
     return right.sum(dim=(1, 2)).to(scores.dtype), wins.sum(dim=(1, 2)).to(scores.dtype)
@@ -168,7 +154,7 @@ def best_is_best(scores: Tensor, ranks: Tensor, mask: Tensor | None = None) -> T
     scores, ranks, mask : Tensor
         As in :func:`ranking_loss`; at least one completion a row.
     """
-    scores, ranks, valid = _checked(scores, ranks, mask)
+    scores, ranks, valid = as_rankings(scores, ranks, mask)
     top = scores.masked_fill(~valid, float("-inf")).argmax(dim=1, keepdim=True)
     key = ranks.double().masked_fill(~valid, float("inf"))
     return (key.gather(1, top).squeeze(1) == key.amin(dim=1)).to(scores.dtype)

@@ -92,8 +92,7 @@ def bootstrap_interval(
     else:
         if len(groups) != size:
             raise ShapeError(f"{size} values but {len(groups)} groups")
-        labels = np.unique(np.asarray([str(item) for item in groups]), return_inverse=True)
-        group = labels[1]
+        group = np.unique(np.asarray([str(item) for item in groups]), return_inverse=True)[1]
     n_groups = int(group.max()) + 1
     random = np.random.default_rng(seed)
     results = np.empty(n_resamples)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from companion.errors import DataError, ShapeError
-from companion.functional.checks import as_float, same_shape
+from companion.functional.checks import as_float, as_pair, same_shape
 from companion.functional.resampling import Array, bootstrap_interval
 
 
@@ -29,8 +29,7 @@ def margin(chosen: Tensor, rejected: Tensor) -> Tensor:
     ShapeError, DtypeError
         If the shapes differ or a tensor is not of floating point.
     """
-    chosen, rejected = as_float("chosen", chosen), as_float("rejected", rejected)
-    same_shape(chosen=chosen, rejected=rejected)
+    chosen, rejected = as_pair(chosen, rejected)
     return chosen - rejected
 
 
@@ -59,8 +58,7 @@ def pairwise_accuracy(
     DataError
         If `ties` is unknown.
     """
-    chosen, rejected = as_float("chosen", chosen), as_float("rejected", rejected)
-    same_shape(chosen=chosen, rejected=rejected)
+    chosen, rejected = as_pair(chosen, rejected)
     if ties not in ("wrong", "half"):
         raise DataError(f"ties={ties!r} is unknown", "there are 'wrong' and 'half'")
     result = (chosen > rejected).to(torch.promote_types(chosen.dtype, rejected.dtype))
@@ -94,14 +92,9 @@ def best_of_n(scores: Tensor) -> Tensor:
     DataError
         If all N scores of an item are NaN.
     """
-    scores = _candidates(scores)
-    invalid = scores.isnan()
-    if bool(invalid.all(dim=-1).any()):
+    if bool(_candidates(scores).isnan().all(dim=-1).any()):
         raise DataError("a prompt has no completion with a score: all are NaN")
-    # Minus infinity would tie a NaN with a true -inf, so the finite-or-not is asked first.
-    filled = scores.masked_fill(invalid, float("-inf"))
-    best = filled == filled.amax(dim=-1, keepdim=True)
-    return (best & ~invalid).int().argmax(dim=-1)
+    return top_k(scores, 1).squeeze(-1)
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:

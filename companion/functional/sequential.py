@@ -16,8 +16,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from companion.errors import DataError, ShapeError
-
-Array = npt.NDArray[np.float64]
+from companion.functional.resampling import Array
 
 #: Fewer prompts than this have no distribution of their mean to speak of.
 FEWEST_PROMPTS = 8

@@ -20,6 +20,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from companion.engine import pad_batch, token_budget_batches
 from companion.errors import DataError
@@ -222,7 +224,7 @@ class Policy:
             first = n * seen[(seeds[place], *ids)]
             seen[(seeds[place], *ids)] += 1
             rows += [(place, first + i) for i in range(n)]
-        drawn: list[Sample | None] = [None] * len(rows)
+        drawn: dict[int, Sample] = {}
         lengths = [len(begun[place][0]) + max_new_tokens for place, _ in rows]
         make_dice = partial(
             Dice,
@@ -238,10 +240,8 @@ class Policy:
                 streams = [uniforms(seeds[p], begun[p][0], i, max_new_tokens) for p, i in part]
                 dice = make_dice(torch.from_numpy(np.stack(streams)).to(self.device))
                 samples = self._draw(begun, part, dice, max_new_tokens)
-                for i, sample in zip(batch, samples, strict=True):
-                    drawn[i] = sample
-        done = [sample for sample in drawn if sample is not None]
-        return [done[i : i + n] for i in range(0, len(done), n)]
+                drawn.update(zip(batch, samples, strict=True))
+        return [[drawn[first + i] for i in range(n)] for first in range(0, len(rows), n)]
 
     def _begun(
         self,
@@ -308,8 +308,6 @@ class Policy:
 
         Layers that keep a window or a running state are left to ``generate``.
         """
-        from transformers.cache_utils import DynamicCache, DynamicLayer
-
         if input_ids.shape[1] < 2:
             return None
         mask = attention_mask[:, :-1]
@@ -403,8 +401,6 @@ class Policy:
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """Eval mode, no gradients, and a generation config that sets nothing by itself."""
-        from transformers import GenerationConfig
-
         before = self.model.training, self.model.generation_config
         self.model.eval()
         self.model.generation_config = GenerationConfig()
@@ -454,8 +450,6 @@ class Policy:
         Tensor
             ``[R, T]`` int64, the new ids; behind the end of a row the pad id.
         """
-        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-
         written = self.model.generate(
             **batch,
             generation_config=GenerationConfig(

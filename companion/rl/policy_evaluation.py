@@ -14,17 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from companion.errors import DataError
 from companion.formatting.conversation import as_reply
-from companion.functional.resampling import Interval, bootstrap_interval
+from companion.functional.resampling import Array, Interval, bootstrap_interval
 from companion.generation.policy import Policy, Sample
 from companion.rl.rewards import RewardCallable
 
-Array = npt.NDArray[np.float64]
 KLEstimator = Literal["k1", "k3"]
 
 
@@ -70,8 +68,7 @@ class Look:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON, without the texts; None in place of NaN."""
         figures = {
-            name: [None if math.isnan(x) else float(x) for x in values]
-            for name, values in self.figures.items()
+            name: [number(value) for value in values] for name, values in self.figures.items()
         }
         return {
             "step": self.step,
@@ -221,6 +218,11 @@ class Viewer:
                 )
             values[name] = [value if math.isfinite(value) else math.nan for value in column]
         return values
+
+
+def number(value: float) -> float | None:
+    """As plain JSON; None in place of NaN."""
+    return None if math.isnan(value) else float(value)
 
 
 def completion_kl(logprobs: Array, reference: Array, estimator: KLEstimator = "k1") -> float:

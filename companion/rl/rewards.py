@@ -135,18 +135,13 @@ class _Rewards:
                     "completions"
                 )
             columns.append([value if is_reward(value) else None for value in given])
-        whole = [all(value is not None for value in row) for row in zip(*columns, strict=True)]
-        lacking = sum(
-            not kept and any(value is not None for value in row)
-            for kept, row in zip(whole, zip(*columns, strict=True), strict=True)
-        )
+        rows = list(zip(*columns, strict=True))
+        whole = [row if None not in row else (None,) * len(row) for row in rows]
+        lacking = sum(row != kept for row, kept in zip(rows, whole, strict=True))
         if lacking and not self.counts["incomplete"]:
             logger.warning("completions that lack one of their rewards are left without any")
         self.counts["incomplete"] += lacking
-        return [
-            [value if kept else None for value, kept in zip(column, whole, strict=True)]
-            for column in columns
-        ]
+        return [[row[place] for row in whole] for place in range(len(columns))]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_batch": (None, None), "_rewards": [], "_asked": set()}
@@ -200,16 +195,12 @@ def joint_rewards(functions: Sequence[RewardCallable]) -> list[JointReward]:
     """
     if not functions:
         raise DataError("no reward function", "give at least one")
-    rewards = _Rewards(functions)
-    names = Counter(map(reward_name, functions))
-    seen: Counter[str] = Counter()
+    rewards, names = _Rewards(functions), list(map(reward_name, functions))
     out = []
-    for index, function in enumerate(functions):
-        name = reward_name(function)
-        seen[name] += 1
-        out.append(
-            JointReward(rewards, index, name if names[name] == 1 else f"{name}_{seen[name]}")
-        )
+    for index, name in enumerate(names):
+        number = names[: index + 1].count(name)
+        unique = name if names.count(name) == 1 else f"{name}_{number}"
+        out.append(JointReward(rewards, index, unique))
     return out
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +31,7 @@ from companion.generation.policy import Policy, end_token_ids
 from companion.models.checkpoint import load_tokenizer, resolve
 from companion.rl.config import GRPORunConfig, PolicyArguments, PromptArguments
 from companion.rl.monitor import OveroptimizationMonitor
-from companion.rl.policy_evaluation import Look
+from companion.rl.policy_evaluation import Look, number
 from companion.rl.rewards import (
     RewardCallable,
     joint_rewards,
@@ -38,10 +39,9 @@ from companion.rl.rewards import (
     reward_name,
     weighted_sum,
 )
+from companion.training.config import require
 from companion.training.run import Say, checkpoint_of, load_given
 from companion.training.trainer import whole_parameters
-
-RESULT_FILE = "grpo_result.json"
 
 
 @dataclass
@@ -98,29 +98,30 @@ class GRPOResult:
             return math.nan, Interval(math.nan, math.nan)
         return float(change.mean()), bootstrap_interval(change)
 
+    @property
+    def looks(self) -> dict[str, Look]:
+        """All three, by name."""
+        return {"start": self.start, "best": self.best, "end": self.end}
+
+    @property
+    def gains(self) -> dict[str, tuple[float, Interval]]:
+        """:meth:`gain` of every score, best against start."""
+        return {name: self.gain(name) for name in self.start.figures if name != "kl"}
+
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain JSON; None in place of NaN."""
-        looks = {"start": self.start, "best": self.best, "end": self.end}
         figures = {
-            where: {
-                name: {"mean": _number(look.mean(name)), "interval": _pair(look.interval(name))}
-                for name in look.figures
-            }
+            where: {name: _plain(look.mean(name), look.interval(name)) for name in look.figures}
             | {"length": look.length, "truncated": look.truncated, "without": look.without}
-            for where, look in looks.items()
+            for where, look in self.looks.items()
         }
-        gains = {}
-        for name in self.start.figures:
-            if name != "kl":
-                mean, interval = self.gain(name)
-                gains[name] = {"mean": _number(mean), "interval": _pair(interval)}
         return {
             "reason": self.reason,
             "steps": self.steps,
             "best_step": self.best_step,
             "test_prompts": len(self.start.figures["kl"]),
             "figures": figures,
-            "gains": gains,
+            "gains": {name: _plain(*gain) for name, gain in self.gains.items()},
             "train": {k: v for k, v in self.train_metrics.items() if isinstance(v, (int, float))},
             "counts": self.counts,
             "notes": self.notes,
@@ -128,54 +129,46 @@ class GRPOResult:
 
     def save(self) -> Path:
         """Write ``grpo_result.json``."""
-        path = self.output_dir / RESULT_FILE
+        path = self.output_dir / "grpo_result.json"
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         return path
 
-
-def summary(result: GRPOResult) -> str:
-    """The table that ends a run."""
-    looks = (result.start, result.best, result.end)
-    rows = [
-        (name, *(_shown(look.mean(name), look.interval(name)) for look in looks))
-        for name in result.start.figures
-    ]
-    rows.append(("tokens", *(f"{look.length:.1f}" for look in looks)))
-    rows.append(("cut off", *(f"{look.truncated:.1%}" for look in looks)))
-    head = ("held-out figure", "start", f"best, step {result.best_step}", f"end, {result.steps}")
-    lines = [format_table(head, rows), ""]
-    for name in result.start.figures:
-        if name != "kl":
-            mean, (low, high) = result.gain(name)
-            lines.append(
-                f"gain of {name}, best against start: {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-            )
-    lines.append(
-        f"{len(result.start.figures['kl']):,} test prompts, 95% intervals; KL in nats a completion"
-    )
-    for where, look in zip(("start", "best", "end"), looks, strict=True):
-        missing = [f"{n:,} without {name}" for name, n in look.without.items() if n]
-        if missing:
-            lines.append(f"{where}: completions {', '.join(missing)}")
-    lines.append(
-        f"stopped at step {result.steps}: {result.reason}"
-        if result.reason
-        else f"took all {result.steps:,} steps"
-    )
-    lines.append(f"saved in {result.output_dir}")
-    return "\n".join(lines)
+    def summary(self) -> str:
+        """The table that ends a run."""
+        looks = self.looks.values()
+        rows = [
+            (name, *(_shown(look.mean(name), look.interval(name)) for look in looks))
+            for name in self.start.figures
+        ]
+        rows.append(("tokens", *(f"{look.length:.1f}" for look in looks)))
+        rows.append(("cut off", *(f"{look.truncated:.1%}" for look in looks)))
+        head = ("held-out figure", "start", f"best, step {self.best_step}", f"end, {self.steps}")
+        lines = [format_table(head, rows), ""]
+        lines += [
+            f"gain of {name}, best against start: {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+            for name, (mean, (low, high)) in self.gains.items()
+        ]
+        n_prompts = len(self.start.figures["kl"])
+        lines.append(f"{n_prompts:,} test prompts, 95% intervals; KL in nats a completion")
+        for where, look in self.looks.items():
+            missing = [f"{n:,} without {name}" for name, n in look.without.items() if n]
+            if missing:
+                lines.append(f"{where}: completions {', '.join(missing)}")
+        lines.append(
+            f"stopped at step {self.steps}: {self.reason}"
+            if self.reason
+            else f"took all {self.steps:,} steps"
+        )
+        lines.append(f"saved in {self.output_dir}")
+        return "\n".join(lines)
 
 
 def _shown(mean: float, interval: Interval) -> str:
     return f"{mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
-def _pair(interval: Interval) -> list[float | None]:
-    return [_number(interval.low), _number(interval.high)]
+def _plain(mean: float, interval: Interval) -> dict[str, Any]:
+    return {"mean": number(mean), "interval": [number(end) for end in interval]}
 
 
 def train_grpo(
@@ -250,11 +243,15 @@ def train_grpo(
     )
     if config.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
+
+    def load(folder: str) -> Any:
+        with whole_parameters():
+            return load_causal(folder, device=config.device, dtype=model.dtype, **shared)[0]
+
     reference = None
     zero3 = is_deepspeed_zero3_enabled()
     if not model.use_peft and (config.beta == 0 or config.sync_ref_model or zero3):
-        with whole_parameters():
-            reference = load_causal(name, device=config.device, dtype=model.dtype, **shared)[0]
+        reference = load(name)
     output = str(config.output_dir)
     monitor = OveroptimizationMonitor(
         monitored,
@@ -278,23 +275,20 @@ def train_grpo(
     if monitor.reason is not None:
         tell(f"stopped at step {trainer.state.global_step}: {monitor.reason}")
 
-    looks = _test_figures(trainer, monitor, tested, config, name, tokenizer, model.dtype, shared)
-    best = monitor.best
-    assert best is not None
-    if best.step != trainer.state.global_step:
+    looks = _test_figures(trainer, monitor, tested, name, load)
+    best_step = looks["best"].step
+    if best_step != trainer.state.global_step:
         trainer.save_model(str(Path(output) / "last"))
     result = GRPOResult(
         output_dir=Path(output),
         reason=monitor.reason,
         steps=trainer.state.global_step,
-        best_step=best.step,
-        start=looks["start"],
-        best=looks["best"],
-        end=looks["end"],
+        best_step=best_step,
+        **looks,
         monitor=monitor,
         log_history=trainer.state.log_history,
         train_metrics=dict(trained.metrics),
-        counts=_counts(rewards),
+        counts={reward_name(f): dict(f.counts) for f in rewards if getattr(f, "counts", None)},
         notes=notes,
     )
     if main:
@@ -317,17 +311,17 @@ def hold_out(
     """
     train, held, notes = load_given(data, "prompts")
     wanted = data.monitor_prompts + data.test_prompts
-    if held is not None:
-        distinct = list({prompt_key(row): dict(row) for row in held}.values())
-    else:
-        rows = list({prompt_key(row): dict(row) for row in train}.values())
-        if wanted >= len(rows):
+    source = train if held is None else held
+    distinct = list({prompt_key(row): dict(row) for row in source}.values())
+    if held is None:
+        if wanted >= len(distinct):
             raise DataError(
-                f"{wanted:,} prompts are to be held out, and there are {len(rows):,} different "
+                f"{wanted:,} prompts are to be held out, and there are {len(distinct):,} different "
                 "ones",
                 "lower --monitor_prompts and --test_prompts, or give --eval_dataset_name",
             )
-        _, distinct = split_by_prompt(rows, wanted / len(rows), seed=data.split_seed, exact=True)
+        share = wanted / len(distinct)
+        _, distinct = split_by_prompt(distinct, share, seed=data.split_seed, exact=True)
     theirs = set(map(prompt_key, distinct))
     keep = [i for i, row in enumerate(train) if prompt_key(row) not in theirs]
     if len(train) - len(keep) > len(distinct):
@@ -347,13 +341,11 @@ def hold_out(
 
 
 def _check_arguments(config: GRPORunConfig, model: PolicyArguments, data: PromptArguments) -> None:
-    for flag, value in (
-        ("model_name_or_path", model.model_name_or_path),
-        ("dataset_name", data.dataset_name),
-        ("reward_model", config.reward_model),
-    ):
-        if not value:
-            raise CompanionError(f"--{flag} is missing", "give it as a flag or in the YAML file")
+    require(
+        model_name_or_path=model.model_name_or_path,
+        dataset_name=data.dataset_name,
+        reward_model=config.reward_model,
+    )
     if data.monitor_prompts < 1 or data.test_prompts < 1:
         raise CompanionError(
             "--monitor_prompts and --test_prompts must be at least 1", "give a hundred or more each"
@@ -383,13 +375,11 @@ def _test_figures(
     trainer: Any,
     monitor: OveroptimizationMonitor,
     rows: list[dict[str, Any]],
-    config: GRPORunConfig,
     name: str,
-    tokenizer: Any,
-    dtype: str,
-    shared: dict[str, Any],
+    load: Callable[[str], Any],
 ) -> dict[str, Look]:
     """Looks at the start, the best and the end, on prompts that nothing was chosen by."""
+    tokenizer, output = trainer.processing_class, str(trainer.args.output_dir)
     viewer = replace(monitor.viewer, rows=rows, seed=monitor.viewer.seed + 1)
     best, last = monitor.best, trainer.state.global_step
     assert best is not None
@@ -406,11 +396,7 @@ def _test_figures(
             looks["best"] = looks["end" if best.step == last else "start"]
             return looks
         trainer.accelerator.wait_for_everyone()
-        output = str(config.output_dir)
-        with whole_parameters():
-            kept = load_causal(
-                name if adapter else output, device=config.device, dtype=dtype, **shared
-            )[0]
+        kept = load(name if adapter else output)
         if adapter:
             from peft import PeftModel
 
@@ -444,9 +430,3 @@ def _lora(model: PolicyArguments) -> Any:
         lora_dropout=model.lora_dropout,
         target_modules=model.lora_target_modules or "all-linear",
     )
-
-
-def _counts(rewards: list[Any]) -> dict[str, dict[str, int]]:
-    """What each reward function counted; of rank 0 alone."""
-    counted = {reward_name(function): getattr(function, "counts", None) for function in rewards}
-    return {name: dict(counts) for name, counts in counted.items() if counts}

@@ -183,32 +183,32 @@ def _chunk_records(
     sampling: Mapping[str, Any],
     on_error: OnError,
 ) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any] | DataError] = []
-    for _, (number, line) in chunk:
+    rows: dict[int, dict[str, Any]] = {}
+    errors: dict[int, DataError] = {}
+    for index, (number, line) in chunk:
         try:
-            rows.append(_row(parse_line(source, number, line), f"{source} line {number}", policy))
+            rows[index] = _row(parse_line(source, number, line), f"{source} line {number}", policy)
         except DataError as error:
             if on_error == "raise":
                 raise
-            rows.append(error)
-    good = [place for place, row in enumerate(rows) if isinstance(row, dict)]
+            errors[index] = error
     if policy is not None:
-        good = _draw(policy, rows, good, [chunk[i][0] for i in good], sampling, on_error)
+        errors |= _draw(policy, rows, sampling, on_error)
     flat = [
-        {"prompt": rows[place]["prompt"], "completion": text, "terminated": end}  # type: ignore[index]
-        for place in good
-        for text, end in zip(rows[place]["completions"], rows[place]["terminated"], strict=True)  # type: ignore[index]
+        {"prompt": row["prompt"], "completion": text, "terminated": end}
+        for index, row in rows.items()
+        if index not in errors
+        for text, end in zip(row["completions"], row["terminated"], strict=True)
     ]
     values, reasons, _ = score_rows(scorer, flat)
     records, begin = [], 0
-    for place, (index, (number, _)) in enumerate(chunk):
-        row = rows[place]
-        if isinstance(row, DataError):
-            records.append({"index": index, "error": row.what})
+    for index, (number, _) in chunk:
+        if index in errors:
+            records.append({"index": index, "error": errors[index].what})
             continue
-        part = slice(begin, begin + len(row["completions"]))
+        part = slice(begin, begin + len(rows[index]["completions"]))
         begin = part.stop
-        record = _record(index, row, values[part], reasons[part])
+        record = _record(index, rows[index], values[part], reasons[part])
         if "error" in record and on_error == "raise":
             raise DataError(f"{source} line {number}: {record['error']}")
         records.append(record)
@@ -257,41 +257,30 @@ def _row(row: Any, where: str, policy: Policy | None) -> dict[str, Any]:
 
 def _draw(
     policy: Policy,
-    rows: list[dict[str, Any] | DataError],
-    good: list[int],
-    indices: Sequence[int],
+    rows: Mapping[int, dict[str, Any]],
     sampling: Mapping[str, Any],
     on_error: OnError,
-) -> list[int]:
-    """Let the policy complete the prompts, in place; the places of rows that it could complete."""
-    settings = {key: value for key, value in sampling.items() if key != "seed"}
+) -> dict[int, DataError]:
+    """Let the policy complete the prompts, in place; errors of the rows that it cannot complete."""
     # the index is part of the seed, so a chunk's size makes no difference
-    seeds = [sampling["seed"] * 2**32 + index for index in indices]
-    prompts = [rows[place]["prompt"] for place in good]  # type: ignore[index]
+    seeds = [sampling["seed"] * 2**32 + index for index in rows]
+    prompts = [row["prompt"] for row in rows.values()]
     try:
-        drawn = policy.sample(prompts, seed=seeds, **settings)
+        drawn = policy.sample(prompts, **{**sampling, "seed": seeds})
     except CompanionError as error:
-        if len(good) == 1:
-            where = rows[good[0]]["where"]  # type: ignore[index]
-            named = DataError(f"{where}: {error.what}", error.cure)
-            if on_error == "raise":
-                raise named from error
-            rows[good[0]] = named
-            return []
-        return [  # one by one, so that a bad prompt fails alone
-            place
-            for at in range(len(good))
-            for place in _draw(
-                policy, rows, good[at : at + 1], indices[at : at + 1], sampling, on_error
-            )
-        ]
-    for place, group in zip(good, drawn, strict=True):
-        row = rows[place]
-        assert isinstance(row, dict)
+        if len(rows) != 1:  # one by one, so that a bad prompt fails alone
+            alone = (_draw(policy, {index: row}, sampling, on_error) for index, row in rows.items())
+            return {index: named for errors in alone for index, named in errors.items()}
+        [(index, row)] = rows.items()
+        named = DataError(f"{row['where']}: {error.what}", error.cure)
+        if on_error == "raise":
+            raise named from error
+        return {index: named}
+    for row, group in zip(rows.values(), drawn, strict=True):
         row["completions"] = [sample.text for sample in group]
         row["terminated"] = [sample.terminated for sample in group]
         row["n_tokens"] = sum(sample.n_tokens for sample in group)
-    return good
+    return {}
 
 
 def _record(

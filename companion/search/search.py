@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -303,37 +303,34 @@ def step_beam_search(
             prefixes=[beam.token_ids for _, beam in going],
             **draw,
         )
-        fresh: list[tuple[_Search, Candidate, bool]] = []  # and whether it can go on
-        seen: set[tuple[int, tuple[int, ...]]] = set()
+        #: what is new, of which search, and whether it can go on; equal ones once
+        fresh: dict[tuple[int, tuple[int, ...]], tuple[_Search, Candidate, bool]] = {}
         for (search, _), group in zip(going, grown, strict=True):
             for sample in group:
                 search.n_generated += sample.n_tokens
                 key = (id(search), tuple(sample.token_ids))
-                if key not in seen:
-                    seen.add(key)
-                    new = Candidate(sample.text, sample.token_ids, sample.terminated, math.nan)
-                    fresh.append((search, new, sample.stopped))
+                new = Candidate(sample.text, sample.token_ids, sample.terminated, math.nan)
+                fresh.setdefault(key, (search, new, sample.stopped))
         rows = [
             {
                 "prompt": search.prompt,
                 "completions": split_steps(new.text, separator),
                 "terminated": new.terminated,
             }
-            for search, new, _ in fresh
+            for search, new, _ in fresh.values()
         ]
         values, reasons, read = score_rows(scorer, rows)
-        live: dict[int, list[Candidate]] = {id(search): [] for search in searches}
+        for search in searches:
+            search.beams = []
         for (search, new, goes_on), value, reason, tokens in zip(
-            fresh, values, reasons, read, strict=True
+            fresh.values(), values, reasons, read, strict=True
         ):
             search.n_scored += int(tokens)
-            scored = Candidate(new.text, new.token_ids, new.terminated, float(value), reason)
-            if goes_on and step < max_steps - 1 and reason is None:
-                live[id(search)].append(scored)
-            else:
-                search.ended.append(scored)
+            live = goes_on and step < max_steps - 1 and reason is None
+            scored = replace(new, score=float(value), reason=reason)
+            (search.beams if live else search.ended).append(scored)
         for search in searches:
-            search.beams = _places(live[id(search)], search.ended, beams)
+            search.beams = _places(search.beams, search.ended, beams)
     return [
         SearchResult(order(search.ended), search.n_generated, search.n_scored)
         for search in searches

@@ -300,9 +300,6 @@ class ExactBatches(_Base):
         """
         raise NotImplementedError
 
-    def _row_lengths(self, dataset: Any) -> list[int]:
-        return [max(map(len, self.own_collator.texts([row]))) for row in dataset]
-
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns: Any = [*self.ids, *self.extras, "row", "weight"]
@@ -317,53 +314,44 @@ class ExactBatches(_Base):
         dataloader_key: str | None = None,
     ) -> DataLoader[Any]:
         """As in transformers, over rows that include padding."""
-        name = self.args.length_column_name
-        lengths = None
-        if is_training and self.args.train_sampling_strategy == "group_by_length":
+        args, ranks = self.args, self.accelerator.num_processes
+        strategy = args.train_sampling_strategy if is_training else "sequential"
+        lengths: list[int] | None = None
+        if strategy == "group_by_length":
+            name = args.length_column_name
             lengths = (
-                list(dataset[name]) if name in dataset.column_names else self._row_lengths(dataset)
+                list(dataset[name])
+                if name in dataset.column_names
+                else [max(map(len, self.own_collator.texts([row]))) for row in dataset]
             )
         rows = self._remove_unused_columns(dataset, description=description)
-        rows = PaddedRows(rows, self.padding_row(rows[0]))
-
-        def sampler(_: Any) -> Sampler[int]:
-            return self._sampler(len(rows), batch_size, is_training, lengths)
-
-        loader = super()._get_dataloader(
-            rows,  # type: ignore[arg-type]
-            description,
-            batch_size,
-            sampler_fn=sampler,
-            is_training=is_training,
-            dataloader_key=dataloader_key,
-        )
-        return loader  # type: ignore[no-any-return]
-
-    def _sampler(
-        self, n_rows: int, batch_size: int, is_training: bool, lengths: list[int] | None
-    ) -> PaddedSampler:
-        args = self.args
-        ranks = self.accelerator.num_processes
         order = epoch_order(
-            n_rows,
-            args.train_sampling_strategy if is_training else "sequential",
+            len(rows),
+            strategy,
             seed=args.seed if args.data_seed is None else args.data_seed,
             lengths=lengths,
             step=batch_size * ranks * args.gradient_accumulation_steps,
             shuffle_steps=self.shuffle_steps,
         )
         drop_last = is_training and args.dataloader_drop_last
-        left_out = n_rows % (batch_size * ranks) if drop_last else 0
-        if left_out:
-            logger.warning(
-                f"dataloader_drop_last leaves {left_out} of {n_rows:,} rows out of an epoch"
-            )
         sampler = PaddedSampler(
-            order, n_rows, batch_size=batch_size, ranks=ranks, drop_last=drop_last
+            order, len(rows), batch_size=batch_size, ranks=ranks, drop_last=drop_last
         )
+        if len(sampler) < len(rows):
+            left_out = len(rows) - len(sampler)
+            logger.warning(
+                f"dataloader_drop_last leaves {left_out} of {len(rows):,} rows out of an epoch"
+            )
         if is_training:
             self._order = sampler
-        return sampler
+        return super()._get_dataloader(  # type: ignore[no-any-return]
+            PaddedRows(rows, self.padding_row(rows[0])),  # type: ignore[arg-type]
+            description,
+            batch_size,
+            sampler_fn=lambda _: sampler,
+            is_training=is_training,
+            dataloader_key=dataloader_key,
+        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         # accelerate's `set_epoch` does not reach a sampler below `skip_first_batches`, so a run

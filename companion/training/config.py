@@ -215,6 +215,17 @@ class ModelArguments(LoadArguments):
     )
     use_rslora: bool = setting(False, "Scale by alpha/sqrt(r) in place of alpha/r.")
 
+    @property
+    def lora(self) -> dict[str, Any]:
+        """The adapter, as :func:`companion.models.apply_lora` takes it."""
+        return {
+            "r": self.lora_r,
+            "alpha": self.lora_alpha,
+            "dropout": self.lora_dropout,
+            "target_modules": self.lora_target_modules or "all-linear",
+            "use_rslora": self.use_rslora,
+        }
+
 
 @dataclass
 class RowArguments(SourceArguments):
@@ -239,6 +250,13 @@ class DataArguments(RowArguments):
         "A 'margin' column as given, made from ratings, or none.",
         choices=["given", "ratings", "none"],
     )
+
+
+def require(**flags: Any) -> None:
+    """Refuse a run without the settings that it cannot do without."""
+    for flag, value in flags.items():
+        if not value:
+            raise CompanionError(f"--{flag} is missing", "give it as a flag or in the YAML file")
 
 
 def describe_settings(config: PairwiseRewardConfig, model: ModelArguments) -> dict[str, Any]:
@@ -269,16 +287,8 @@ def describe_settings(config: PairwiseRewardConfig, model: ModelArguments) -> di
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
     own = {f.name for f in fields(config)} - {f.name for f in fields(PairwiseRewardConfig)}
     settings |= {name: getattr(config, name) for name in sorted(own)}
-    settings["optim"] = str(getattr(config.optim, "value", config.optim))
-    settings["lr_scheduler_type"] = str(
-        getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
-    )
+    for name in ("optim", "lr_scheduler_type"):
+        settings[name] = str(getattr(settings[name], "value", settings[name]))
     if model.use_peft:
-        settings["lora"] = {
-            "r": model.lora_r,
-            "alpha": model.lora_alpha,
-            "dropout": model.lora_dropout,
-            "target_modules": model.lora_target_modules or "all-linear",
-            "use_rslora": model.use_rslora,
-        }
+        settings["lora"] = model.lora
     return settings

@@ -14,20 +14,15 @@ from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
 
 from companion.errors import ModelError
-from companion.training.batches import ItemTables
+from companion.training.batches import ExactBatches, ItemTables
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
-    from transformers import Trainer
-
-    _Base = Trainer
-else:
-    _Base = object
 
 logger = logging.getLogger(__name__)
 
 
-class ExactEvaluation(_Base):
+class ExactEvaluation(ExactBatches):
     """Replaces ``Trainer.evaluation_loop``, which averages what batches report.
 
     In transformers the loss of a batch is repeated batch-size times and averaged, and TRL's metrics
@@ -36,7 +31,15 @@ class ExactEvaluation(_Base):
     """
 
     def item_table(self, model: Any, inputs: Any) -> Any:
-        """Figures of each item of a batch, ``[B, columns]``; padding has 0 in its first column."""
+        """Score a batch: figures of each item, ``[B, columns]``.
+
+        The first columns are :data:`companion.training.trainer.REAL` (0 for padding) and so on.
+
+        Raises
+        ------
+        ModelError
+            If a score is not finite; the message names the rows.
+        """
         raise NotImplementedError
 
     def evaluated(self, table: Any) -> tuple[dict[str, float], Any]:

@@ -40,7 +40,7 @@ from companion.training.config import (
 from companion.training.kind import Kind
 from companion.training.rows import OVERLONG, FormatReport, check_columns, format_all, ids_feature
 from companion.training.run import Options, TrainingResult, train
-from companion.training.trainer import OWN, WEIGHT, ExactTrainer
+from companion.training.trainer import OWN, WEIGHT, ExactTrainer, make_table
 
 LOSSES = ("plackett_luce", "pairs")
 
@@ -194,18 +194,12 @@ class KwiseRewardTrainer(ExactTrainer, Trainer):
 
     args: KwiseRewardConfig
     config_class = KwiseRewardConfig
+    formats = staticmethod(format_rankings)
     collator_class = RankingCollator
     ids = ("completion_ids", "ranks")
     items = "prompts"
     predicted = slice(OWN + 4, None)
     wide = "ranks"
-
-    @classmethod
-    def format_rows(
-        cls, dataset: Dataset, formatter: RewardFormatter, args: Any, source: str
-    ) -> tuple[Dataset, FormatReport]:
-        """See :func:`format_rankings`."""
-        return format_rankings(dataset, formatter, source=source, num_proc=args.dataset_num_proc)
 
     def padding_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """One completion of one real token."""
@@ -228,13 +222,9 @@ class KwiseRewardTrainer(ExactTrainer, Trainer):
         right, pairs = ordered_pairs(scores.detach(), ranks, mask)
         top = best_is_best(scores.detach(), ranks, mask)
         lengths = text_lengths(inputs)[index.clamp(min=0)].masked_fill(~mask, 0)
-        head = torch.stack(
-            [inputs["real"], inputs["weight"], total, lengths.sum(dim=1), nll, right, pairs, top],
-            dim=1,
-        )
-        wide = scores.new_full((scores.shape[0], self._widest), float("nan"))
-        wide[:, : scores.shape[1]] = scores.detach().masked_fill(~mask, float("nan"))
-        return torch.cat([head, wide], dim=1)
+        head = make_table(inputs, total, lengths.sum(dim=1), nll, right, pairs, top)
+        own = scores.detach().masked_fill(~mask, float("nan"))
+        return torch.cat([head, self.wide_columns(own)], dim=1)
 
     def sums(self, table: Tensor) -> dict[str, SumCount]:
         """``nll`` and ``top1`` a prompt, ``accuracy`` over all ordered pairs."""

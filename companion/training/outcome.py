@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from companion.training.token_level import (
     TokenTrainer,
     text_logits,
 )
-from companion.training.trainer import OWN
+from companion.training.trainer import OWN, make_table
 
 REDUCTIONS = ("token", "sequence")
 #: column of the table with the value at the last token
@@ -165,9 +165,7 @@ class OutcomeCollator(TextCollator):
         prompts = torch.tensor([int(e.get("prompt_length", 0)) for e in examples])
         outcome = torch.tensor([int(e.get("label", 0)) for e in examples])
         lengths = text_lengths(batch)
-        seen = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-        width = seen.shape[1] if self.packing else batch["input_ids"].shape[1]
-        seen = torch.nn.functional.pad(seen, (0, width - seen.shape[1]))
+        seen = torch.arange(self.width(batch)) < lengths[:, None]
         labels = outcome_labels(seen, prompts, outcome)
         count = (labels != IGNORE_INDEX).sum(dim=1) if self.reduction == "token" else 1
         return {"labels": labels, "outcome": outcome, "weight": batch["real"] * count}
@@ -187,6 +185,10 @@ class OutcomeRewardTrainer(TokenTrainer):
 
     args: OutcomeRewardConfig
     config_class = OutcomeRewardConfig
+    formats = staticmethod(format_outcomes)
+    format_settings: ClassVar = {"chat": "as_chat"}
+    collator_class = OutcomeCollator
+    collator_settings = ("reduction",)
     ids = ("input_ids", "prompt_length", "label")
     predicted = slice(OWN + 1, None)
 
@@ -194,22 +196,6 @@ class OutcomeRewardTrainer(TokenTrainer):
     def readout(cls, args: Any) -> TokenReadout:
         """One logit, aggregated over the completion."""
         return TokenReadout("outcome", 1, args.aggregation, chat=args.as_chat)
-
-    @classmethod
-    def format_rows(
-        cls, dataset: Dataset, formatter: RewardFormatter, args: Any, source: str
-    ) -> tuple[Dataset, FormatReport]:
-        """See :func:`format_outcomes`."""
-        return format_outcomes(
-            dataset, formatter, chat=args.as_chat, source=source, num_proc=args.dataset_num_proc
-        )
-
-    @classmethod
-    def make_collator(cls, pad_token_id: int, args: Any, config: Any) -> OutcomeCollator:
-        """See :class:`OutcomeCollator`."""
-        return OutcomeCollator(
-            pad_token_id, args.pad_to_multiple_of, config, reduction=args.reduction
-        )
 
     def item_table(self, model: Any, inputs: Any) -> Tensor:
         """The kind's own columns: the outcome, and the four aggregates."""
@@ -221,9 +207,8 @@ class OutcomeRewardTrainer(TokenTrainer):
         self.refuse_not_finite(bad, inputs["row"])
         loss = outcome_loss(logits, labels).sum(dim=1) / counted.sum(dim=1)
         probabilities = torch.sigmoid(logits.detach()).masked_fill(~counted, 0.0)
-        columns = [inputs["real"], inputs["weight"], loss, text_lengths(inputs), inputs["outcome"]]
-        columns += [aggregate(probabilities, counted, how) for how in AGGREGATES]
-        return torch.stack([column.to(loss.dtype) for column in columns], dim=1)
+        values = (aggregate(probabilities, counted, how) for how in AGGREGATES)
+        return make_table(inputs, loss, text_lengths(inputs), inputs["outcome"], *values)
 
     def sums(self, table: Tensor) -> dict[str, SumCount]:
         """``accuracy``: the value at the last token against the outcome, a text."""

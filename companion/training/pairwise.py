@@ -39,7 +39,7 @@ from companion.training.rows import (
     ids_feature,
 )
 from companion.training.run import Options, TrainingResult, train
-from companion.training.trainer import OWN, ExactTrainer
+from companion.training.trainer import OWN, ExactTrainer, make_table
 
 IDS = ("chosen_ids", "rejected_ids")
 
@@ -171,19 +171,13 @@ class PairwiseRewardTrainer(ExactTrainer, RewardTrainer):
     """
 
     config_class = PairwiseRewardConfig
+    formats = staticmethod(format_pairs)
     collator_class = PairCollator
     ids = IDS
     extras = ("margin",)
     items = "pairs"
     total = "train_pairs"
     predicted = slice(OWN, OWN + 2)
-
-    @classmethod
-    def format_rows(
-        cls, dataset: Dataset, formatter: RewardFormatter, args: Any, source: str
-    ) -> tuple[Dataset, FormatReport]:
-        """See :func:`format_pairs`."""
-        return format_pairs(dataset, formatter, source=source, num_proc=args.dataset_num_proc)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
@@ -246,8 +240,7 @@ class PairwiseRewardTrainer(ExactTrainer, RewardTrainer):
             penalty = centering_penalty(chosen, rejected)
             loss = loss + self.args.center_rewards_coefficient * penalty
         first, second = lengths.to(loss.dtype).chunk(2)
-        columns = [inputs["real"], inputs["weight"], loss, first + second, chosen, rejected, nll]
-        table = torch.stack([column.to(loss.dtype) for column in columns], dim=1)
+        table = make_table(inputs, loss, first + second, chosen, rejected, nll)
         bad = ~torch.isfinite(table.detach()).all(dim=1) & (inputs["real"] > 0)
         self.refuse_not_finite(bad, inputs["row"])
         return table

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from companion.training.token_level import (
     TokenTrainer,
     text_logits,
 )
-from companion.training.trainer import OWN, WEIGHT
+from companion.training.trainer import OWN, WEIGHT, make_table
 
 
 @dataclass
@@ -207,8 +207,7 @@ class StepCollator(TextCollator):
             If a step ends outside of its text.
         """
         lengths = text_lengths(batch).tolist()
-        width = max(lengths) if self.packing else batch["input_ids"].shape[1]
-        labels = torch.full((len(examples), width), float(IGNORE_INDEX))
+        labels = torch.full((len(examples), self.width(batch)), float(IGNORE_INDEX))
         most = max((len(e["ends"]) for e in examples if "ends" in e), default=0)
         ends = torch.full((len(examples), max(most, 1)), -1)
         for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
@@ -238,6 +237,15 @@ class ProcessRewardTrainer(TokenTrainer):
 
     args: ProcessRewardConfig
     config_class = ProcessRewardConfig
+    formats = staticmethod(format_steps)
+    format_settings: ClassVar = {
+        "separator": "step_separator",
+        "label_type": "label_type",
+        "neutral": "neutral",
+        "chat": "as_chat",
+    }
+    collator_class = StepCollator
+    collator_settings = ("num_labels",)
     ids = ("input_ids", "ends", "targets")
     predicted = slice(OWN + 1, None)
     wide = "ends"
@@ -252,29 +260,6 @@ class ProcessRewardTrainer(TokenTrainer):
             separator=args.step_separator,
             step_score=args.step_score,
             chat=args.as_chat,
-        )
-
-    @classmethod
-    def format_rows(
-        cls, dataset: Dataset, formatter: RewardFormatter, args: Any, source: str
-    ) -> tuple[Dataset, FormatReport]:
-        """See :func:`format_steps`."""
-        return format_steps(
-            dataset,
-            formatter,
-            separator=args.step_separator,
-            label_type=args.label_type,
-            neutral=args.neutral,
-            chat=args.as_chat,
-            source=source,
-            num_proc=args.dataset_num_proc,
-        )
-
-    @classmethod
-    def make_collator(cls, pad_token_id: int, args: Any, config: Any) -> StepCollator:
-        """See :class:`StepCollator`."""
-        return StepCollator(
-            pad_token_id, args.pad_to_multiple_of, config, num_labels=args.num_labels
         )
 
     def item_table(self, model: Any, inputs: Any) -> Tensor:
@@ -295,13 +280,10 @@ class ProcessRewardTrainer(TokenTrainer):
         count = counted.sum(dim=1)
         # a row without any label has loss 0 and weight 0, not 0/0
         loss = losses.sum(dim=1) / count.clamp(min=1)
-        columns = [inputs["real"], inputs["weight"], loss, text_lengths(inputs)]
-        columns.append((right & counted).sum(dim=1))
-        head = torch.stack([column.to(loss.dtype) for column in columns], dim=1)
+        head = make_table(inputs, loss, text_lengths(inputs), (right & counted).sum(dim=1))
         at_ends = detached.gather(1, ends.clamp(min=0)[..., None].expand(-1, -1, logits.shape[-1]))
-        wide = detached.new_full((len(ends), self._widest, logits.shape[-1]), float("nan"))
-        wide[:, : ends.shape[1]] = at_ends.masked_fill((ends < 0)[..., None], float("nan"))
-        return torch.cat([head, wide.flatten(1)], dim=1)
+        own = at_ends.masked_fill((ends < 0)[..., None], float("nan"))
+        return torch.cat([head, self.wide_columns(own)], dim=1)
 
     def sums(self, table: Tensor) -> dict[str, SumCount]:
         """``accuracy`` over all labelled steps."""

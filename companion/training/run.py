@@ -16,7 +16,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from companion.data.loading import load_rows_with_report
+from companion.data.loading import load_rows, load_rows_with_report
 from companion.data.splits import dataset_fingerprint, overlap_report, prompt_key, split_by_prompt
 from companion.errors import CompanionError, DataError
 from companion.models.loading import load_base, load_reward_model
@@ -31,6 +31,7 @@ from companion.training.config import (
     RowArguments,
     SourceArguments,
     describe_settings,
+    require,
 )
 from companion.training.kind import E, Kind
 from companion.training.rows import FormatReport
@@ -132,10 +133,10 @@ def train(
         disable_progress_bars()
     _check_arguments(model, data)
     resume = checkpoint_of(config)
-    sets = load_sets(data, kind.rows)
-    notes = sets.notes
-    if main and sets.train_source != sets.held_out_source:
-        overlap = overlap_report(sets.train, sets.held_out)
+    sets, sources, notes = load_sets(data, kind.rows)
+    held_out = sets["held_out"]
+    if main and sources["train"] != sources["held_out"]:
+        overlap = overlap_report(sets["train"], held_out)
         if not overlap.clean:
             notes.append(
                 f"held-out prompts stand in the training rows: {overlap.shared_prompts:,} prompts, "
@@ -147,14 +148,14 @@ def train(
 
     formatted: dict[str, Dataset] = {}
     reports: dict[str, FormatReport] = {}
-    for name, part in sets.parts.items():
+    for name, part in sets.items():
         formatted[name], reports[name] = kind.trainer.format_rows(
             part, start.formatter, config, name.replace("_", " ")
         )
         tell(str(reports[name]))
     rows = formatted["held_out"]
-    calibration_rows, test_rows = _halves(sets.held_out, rows, data)
-    if calibration_rows is test_rows:
+    calibration_rows, test_rows = _halves(held_out, rows, data)
+    if calibration_rows == test_rows:
         notes.append(
             f"temperature and figures come from the same held-out {kind.rows}, which flatters the "
             "calibration a little"
@@ -182,11 +183,11 @@ def train(
 
     def scored(places: list[int]) -> E:
         own = rows.select(places)
-        given = [sets.held_out[row] for row in own["row"][:]]
+        given = [held_out[row] for row in own["row"][:]]
         return kind.scored(given, own, predictions[places], manifest)
 
     calibration = scored(calibration_rows)
-    for warning in calibration.calibrate(manifest, sets.held_out_source):
+    for warning in calibration.calibrate(manifest, sources["held_out"]):
         notes.append(warning)
         tell(f"note: {warning}")
     test = scored(test_rows)
@@ -194,8 +195,7 @@ def train(
     if main:
         manifest.metrics = test.measure().metrics
         manifest.data = {
-            name: _describe(source, part, reports[name])
-            for (name, part), source in zip(sets.parts.items(), sets.sources, strict=True)
+            name: _describe(sources[name], part, reports[name]) for name, part in sets.items()
         }
         manifest.data["held_out"] |= {"calibration": len(calibration), "test": len(test)}
     reward_model = _save(trainer, start, manifest)
@@ -215,29 +215,17 @@ def train(
 # ---------------------------------------------------------------------- rows
 
 
-@dataclass
-class RowSets:
-    """Rows to train on, rows to hold out, and where they came from."""
+def load_sets(
+    data: RowArguments, kind: str
+) -> tuple[dict[str, Dataset], dict[str, str], list[str]]:
+    """Rows of a kind, ``train`` and ``held_out``, split by prompt if need be.
 
-    train: Dataset
-    held_out: Dataset
-    train_source: str
-    held_out_source: str
-    notes: list[str]
-
-    @property
-    def sources(self) -> tuple[str, str]:
-        """Of both."""
-        return self.train_source, self.held_out_source
-
-    @property
-    def parts(self) -> dict[str, Dataset]:
-        """Both by name."""
-        return {"train": self.train, "held_out": self.held_out}
-
-
-def load_sets(data: RowArguments, kind: str = "pairs") -> RowSets:
-    """Load rows of a kind and split them by prompt.
+    Returns
+    -------
+    sets, sources : dict of str to Dataset, dict of str to str
+        The rows by name, and where they came from.
+    notes : list of str
+        What became of the rows.
 
     Raises
     ------
@@ -246,14 +234,14 @@ def load_sets(data: RowArguments, kind: str = "pairs") -> RowSets:
     """
     margins = {"margins": data.margins} if isinstance(data, DataArguments) else {}
     rows, held, notes = load_given(data, kind, **margins)
-    train_source = held_source = str(data.dataset_name)
+    source = held_source = str(data.dataset_name)
     if held is None:
-        train, held = split_by_prompt(rows, data.eval_fraction, seed=data.split_seed, exact=True)
-        return RowSets(train, held, train_source, held_source, notes)
-    held_source = f"{data.eval_dataset_name or data.dataset_name}"
-    if data.eval_dataset_name is None:
-        held_source += f" [{data.dataset_test_split}]"
-    return RowSets(rows, held, train_source, held_source, notes)
+        rows, held = split_by_prompt(rows, data.eval_fraction, seed=data.split_seed, exact=True)
+    elif data.eval_dataset_name is not None:
+        held_source = data.eval_dataset_name
+    else:
+        held_source = f"{source} [{data.dataset_test_split}]"
+    return {"train": rows, "held_out": held}, {"train": source, "held_out": held_source}, notes
 
 
 def load_given(
@@ -267,12 +255,12 @@ def load_given(
         For rows that cannot be used.
     """
     settings |= {"kind": kind, "on_error": data.on_error}
+    where: Any = {"name": data.dataset_config, "revision": data.dataset_revision}
     rows, report = load_rows_with_report(
         data.dataset_name,
         split=data.dataset_train_split,
-        name=data.dataset_config,
-        revision=data.dataset_revision,
         limit=data.limit,
+        **where,
         **settings,
     )
     notes = [f"{text} ({count:,} rows)" for text, count in report.notes.items()]
@@ -280,36 +268,29 @@ def load_given(
         notes += [f"{count:,} rows {word}: {why}" for why, count in counter.items()]
     if data.eval_dataset_name is None and data.dataset_test_split is None:
         return rows, None, notes
-    other = data.eval_dataset_name is not None
-    held, _ = load_rows_with_report(
-        data.eval_dataset_name if other else data.dataset_name,
-        split=data.dataset_test_split or "train",
-        name=None if other else data.dataset_config,
-        revision=None if other else data.dataset_revision,
-        **settings,
-    )
-    return rows, held, notes
+    source = data.dataset_name
+    if data.eval_dataset_name is not None:
+        source, where = data.eval_dataset_name, {}
+    split = data.dataset_test_split or "train"
+    return rows, load_rows(source, split=split, **where, **settings), notes
 
 
 def _halves(given: Dataset, rows: Dataset, data: RowArguments) -> tuple[list[int], list[int]]:
     """Split the formatted held-out rows by prompt: places for calibration, places for the figures.
 
-    They are the same list if ``calibration_fraction`` is 1, or there is but one prompt.
+    They are equal if ``calibration_fraction`` is 1, or there is but one prompt.
     """
     keys: list[dict[str, Any]] = [
         {"place": i, "key": prompt_key(given[row])} for i, row in enumerate(rows["row"][:])
     ]
-    everything = list(range(len(rows)))
-    if data.calibration_fraction >= 1:
-        return everything, everything
     try:
-        test, calibration = split_by_prompt(
+        halves = split_by_prompt(
             keys, data.calibration_fraction, seed=data.split_seed + 1, key="key", exact=True
         )
-    except DataError:
-        return everything, everything
-    places = [[row["place"] for row in part] for part in (calibration, test)]
-    return places[0], places[1]
+    except DataError:  # one half would be empty
+        halves = keys, keys
+    test, calibration = ([row["place"] for row in half] for half in halves)
+    return calibration, test
 
 
 def _describe(source: str, rows: Dataset, report: FormatReport) -> dict[str, Any]:
@@ -319,18 +300,15 @@ def _describe(source: str, rows: Dataset, report: FormatReport) -> dict[str, Any
 
 
 def _check_arguments(model: ModelArguments, data: RowArguments) -> None:
-    for flag, value in (
-        ("model_name_or_path", model.model_name_or_path),
-        ("dataset_name", data.dataset_name),
+    require(model_name_or_path=model.model_name_or_path, dataset_name=data.dataset_name)
+    for flag, good in (
+        ("eval_fraction", 0 < data.eval_fraction < 1),
+        ("calibration_fraction", 0 < data.calibration_fraction <= 1),
     ):
-        if not value:
-            raise CompanionError(f"--{flag} is missing", "give it as a flag or in the YAML file")
-    for flag, share, top in (
-        ("eval_fraction", data.eval_fraction, False),
-        ("calibration_fraction", data.calibration_fraction, True),
-    ):
-        if not (0 < share < 1 or (top and share == 1)):
-            raise CompanionError(f"--{flag} is {share}", "give a share between 0 and 1")
+        if not good:
+            raise CompanionError(
+                f"--{flag} is {getattr(data, flag)}", "give a share between 0 and 1"
+            )
 
 
 def checkpoint_of(config: TrainingArguments) -> str | None:

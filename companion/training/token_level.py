@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
-from companion.training.batches import Collator, forward_inputs
+from companion.training.batches import Collator, forward_inputs, text_lengths
 from companion.training.config import NO_OFFLOADING, PairwiseRewardConfig, not_offered, setting
 from companion.training.trainer import ExactTrainer
 
@@ -44,6 +44,10 @@ class TextCollator(Collator):
     def texts(self, examples: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """One a row."""
         return [list(e["input_ids"]) for e in examples]
+
+    def width(self, batch: Mapping[str, Any]) -> int:
+        """Columns of the labels: those of the padded batch; packed, tokens of the longest text."""
+        return int(text_lengths(batch).max()) if self.packing else batch["input_ids"].shape[1]
 
 
 def text_logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:

@@ -48,8 +48,8 @@ def tokenise_rows(
     *,
     kind: str,
     source: str,
-    num_proc: int | None = None,
-    arguments: Mapping[str, Any] | None = None,
+    num_proc: int | None,
+    arguments: Mapping[str, Any],
 ) -> Dataset:
     """Turn rows into rows of token ids, a batch at a time, by the one formatter.
 
@@ -81,7 +81,6 @@ def tokenise_rows(
     DataError
         For the first bad row, which it names.
     """
-    arguments = arguments or {}
     key = cache_key(dataset, formatter, kind, arguments, features)
     # a tokenizer in Python may do what neither vocabulary nor probe shows
     may_keep = bool(formatter.tokenizer.is_fast) and datasets.is_caching_enabled()

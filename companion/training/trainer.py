@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,7 +49,7 @@ from companion.models.loading import load_base
 from companion.models.lora import apply_lora
 from companion.models.readout import Readout, ScalarReadout
 from companion.models.reward_model import RewardModel
-from companion.training.batches import Collator, ExactBatches, ItemTables
+from companion.training.batches import Collator, ItemTables
 from companion.training.config import ModelArguments, PairwiseRewardConfig
 from companion.training.evaluation_loop import ExactEvaluation
 from companion.training.forward import (
@@ -68,7 +68,13 @@ logger = logging.getLogger(__name__)
 REAL, WEIGHT, LOSS, TOKENS, OWN = range(5)
 
 
-class ExactTrainer(ExactBatches, ExactEvaluation):
+def make_table(inputs: Mapping[str, Any], loss: Tensor, tokens: Tensor, *own: Tensor) -> Tensor:
+    """Columns ``[B]`` to the table of a batch, ``[B, 4 + len(own)]`` in the dtype of the loss."""
+    columns = (inputs["real"], inputs["weight"], loss, tokens, *own)
+    return torch.stack([column.to(loss.dtype) for column in columns], dim=1)
+
+
+class ExactTrainer(ExactEvaluation):
     """Base of the trainers of all kinds. Chapters 3, 4 and 8.
 
     Parameters
@@ -110,8 +116,13 @@ class ExactTrainer(ExactBatches, ExactEvaluation):
     args: PairwiseRewardConfig
     #: class of the settings
     config_class: ClassVar[type[PairwiseRewardConfig]]
-    #: class of what makes a batch
+    #: tokenises rows of the kind: ``formats(rows, formatter, source=…, num_proc=…, …)``
+    formats: ClassVar[Callable[..., tuple[Dataset, FormatReport]]]
+    #: what else it takes, and the name of that setting
+    format_settings: ClassVar[Mapping[str, str]] = {}
+    #: class of what makes a batch, and the settings that it takes
     collator_class: ClassVar[type[Collator]]
+    collator_settings: ClassVar[tuple[str, ...]] = ()
     #: the columns of the table that ``predict`` gives
     predicted: ClassVar[slice]
     #: a column whose longest list makes tables wide, so that all are equally wide
@@ -151,7 +162,9 @@ class ExactTrainer(ExactBatches, ExactEvaluation):
         check_tokenizer_and_config(processing_class, model.config)
         _prepare_head(model, self.labels(args), kwargs.get("peft_config"))
         train_dataset = self.prepare_rows(train_dataset, "train")
-        own = self.make_collator(processing_class.pad_token_id, args, model.config)
+        named = ("pad_to_multiple_of", *self.collator_settings)
+        settings = {name: getattr(args, name) for name in named}
+        own = self.collator_class(processing_class.pad_token_id, config=model.config, **settings)
         self.own_collator = own
         super().__init__(
             model=model,
@@ -188,7 +201,8 @@ class ExactTrainer(ExactBatches, ExactEvaluation):
         cls, dataset: Dataset, formatter: RewardFormatter, args: Any, source: str
     ) -> tuple[Dataset, FormatReport]:
         """Rows of the kind to rows of token ids, with their ``row`` and ``length``."""
-        raise NotImplementedError
+        own = {name: getattr(args, of) for name, of in cls.format_settings.items()}
+        return cls.formats(dataset, formatter, source=source, num_proc=args.dataset_num_proc, **own)
 
     def check_rows(
         self, dataset: Dataset, source: str
@@ -197,21 +211,6 @@ class ExactTrainer(ExactBatches, ExactEvaluation):
         if not len(dataset):
             raise DataError(f"{source}: there are no rows")
         return range(len(dataset)), None
-
-    @classmethod
-    def make_collator(cls, pad_token_id: int, args: Any, config: Any) -> Collator:
-        """From rows of token ids to a batch; its ``packing`` is set by the trainer."""
-        return cls.collator_class(pad_token_id, args.pad_to_multiple_of, config)
-
-    def item_table(self, model: Any, inputs: Any) -> Tensor:
-        """Score a batch; ``[B, columns]``, the first of which are :data:`REAL` and so on.
-
-        Raises
-        ------
-        ModelError
-            If a score is not finite; the message names the rows.
-        """
-        raise NotImplementedError
 
     def sums(self, table: Tensor) -> dict[str, SumCount]:
         """The kind's own means, as sums and counts, of a table on the CPU."""
@@ -318,6 +317,11 @@ class ExactTrainer(ExactBatches, ExactEvaluation):
         figures["tokens"] = sums["tokens"].sum
         figures["weight"] = float(sums["loss"].count)
         return figures
+
+    def wide_columns(self, values: Tensor) -> Tensor:
+        """``[B, W, …]`` to columns of a table, filled up with NaN to those of the widest row."""
+        filling = [0, 0] * (values.dim() - 2) + [0, self._widest - values.shape[1]]
+        return nn.functional.pad(values, filling, value=float("nan")).flatten(1)
 
     def evaluated(self, table: Tensor) -> tuple[dict[str, float], Any]:
         """Figures, and the predictions ``[n, columns]`` float32."""
@@ -458,14 +462,7 @@ def load_start(
         )
         _fit_positions(start, config)
         if model.use_peft:
-            apply_lora(
-                start,
-                r=model.lora_r,
-                alpha=model.lora_alpha,
-                dropout=model.lora_dropout,
-                target_modules=model.lora_target_modules or "all-linear",
-                use_rslora=model.use_rslora,
-            )
+            apply_lora(start, **model.lora)
         return start
 
 
@@ -608,15 +605,10 @@ class TrainingProgress(ProgressCallback):
         for key in [key for key in logs if key.endswith("_accuracy")]:
             name = key.removesuffix("accuracy")
             loss = logs.get(name + "nll", logs.get(name + "loss", float("nan")))
+            which = name.removeprefix("eval_").strip("_")  # 'eval_hard_' is the set 'hard'
             counts = [k for k in logs if k.startswith(name + "num_")]
             counted = "".join(f", {logs[k]:,.0f} {k.removeprefix(name + 'num_')}" for k in counts)
             bar.write(
-                f"step {state.global_step:>6,}  held out{_which(name)}: "
+                f"step {state.global_step:>6,}  held out{f' ({which})' if which else ''}: "
                 f"accuracy {logs[key]:.3f}, loss {loss:.3f} nats{counted}"
             )
-
-
-def _which(prefix: str) -> str:
-    """The name of one of several evaluation sets: 'eval_hard_' is the set 'hard'."""
-    inner = prefix.removeprefix("eval_").strip("_")
-    return f" ({inner})" if inner else ""
