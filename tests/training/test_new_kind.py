@@ -33,9 +33,8 @@ from companion.training import (
     ExactTrainer,
     FormatReport,
     Kind,
-    forward_inputs,
 )
-from companion.training.batches import text_lengths
+from companion.training.batches import forward_inputs, text_lengths
 from companion.training.config import not_offered
 from companion.training.rows import format_all, ids_feature
 from companion.training.trainer import OWN
