@@ -146,39 +146,38 @@ def _prompts(rng: random.Random, row_id: str, dials: Dials) -> Row:
     return {"id": row_id, "prompt": _user(problem.prompt), "answer": problem.answer}
 
 
-#: Canaries: what differs between the two completions, and which is better beyond doubt.
-_CANARIES: Final = ("right", "right_but_rude", "step", "greeting", "tone", "brevity")
-
-
 _PLAIN: Final = Style(False, 0, "plain")
-#: of the better and the worse one; others are plain, and without mistakes
-_CANARY_STYLES: Final = {
-    "right_but_rude": (Style(False, -1, "plain"), Style(True, 1, "plain")),
-    "greeting": (Style(True, 0, "plain"), _PLAIN),
-    "tone": (Style(False, 1, "plain"), Style(False, -1, "plain")),
-    "brevity": (Style(False, 0, "terse"), Style(False, 0, "wordy")),
+#: Canaries: what differs between the two completions, and of the better and then the worse one the
+#: style, the error rate of its steps and whether its answer is right.
+_CANARIES: Final = {
+    "right": ((_PLAIN, 0.0, True), (_PLAIN, 0.6, False)),
+    "right_but_rude": (
+        (Style(False, -1, "plain"), 0.0, True),
+        (Style(True, 1, "plain"), 0.6, False),
+    ),
+    "step": ((_PLAIN, 0.4, False), (_PLAIN, 0.8, False)),
+    "greeting": ((Style(True, 0, "plain"), 0.0, True), (_PLAIN, 0.0, True)),
+    "tone": ((Style(False, 1, "plain"), 0.0, True), (Style(False, -1, "plain"), 0.0, True)),
+    "brevity": ((Style(False, 0, "terse"), 0.0, True), (Style(False, 0, "wordy"), 0.0, True)),
 }
-_CANARY_ERRORS: Final = {"right": (0.0, 0.6), "right_but_rude": (0.0, 0.6), "step": (0.4, 0.8)}
 
 
 def _canaries(rng: random.Random, row_id: str, dials: Dials) -> Row:
     """A pair that differs in one known thing (in two for ``right_but_rude``); chosen is better."""
-    kind = _CANARIES[int(row_id.rsplit("/", 1)[1]) % len(_CANARIES)]
+    kind = list(_CANARIES)[int(row_id.rsplit("/", 1)[1]) % len(_CANARIES)]
     while True:
         problem = draw_problem(rng)
-        better, worse = _CANARY_STYLES.get(kind, (_PLAIN, _PLAIN))
-        right, wrong = _CANARY_ERRORS.get(kind, (0.0, 0.0))
         good, bad = (
             draw_solution(rng, problem, misreads=dials.misreads, error_rate=rate, style=style).text
-            for rate, style in ((right, better), (wrong, worse))
+            for style, rate, _ in _CANARIES[kind]
         )
         grades = grade(problem, good), grade(problem, bad)
-        wanted = {"right": (1, 0), "right_but_rude": (1, 0), "step": (0, 0)}.get(kind, (1, 1))
-        if tuple(int(g.correct) for g in grades) == wanted and grades[0].reward > grades[1].reward:
+        as_meant = all(
+            g.correct == side[2] for g, side in zip(grades, _CANARIES[kind], strict=True)
+        )
+        if as_meant and grades[0].reward > grades[1].reward:
             p = preference_probability(*grades, dials)
-            row = _pair_row(row_id, problem, (good, bad), grades, True, p)
-            row["subset"] = kind
-            return row
+            return _pair_row(row_id, problem, (good, bad), grades, True, p) | {"subset": kind}
 
 
 _MAKERS: Final[dict[str, Callable[[random.Random, str, Dials], Row]]] = {
