@@ -266,11 +266,8 @@ def train_base(
             figures = measure_base(model, tokenizer, n=200, seed=1)
             model.save_pretrained(output)
             log.append({"step": step + 1, "tokens": seen, "loss": mean, **figures})
-            bar.write(
-                json.dumps(
-                    {k: round(v, 4) for k, v in log[-1].items()} | {"s": round(time.time() - start)}
-                )
-            )
+            shown = {name: round(value, 4) for name, value in log[-1].items()}
+            bar.write(json.dumps(shown | {"s": round(time.time() - start)}))
     model.save_pretrained(output)
     figures = measure_base(model, tokenizer, n=n_measured, seed=2)
     record = {"config": asdict(config), "figures": figures, "log": log}

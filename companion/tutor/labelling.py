@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -49,10 +49,6 @@ class Dials:
                 raise DataError(f"dial {name}={value} is outside [0, {high}]")
         if self.annotators < 1 or self.disagreement < 0:
             raise DataError("annotators must be at least 1 and disagreement at least 0")
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        return tuple(field.name for field in fields(cls))
 
 
 def _sigmoid(x: float) -> float:
