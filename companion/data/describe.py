@@ -36,9 +36,7 @@ def describe_rows(rows: Iterable[Mapping[str, Any]], kind: str | None = None) ->
     columns: dict[str, None] = {}
     prompts: set[str] = set()
     forms: Counter[str] = Counter()
-    longer = shorter = equal = total = 0
     for row in rows:
-        total += 1
         columns.update(dict.fromkeys(row))
         if row.get("prompt") is not None or "chosen" in row:
             prompts.add(prompt_key(row))
@@ -50,14 +48,11 @@ def describe_rows(rows: Iterable[Mapping[str, Any]], kind: str | None = None) ->
                 lengths.setdefault(name, []).append(len(plain(row[name])))
         for text in row.get("completions") or []:
             lengths.setdefault("completions", []).append(len(plain(text)))
-        if "chosen" in row:
-            gap = lengths["chosen"][-1] - lengths["rejected"][-1]
-            longer, shorter, equal = longer + (gap > 0), shorter + (gap < 0), equal + (gap == 0)
         given = row["labels"] if "labels" in row else [row["label"]] if "label" in row else []
         # soft labels are counted by tenths
         labels.update(f"{x:.1f}" if isinstance(x, float) else str(x) for x in given)
     out: dict[str, Any] = {
-        "rows": total,
+        "rows": forms.total(),
         "kind": kind or detect_kind(columns),
         "prompts": len(prompts),
         "form": dict(forms),
@@ -66,9 +61,10 @@ def describe_rows(rows: Iterable[Mapping[str, Any]], kind: str | None = None) ->
         "subsets": dict(subsets.most_common()),
     }
     if "chosen" in columns:
-        unequal = longer + shorter
-        out["longer_wins"] = longer / unequal if unequal else None
-        out["equal_length"] = equal
+        gaps = [c - r for c, r in zip(lengths["chosen"], lengths["rejected"], strict=True)]
+        unequal = len(gaps) - gaps.count(0)
+        out["longer_wins"] = sum(gap > 0 for gap in gaps) / unequal if unequal else None
+        out["equal_length"] = gaps.count(0)
     if labels:
         out["labels"] = dict(labels.most_common())
     return out

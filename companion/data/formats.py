@@ -95,8 +95,6 @@ class Conversion:
     ----------
     kind, layout : str
         What comes out, what goes in.
-    convert : callable
-        One row of the source to a list of rows. Raises RowError.
     left_out, notes : Counter
         As in :class:`companion.data.LoadReport`.
     """
@@ -112,6 +110,7 @@ class Conversion:
         return Conversion(self.kind, self.layout, self.margins)
 
     def __call__(self, row: Mapping[str, Any]) -> list[Row]:
+        """One row of the source to a list of rows. Raises RowError."""
         return _CONVERTERS[self.kind, self.layout](row, self)
 
 
@@ -137,18 +136,15 @@ def detect_kind(columns: Iterable[str]) -> str:
 
 def _layout(names: set[str], kind: str) -> str | None:
     judged = names & set(VERDICT_COLUMNS) and any(set(s) <= names for s in SIDE_COLUMNS)
-    ranked = "completions" in names and "labels" not in names
-    if kind == "pairs":
-        if names & {"chosen", "rejected"}:
-            return "preferences"
-        return "judgements" if judged else "rankings" if ranked else None
-    if kind == "rankings":
-        return "rankings" if ranked else None
-    if kind == "steps":
-        return "steps" if names & {"labels"} else None
-    if kind == "outcomes":
-        return "outcomes" if names & {"completion", "label"} and "chosen" not in names else None
-    return "prompts" if names & {"prompt", "instruction"} else None
+    fits = {
+        "preferences": names & {"chosen", "rejected"},
+        "judgements": judged,
+        "rankings": "completions" in names and "labels" not in names,
+        "outcomes": names & {"completion", "label"} and "chosen" not in names,
+        "steps": "labels" in names,
+        "prompts": names & {"prompt", "instruction"},
+    }
+    return next((layout for of, layout in _CONVERTERS if of == kind and fits[layout]), None)
 
 
 def find_conversion(columns: Iterable[str], kind: str, margins: str = "given") -> Conversion:
@@ -211,16 +207,6 @@ def finite(value: Any, name: str, reason: str) -> float:
     if not math.isfinite(value):
         raise RowError(reason, name, f"{value}")
     return float(value)
-
-
-def shared_prompt(chosen: list[Message], rejected: list[Message]) -> tuple[Text, Text, Text]:
-    """Split two conversations into the prompt they share and what follows (TRL's rule)."""
-    from trl.data_utils import extract_prompt  # heavy, and few files need it
-
-    parts: Any = extract_prompt({"chosen": chosen, "rejected": rejected})
-    if not parts["prompt"]:
-        raise RowError("no shared prompt", "chosen", "the first messages differ")
-    return parts["prompt"], parts["chosen"], parts["rejected"]
 
 
 def _one_form(prompt: Text, completion: Text, notes: Counter[str]) -> tuple[Text, Text]:
@@ -303,7 +289,13 @@ def _fit_forms(
             notes["prompt stood in both completions too"] += 1
             return prompt, chosen[n:], rejected[n:]
         return prompt, chosen, rejected
-    return shared_prompt(chosen, rejected)
+    from trl.data_utils import extract_prompt  # heavy, and few files need it
+
+    # what both conversations begin with is the prompt (TRL's rule)
+    parts: Any = extract_prompt({"chosen": chosen, "rejected": rejected})
+    if not parts["prompt"]:
+        raise RowError("no shared prompt", "chosen", "the first messages differ")
+    return parts["prompt"], parts["chosen"], parts["rejected"]
 
 
 def _margin(row: Mapping[str, Any], how: Conversion) -> dict[str, float]:
@@ -392,19 +384,17 @@ def _judged_pair(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     """
     sides, name = side_columns(row), verdict_column(row)
     side = verdict_side(require(row, name), name)
-    first, second = require(row, sides[0]), require(row, sides[1])
+    texts = {column: require(row, column) for column in sides}
     if side in ("tie", "none"):
         how.left_out["ties" if side == "tie" else "pairs without a verdict"] += 1
         return []
-    chosen, rejected = (first, second) if side == "a" else (second, first)
-    pair = without(row, *sides) | {"chosen": chosen, "rejected": rejected}
+    best, worst = sides if side == "a" else sides[::-1]
     try:
-        return preference_pair(pair, how)
-    except RowError as error:
-        own = dict(zip(("chosen", "rejected"), sides if side == "a" else sides[::-1], strict=True))
-        raise RowError(
-            error.reason, own.get(error.field or "", error.field), error.detail
-        ) from error
+        pair = {"chosen": texts[best], "rejected": texts[worst]}
+        return preference_pair(without(row, *sides) | pair, how)
+    except RowError as error:  # it names the field as the row does
+        error.field = {"chosen": best, "rejected": worst}.get(error.field or "", error.field)
+        raise
 
 
 # ---------------------------------------------------------------------- the other kinds
@@ -421,9 +411,7 @@ def _ranking(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     """K completions with ranks or ratings, in lists or as items (UltraFeedback's form)."""
     row = _with_prompt(row)
     prompt = prompt_of(row)
-    items = require(row, "completions")
-    if not isinstance(items, list):
-        raise RowError("wrong type", "completions", f"{type(items).__name__}, no list")
+    items = _list(require(row, "completions"), "completions")
     if len(items) < 2:
         raise RowError("too few completions", "completions", f"{len(items)}")
     texts: list[Any] = items
@@ -465,7 +453,8 @@ def _ranking(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     if fitted[0] != (prompt, cleaned[0]):
         how.notes["text beside messages made a message"] += 1
     if ratings is not None:
-        values = _numbers(ratings, "ratings", len(texts))
+        ratings = _list(ratings, "ratings", len(texts))
+        values = [finite(v, f"ratings[{i}]", "rating not finite") for i, v in enumerate(ratings)]
         out["ratings"] = values
         # Equal ratings share a rank; 1 is best.
         out["ranks"] = [1.0 + sum(other > value for other in values) for value in values]
@@ -478,22 +467,25 @@ def _first_filled(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
     return next((name for name in names if row.get(name) is not None), None)
 
 
-def _numbers(values: Any, name: str, size: int) -> list[float]:
-    if not isinstance(values, list):
-        raise RowError("wrong type", name, f"{type(values).__name__}, no list")
-    if len(values) != size:
-        raise RowError("lengths differ", name, f"{size} completions and {len(values)} {name}")
-    return [finite(v, f"{name}[{i}]", "rating not finite") for i, v in enumerate(values)]
+def _list(value: Any, name: str, n_completions: int | None = None) -> list[Any]:
+    """The value if it is a list, and one of as many items as there are completions."""
+    if not isinstance(value, list):
+        raise RowError("wrong type", name, f"{type(value).__name__}, no list")
+    if n_completions is not None and len(value) != n_completions:
+        detail = f"{n_completions} completions and {len(value)} {name}"
+        raise RowError("lengths differ", name, detail)
+    return value
 
 
 def _ranks(values: Any, size: int) -> list[float | None]:
     """Ranks, null where a completion has none; at least two must have one."""
-    if not isinstance(values, list):
-        return list(_numbers(values, "ranks", size))  # raises
-    ranked = _numbers([0 if value is None else value for value in values], "ranks", size)
-    if size - values.count(None) < 2:
+    ranks = [
+        None if value is None else finite(value, f"ranks[{i}]", "rating not finite")
+        for i, value in enumerate(_list(values, "ranks", size))
+    ]
+    if size - ranks.count(None) < 2:
         raise RowError("null", "ranks", "fewer than two completions have a rank")
-    return [None if value is None else rank for value, rank in zip(values, ranked, strict=True)]
+    return ranks
 
 
 def _outcome(row: Mapping[str, Any], how: Conversion) -> list[Row]:
@@ -510,12 +502,7 @@ def _outcome(row: Mapping[str, Any], how: Conversion) -> list[Row]:
 def _step_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     prompt = prompt_of(row)
     steps, labels = require(row, "completions"), require(row, "labels")
-    for name, value in (("completions", steps), ("labels", labels)):
-        if not isinstance(value, list):
-            raise RowError("wrong type", name, f"{type(value).__name__}, no list")
-    if len(steps) != len(labels):
-        detail = f"{len(steps)} completions and {len(labels)} labels"
-        raise RowError("lengths differ", "labels", detail)
+    _list(labels, "labels", len(_list(steps, "completions")))
     if not steps:
         raise RowError("empty completion", "completions", "no steps")
     for i, step in enumerate(steps):
@@ -530,10 +517,7 @@ def _step_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:
         given = {float}
     if len(given) > 1:
         raise RowError("mixed types", "labels", " and ".join(sorted(t.__name__ for t in given)))
-    clean: list[float | int | None] = [
-        _soft_label(label, i) if given == {float} else _step_label(label, i)
-        for i, label in enumerate(labels)
-    ]
+    clean = [_step_label(label, i, soft=given == {float}) for i, label in enumerate(labels)]
     # Some files write wrong steps as 0; here 0 is 'neutral'. Whether −1 ever occurs is known at the
     # end of the file only, so both are counted.
     how.notes[_SOFT] += float in given
@@ -560,24 +544,17 @@ def closing_notes(how: Conversion) -> None:
         )
 
 
-def _step_label(label: Any, index: int) -> int | None:
+def _step_label(label: Any, index: int, *, soft: bool) -> float | None:
+    """+1, 0 or −1, also from true and false; soft: a probability that the step is good."""
     if label is None:
         return None
     if isinstance(label, bool):
         return 1 if label else -1
-    if isinstance(label, int) and label in (-1, 0, 1):
+    if soft and 0 <= label <= 1:
+        return float(label)
+    if not soft and isinstance(label, int) and label in (-1, 0, 1):
         return label
     raise RowError("unknown label", f"labels[{index}]", f"{label!r}")
-
-
-def _soft_label(label: Any, index: int) -> float | None:
-    """A probability that the step is good."""
-    if label is None:
-        return None
-    value = finite(label, f"labels[{index}]", "unknown label")
-    if not 0 <= value <= 1:
-        raise RowError("unknown label", f"labels[{index}]", f"{label!r}")
-    return value
 
 
 def _prompt_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -118,27 +119,32 @@ def load_rows_with_report(
         raise DataError(f"limit={limit} keeps no rows", "give a positive number, or None for all")
     rename = dict(columns or {})
     label, raw = open_source(source, split=split, name=name, revision=revision, rename=rename)
-    records = (_renamed(record, rename) for record in raw)
+    records = ((where, _renamed(row, rename, where)) for where, row in raw)
     # The first rows show the columns and the usual form, so that an odd first row is the odd one.
     probe = list(islice(records, _PROBE))
-    usable = [record.row for record in probe if record.row is not None]
+    usable = [row for _, row in probe if isinstance(row, dict)]
     if not probe:
         raise DataError(f"{label}: empty dataset, no rows", "check the file and the split")
     names = {column for row in usable for column in row}
-    _check_renaming(rename, names, label)
+    if missing := [old for old, new in rename.items() if new not in names]:
+        raise DataError(
+            f"{label}: no column {missing[0]!r} to rename",
+            f"there are: {', '.join(sorted(names))}",
+        )
     if usable:
         kind = detect_kind(names) if kind == "auto" else kind
         how = find_conversion(names, kind, margins)
     else:
         how = Conversion(kind, "unreadable rows", margins)
     usual = _usual_signature(usable, how)
-    report = LoadReport(label, kind, how.layout, max_problems=max_problems)
-    report.notes, report.left_out = how.notes, how.left_out
+    report = LoadReport(
+        label, kind, how.layout, left_out=how.left_out, notes=how.notes, max_problems=max_problems
+    )
     builder = _TableBuilder()
     for record in chain(probe, records):
         report.rows_read += 1
         for row in _convert(record, how, usual, report):
-            builder.add(row, record.where)
+            builder.add(row, record[0])
         if limit is not None and builder.n_rows >= limit and split_name(split) == split:
             break
     closing_notes(how)
@@ -157,28 +163,19 @@ def load_rows_with_report(
     return dataset, report
 
 
-def _renamed(record: Record, rename: Mapping[str, str]) -> Record:
-    if record.row is None or not rename:
-        return record
+def _renamed(given: Row | RowError, rename: Mapping[str, str], where: str) -> Row | RowError:
+    if isinstance(given, RowError) or not rename:
+        return given
     row: Row = {}
-    for key, value in record.row.items():
+    for key, value in given.items():
         new = rename.get(key, key)
-        if new in row or (new != key and new in record.row and new not in rename):
+        if new in row or (new != key and new in given and new not in rename):
             raise DataError(
-                f"{record.where}: renaming {key!r} to {new!r} meets a column of that name",
+                f"{where}: renaming {key!r} to {new!r} meets a column of that name",
                 f"rename that one too, e.g. columns={{{new!r}: 'old_{new}'}}",
             )
         row[new] = value
-    return Record(record.where, row=row)
-
-
-def _check_renaming(rename: Mapping[str, str], names: set[str], label: str) -> None:
-    for old, new in rename.items():
-        if new not in names:
-            raise DataError(
-                f"{label}: no column {old!r} to rename",
-                f"there are: {', '.join(sorted(names))}",
-            )
+    return row
 
 
 def _usual_signature(rows: list[Row], how: Conversion) -> dict[str, str]:
@@ -186,28 +183,26 @@ def _usual_signature(rows: list[Row], how: Conversion) -> dict[str, str]:
     trial = how.afresh()
     seen: dict[str, Counter[str]] = {}
     for row in rows:
-        try:
-            converted = trial(row)
-        except RowError:
-            continue
-        for key, value in (item for new in converted[:1] for item in signature(new).items()):
-            seen.setdefault(key, Counter())[value] += 1
+        with suppress(RowError):
+            for converted in trial(row)[:1]:
+                for key, value in signature(converted).items():
+                    seen.setdefault(key, Counter())[value] += 1
     return {key: counts.most_common(1)[0][0] for key, counts in seen.items()}
 
 
 def _convert(
     record: Record, how: Conversion, usual: Mapping[str, str], report: LoadReport
 ) -> list[Row]:
-    if record.problem is not None or record.row is None:
-        report.add(record.problem or RowProblem(record.where, "not a row"))
-        return []
+    where, given = record
     one = how.afresh()  # a row that fails half-way must not leave its notes behind
     try:
-        rows = one(record.row)
+        if isinstance(given, RowError):
+            raise given
+        rows = one(given)
         for row in rows:
-            _check_signature(row, record.row, usual)
+            _check_signature(row, given, usual)
     except RowError as error:
-        report.add(RowProblem.of(error, record.where))
+        report.add(RowProblem.of(error, where))
         return []
     how.notes.update(one.notes)
     how.left_out.update(one.left_out)
@@ -228,16 +223,16 @@ def _check_signature(row: Row, given: Row, usual: Mapping[str, str]) -> None:
 
 def _slice(dataset: Dataset, split: str, limit: int | None) -> Dataset:
     """``train[:10%]`` by the rules of `datasets`, and the limit."""
-    if split_name(split) != split:
+    base = split_name(split)
+    if base != split:
         from datasets import ReadInstruction
 
-        base = split_name(split)
         try:
             parts = ReadInstruction.from_spec(split).to_absolute({base: len(dataset)})
         except (ValueError, AssertionError) as error:
             raise DataError(
                 f"split {split!r}: {error}", "write e.g. train[:100] or train[:10%]"
-            ) from (error)
+            ) from error
         keep = [i for part in parts for i in range(len(dataset))[part.from_ : part.to]]
         if not keep:
             raise DataError(f"split {split!r} holds none of {len(dataset):,} rows")

@@ -142,14 +142,6 @@ class LoadReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for a JSON file."""
-        return {
-            "source": self.source,
-            "kind": self.kind,
-            "layout": self.layout,
-            "rows_read": self.rows_read,
-            "rows_kept": self.rows_kept,
-            "skipped": dict(self.skipped),
-            "left_out": dict(self.left_out),
-            "notes": dict(self.notes),
-            "problems": [str(problem) for problem in self.problems],
-        }
+        out = {key: dict(v) if isinstance(v, Counter) else v for key, v in vars(self).items()}
+        del out["max_problems"]
+        return out | {"problems": [str(problem) for problem in self.problems]}

@@ -1,6 +1,6 @@
 """Raw rows with their places, from files of every format.
 
-A reader yields :class:`Record`: the row, or what was wrong with the line. It checks nothing else.
+A reader yields a :data:`Record`: the row, or what was wrong with the line. It checks nothing else.
 What makes a whole file unusable (missing, cut short, not what its name says) raises DataError.
 Chapter 4.
 """
@@ -14,13 +14,12 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TextIO
 
-from companion.data.problems import RowProblem
+from companion.data.problems import RowError, RowProblem
 from companion.errors import DataError
 
 #: suffix (without .gz) -> format
@@ -33,21 +32,11 @@ FORMATS: Final = {
     ".parquet": "parquet",
 }
 
-#: fields that a CSV cell holds as JSON, as a number, as true or false, as text or messages
-_CSV_JSON: Final = ("completions", "labels", "ranks", "ratings", "scores", "rest")
-_CSV_NUMBER: Final = ("margin",)
-_CSV_TEXT: Final = ("prompt", "chosen", "rejected", "completion", "a", "b", "instruction")
-_CSV_KEEP: Final = ("id", "subset", "source", "licence", "preference", "winner")
 _NUMBER: Final = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 
 
-@dataclass(frozen=True)
-class Record:
-    """One row of a source: ``row``, or the ``problem`` with its line; ``where`` names the place."""
-
-    where: str
-    row: dict[str, Any] | None = None
-    problem: RowProblem | None = None
+#: The place of a row of a source, and the row or what is wrong with it.
+Record = tuple[str, dict[str, Any] | RowError]
 
 
 def file_format(path: Path) -> str | None:
@@ -83,21 +72,20 @@ def read_file(path: Path, rename: Mapping[str, str] | None = None) -> Iterator[R
     with _open_bytes(path) as handle:
         if kind == "jsonl":
             yield from _read_jsonl(handle, path.name)
+            return
+        text = io.TextIOWrapper(handle, encoding="utf-8-sig", newline="")
+        if kind == "json":
+            yield from _read_json(text, path.name)
         else:
-            text = io.TextIOWrapper(handle, encoding="utf-8-sig", newline="")
-            if kind == "json":
-                yield from _read_json(text, path.name)
-            else:
-                delimiter = "\t" if kind == "tsv" else ","
-                yield from _read_csv(text, path.name, delimiter, rename or {})
+            yield from _read_csv(text, path.name, "\t" if kind == "tsv" else ",", rename or {})
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and row of each row of one file; the first that is none is an error."""
-    for record in read_file(path):
-        if record.row is None:
-            raise DataError(str(record.problem))
-        yield record.where, record.row
+    for where, row in read_file(path):
+        if isinstance(row, RowError):
+            raise DataError(str(RowProblem.of(row, where)))
+        yield where, row
 
 
 @contextmanager
@@ -124,9 +112,8 @@ def _open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 def _record(value: Any, where: str) -> Record:
     if not isinstance(value, dict):
-        detail = f"{type(value).__name__} in place of an object"
-        return Record(where, problem=RowProblem(where, "not a row", None, detail))
-    return Record(where, row=value)
+        value = RowError("not a row", None, f"{type(value).__name__} in place of an object")
+    return where, value
 
 
 def _read_jsonl(handle: Iterable[bytes], name: str) -> Iterator[Record]:
@@ -142,10 +129,12 @@ def _read_jsonl(handle: Iterable[bytes], name: str) -> Iterator[Record]:
                 json.dumps(value, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             detail = f"{error.msg} at column {error.colno}"
-            yield Record(where, problem=RowProblem(where, "malformed JSON", None, detail))
+            yield where, RowError("malformed JSON", None, detail)
         except (UnicodeError, RecursionError) as error:
-            detail = getattr(error, "reason", None) or str(error)
-            yield Record(where, problem=RowProblem(where, "malformed JSON", None, detail))
+            yield (
+                where,
+                RowError("malformed JSON", None, getattr(error, "reason", "") or str(error)),
+            )
         else:
             yield _record(value, where)
 
@@ -157,7 +146,7 @@ def _read_json(handle: TextIO, name: str) -> Iterator[Record]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         first = text.lstrip().split("\n", 1)[0]
-        if first.startswith("{") and _is_json(first):
+        if first.startswith("{") and isinstance(_from_json(first), dict):
             yield from _read_jsonl((line.encode() for line in text.split("\n")), name)
             return
         raise DataError(
@@ -179,14 +168,6 @@ def _read_json(handle: TextIO, name: str) -> Iterator[Record]:
         raise DataError(f"{name}: holds no rows", "write a list of objects, or JSONL")
     for index, item in enumerate(value):
         yield _record(item, f"{name}, row {index}")
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except json.JSONDecodeError:
-        return False
-    return True
 
 
 def _read_csv(
@@ -220,48 +201,51 @@ def _read_csv(
             break
         if None in row or None in row.values():
             detail = f"{'more' if None in row else 'fewer'} cells than the header's {len(header)}"
-            problem = RowProblem(where, "malformed CSV", None, detail)
-            records.append(Record(where, problem=problem))
+            records.append((where, RowError("malformed CSV", None, detail)))
         else:
-            records.append(Record(where, row=row))
-    rows = [record.row for record in records if record.row is not None]
-    typed = set(_CSV_JSON + _CSV_NUMBER + _CSV_TEXT + _CSV_KEEP + ("label",))
+            records.append((where, row))
+    rows = [row for _, row in records if isinstance(row, dict)]
     for column in header:
         cells = [row[column] for row in rows]
-        meant = rename.get(column, column)
-        values = [_typed_cell(meant, cell) for cell in cells] if meant in typed else _guess(cells)
+        read = _CELLS.get(rename.get(column, column))
+        values = _guess(cells) if read is None else [read(cell) for cell in cells]
         for row, value in zip(rows, values, strict=True):
             row[column] = value
     yield from records
 
 
-def _typed_cell(column: str, cell: str) -> Any:
-    if column in _CSV_KEEP:
-        return cell
-    if column in _CSV_TEXT:
-        return _messages_or_text(cell)
-    if not cell.strip():
-        return None
-    if column == "label":
-        return {"true": True, "false": False}.get(cell.strip().lower(), cell)
-    if column in _CSV_NUMBER:
-        try:
-            return float(cell)
-        except ValueError:
-            return cell
+def _from_json(cell: str) -> Any:
+    """The cell's value; a cell that is no JSON stays text."""
     try:
         return json.loads(cell)
     except json.JSONDecodeError:
         return cell
 
 
-def _messages_or_text(cell: str) -> Any:
-    if cell.startswith("[{") and '"role"' in cell:
-        try:
-            return json.loads(cell)
-        except json.JSONDecodeError:
-            return cell
-    return cell
+def _text_or_messages(cell: str) -> Any:
+    return _from_json(cell) if cell.startswith("[{") and '"role"' in cell else cell
+
+
+def _number(cell: str) -> float | str | None:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell if cell.strip() else None
+
+
+#: How the cells of a field are read; those of another column are guessed from the whole column.
+_CELLS: Final[dict[str, Callable[[str], Any]]] = {
+    **dict.fromkeys(
+        ("prompt", "chosen", "rejected", "completion", "a", "b", "instruction"), _text_or_messages
+    ),
+    **dict.fromkeys(("id", "subset", "source", "licence", "preference", "winner"), str),
+    **dict.fromkeys(
+        ("completions", "labels", "ranks", "ratings", "scores", "rest"),
+        lambda cell: _from_json(cell) if cell.strip() else None,
+    ),
+    "margin": _number,
+    "label": lambda cell: {"true": True, "false": False, "": None}.get(cell.strip().lower(), cell),
+}
 
 
 def _guess(cells: list[str]) -> list[Any]:
@@ -278,12 +262,9 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
-        file = pq.ParquetFile(path)
-        index = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                yield Record(f"{path.name}, row {index}", row=row)
-                index += 1
+        batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
+        for index, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+            yield f"{path.name}, row {index}", row
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path.name}: no readable Parquet file ({error})", "copy it again"

@@ -44,8 +44,15 @@ def open_source(
     DataError
         If there is nothing under that name.
     """
+    if isinstance(source, Mapping):  # such as a DatasetDict
+        return f"split {split_name(split)!r}", _rows(_pick(source, split, "the mapping"), "dataset")
     if not isinstance(source, (str, os.PathLike)):
-        return _open_object(source, split)
+        if not isinstance(source, Iterable):
+            raise DataError(
+                f"cannot load rows from {type(source).__name__}",
+                "give a path, a hub id, a Dataset, or a list of dicts",
+            )
+        return "dataset", _rows(source, "dataset")
     text = os.fspath(source)
     path = Path(text).expanduser()
     if path.is_file():
@@ -63,21 +70,9 @@ def open_source(
 def _rows(dataset: Iterable[Mapping[str, Any]], label: str) -> Iterator[Record]:
     for index, row in enumerate(dataset):
         if isinstance(row, Mapping):
-            yield Record(f"{label}, row {index}", row=dict(row))
+            yield f"{label}, row {index}", dict(row)
         else:
             raise DataError(f"{label}, row {index}: {type(row).__name__} in place of a mapping")
-
-
-def _open_object(source: Any, split: str) -> tuple[str, Iterator[Record]]:
-    """A Dataset, a DatasetDict (a mapping of splits) or rows."""
-    if isinstance(source, Mapping):
-        return f"split {split_name(split)!r}", _rows(_pick(source, split, "the mapping"), "dataset")
-    if isinstance(source, Iterable):
-        return "dataset", _rows(source, "dataset")
-    raise DataError(
-        f"cannot load rows from {type(source).__name__}",
-        "give a path, a hub id, a Dataset, or a list of dicts",
-    )
 
 
 def _pick(splits: Mapping[str, Any], split: str, label: str) -> Any:

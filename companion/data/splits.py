@@ -14,11 +14,10 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any, TypeVar, cast
 
 from companion.data.messages import plain
-from companion.data.writing import plain_row
 from companion.errors import DataError
 
 Rows = TypeVar("Rows")
@@ -60,16 +59,14 @@ def _shared_text(row: Mapping[str, Any]) -> str:
 
 def _keys(rows: Iterable[Mapping[str, Any]], key: Key) -> list[str]:
     if isinstance(key, str):
-        column = key
-        out = []
-        for index, row in enumerate(rows):
-            if row.get(column) is None:
-                raise DataError(
-                    f"row {index}, field {column!r}: missing, so the row has no group to stay with",
-                    "name a column that all rows have",
-                )
-            out.append(str(row[column]))
-        return out
+        values = [row.get(key) for row in rows]
+        if None in values:
+            raise DataError(
+                f"row {values.index(None)}, field {key!r}: missing, so the row has no group to "
+                "stay with",
+                "name a column that all rows have",
+            )
+        return [str(value) for value in values]
     if key is prompt_key and "prompt" in getattr(rows, "column_names", ()):
         prompts = cast(Any, rows).select_columns(["prompt"])  # decoding the texts is the cost
         if not any(row["prompt"] is None for row in prompts):
@@ -122,13 +119,10 @@ def split_by_prompt(
     keys = _keys(rows, key)
     place = {name: _unit(name, seed) for name in set(keys)}
     if exact:
-        wanted, counts, test_keys = round(test_fraction * len(keys)), Counter(keys), set[str]()
-        taken = 0
-        for name in sorted(place, key=lambda name: (place[name], name)):
-            if taken >= wanted:
-                break
-            test_keys.add(name)
-            taken += counts[name]
+        counts, wanted = Counter(keys), round(test_fraction * len(keys))
+        order = sorted(place, key=lambda name: (place[name], name))
+        taken = accumulate((counts[name] for name in order), initial=0)
+        test_keys = {name for name, before in zip(order, taken, strict=False) if before < wanted}
     else:
         test_keys = {name for name, unit in place.items() if unit < test_fraction}
     train = [i for i, name in enumerate(keys) if name not in test_keys]
@@ -227,7 +221,7 @@ def duplicate_report(rows: Iterable[Mapping[str, Any]], *, n_examples: int = 3) 
         seen.add((key, texts))
     examples = [(shown[key], n) for key, n in counts.most_common(n_examples)]
     largest = max(counts.values(), default=0)
-    total = sum(counts.values())
+    total = counts.total()
     return DuplicateReport(total, len(counts), largest, repeated, contradictions, without, examples)
 
 
@@ -304,8 +298,8 @@ def overlap_report(
             shown.setdefault(key, _shown(row))
             shared_rows += tuple(sorted(_texts(row))) in bodies[key]
     return OverlapReport(
-        train_rows=sum(counts.values()),
-        test_rows=sum(test_counts.values()),
+        train_rows=counts.total(),
+        test_rows=test_counts.total(),
         train_prompts=len(counts),
         test_prompts=len(test_counts),
         shared_prompts=len(shown),
@@ -327,9 +321,9 @@ def dataset_fingerprint(
     """
     digests = [
         hashlib.sha256(
-            json.dumps(
-                _bare(plain_row(row)), sort_keys=True, ensure_ascii=False, default=str
-            ).encode("utf-8", "surrogatepass")
+            json.dumps(_bare(row), sort_keys=True, ensure_ascii=False, default=str).encode(
+                "utf-8", "surrogatepass"
+            )
         ).digest()
         for row in rows
     ]
@@ -343,7 +337,7 @@ def _bare(value: Any) -> Any:
     """Without nulls in mappings; whole floats as integers."""
     if isinstance(value, Mapping):
         return {key: _bare(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_bare(item) for item in value]
     if isinstance(value, float) and value.is_integer():
         return int(value)

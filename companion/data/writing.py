@@ -92,9 +92,7 @@ def _write_text(rows: list[dict[str, Any]], part: Path, kind: str, *, packed: bo
 
 
 def _cell(value: Any) -> Any:
-    if value is None or isinstance(value, str):
-        return value
-    return to_json(value)
+    return value if value is None or isinstance(value, str) else to_json(value)
 
 
 def _write_parquet(rows: list[dict[str, Any]], part: Path) -> None:

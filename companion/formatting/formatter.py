@@ -13,11 +13,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from companion.errors import CompanionError, DataError, ModelError, ReadoutError
 from companion.formatting.conversation import (
     Message,
+    as_reply,
     check_ending,
     check_messages,
     is_messages,
@@ -33,6 +34,7 @@ from companion.formatting.recipe import (
 
 Text = str | Sequence[Mapping[str, Any]]
 Row = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+Result = TypeVar("Result")
 Overlong = Literal["drop", "error", "truncate_prompt"]
 #: ids and character spans, as the tokenizer gives them
 Raw = tuple[list[int], list[tuple[int, int]]]
@@ -224,8 +226,8 @@ class RewardFormatter:
             under ``overlong="error"``.
         """
         given = Given("the row", terminated, tools, chat_template_kwargs)
-        drafts = [[self._draft(prompt, completion, given)]]
-        return _raised(self._encode_drafts(drafts)[0])[0]  # type: ignore[no-any-return]
+        (group,) = self._encode_drafts([[self._draft(prompt, completion, given)]])
+        return _raised(group[0] if isinstance(group, list) else group)
 
     def encode_row(
         self, row: Row, field: str = "completion", *, terminated: bool | None = None
@@ -278,7 +280,7 @@ class RewardFormatter:
     ) -> list[Encoded | CompanionError | None]:
         """As :meth:`encode_many`, with the error of a bad row in its place."""
         groups = self._encode_drafts(self._drafts(rows, [field], terminated, names))
-        return [group if isinstance(group, CompanionError) else group[0] for group in groups]
+        return [group[0] if isinstance(group, list) else group for group in groups]
 
     def encode_pairs(
         self, rows: Sequence[Mapping[str, Any]], *, names: Sequence[str] | None = None
@@ -291,25 +293,16 @@ class RewardFormatter:
     ) -> list[tuple[Encoded, Encoded] | CompanionError | None]:
         """As :meth:`encode_pairs`, with the error of a bad row in its place."""
         groups = self._encode_drafts(self._drafts(rows, ["chosen", "rejected"], None, names))
-        return [
-            group
-            if isinstance(group, CompanionError)
-            else None
-            if group[0] is None or group[1] is None
-            else (group[0], group[1])
-            for group in groups
-        ]
+        return [(group[0], group[1]) if isinstance(group, list) else group for group in groups]
 
     # ------------------------------------------------------------------ the characters
 
     @property
     def chat_template(self) -> Any:
         """The template in use: the override, the tokenizer's own, or the plain transcript."""
-        return (
-            self.template_override
-            if self.template_override is not None
-            else self.tokenizer.chat_template
-        )
+        if self.template_override is not None:
+            return self.template_override
+        return self.tokenizer.chat_template
 
     def _adds(self) -> tuple[bool, bool]:
         """Whether the tokenizer itself puts BOS before, and EOS after, plain text."""
@@ -378,20 +371,18 @@ class RewardFormatter:
                     f"{given.where}: a {type(value).__name__} that is neither text nor a list of "
                     "messages"
                 )
-        if prompt is None or (completion is None and isinstance(prompt, str)):
-            prompt, completion = ("", prompt) if prompt is not None else ("", completion)
-        if isinstance(prompt, str):
-            if completion is not None and not isinstance(completion, str):
-                if prompt:
-                    raise DataError(
-                        f"{given.where}: the prompt is text and the completion is messages",
-                        'write the prompt as [{"role": "user", "content": …}]',
-                    )
-                return self._draft_messages(completion, None, given)
-            return self._draft_text(prompt, completion or "", given)
-        if isinstance(completion, str):
-            completion = [{"role": "assistant", "content": completion}]
-        return self._draft_messages(prompt, completion, given)
+        if prompt is None or prompt == "":  # the completion is the whole
+            prompt, completion = completion, None
+        if prompt is not None and not isinstance(prompt, str):
+            return self._draft_messages(prompt, as_reply(prompt, completion), given)
+        if completion is None:
+            prompt, completion = "", prompt or ""
+        if not isinstance(completion, str):
+            raise DataError(
+                f"{given.where}: the prompt is text and the completion is messages",
+                'write the prompt as [{"role": "user", "content": …}]',
+            )
+        return self._draft_text(prompt or "", completion, given)
 
     def _draft_text(self, prompt: str, completion: str, given: Given) -> Draft:
         where, terminated, eos = given.where, given.terminated, self.tokenizer.eos_token
@@ -474,13 +465,16 @@ class RewardFormatter:
 
     def _encode_drafts(
         self, drafts: Sequence[list[Draft] | CompanionError], raw: list[Raw] | None = None
-    ) -> list[list[Encoded | None] | CompanionError]:
-        """Tokenise the drafts of rows, and count; `raw` is filled with what the tokenizer gave."""
+    ) -> list[list[Encoded] | CompanionError | None]:
+        """Tokenise the drafts of rows, and count; None for a row that is too long.
+
+        `raw` is filled with what the tokenizer gave.
+        """
         tokenizer = self.tokenizer
         special = _Special(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         flat = [draft for group in drafts if isinstance(group, list) for draft in group]
         encoded = iter(self._tokenize(flat, special, raw))
-        out: list[list[Encoded | None] | CompanionError] = []
+        out: list[list[Encoded] | CompanionError | None] = []
         for group in drafts:
             if isinstance(group, CompanionError):
                 self.counts.rows += 1
@@ -557,10 +551,10 @@ class RewardFormatter:
 
     def _count_row(
         self, encoded: Sequence[Encoded], drafts: Sequence[Draft], special: _Special
-    ) -> list[Encoded | None]:
+    ) -> list[Encoded] | None:
         """Fit the sequences of one row into ``max_length`` and count what was done."""
         self.counts.rows += 1
-        results: list[Encoded | None] = []
+        fitted: list[Encoded | None] = []
         for item, draft in zip(encoded, drafts, strict=True):
             pad = special.pad
             if pad is not None and item.input_ids[-1] == pad != special.eos:
@@ -570,17 +564,17 @@ class RewardFormatter:
                     f"{self.tokenizer.pad_token!r}, so stock tools would read its score elsewhere",
                     "take the pad tokens off the text",
                 )
-            results.append(self._fit(item, draft, special))
-        if any(item is None for item in results):
+            fitted.append(self._fit(item, draft, special))
+        kept = [item for item in fitted if item is not None]
+        if len(kept) < len(fitted):
             self.counts.dropped_overlong += 1
-            return [None] * len(results)
-        for kept in results:
-            assert kept is not None
+            return None
+        for item in kept:
             self.counts.sequences += 1
-            self.counts.unterminated += not kept.terminated
-            self.counts.truncated += kept.cut_tokens > 0
-            self.counts.tokens_cut += kept.cut_tokens
-        return results
+            self.counts.unterminated += not item.terminated
+            self.counts.truncated += item.cut_tokens > 0
+            self.counts.tokens_cut += item.cut_tokens
+        return kept
 
     def _fit(self, item: Encoded, draft: Draft, special: _Special) -> Encoded | None:
         if self.max_length is None or len(item) <= self.max_length:
@@ -598,12 +592,8 @@ class RewardFormatter:
         keep = int(special.bos is not None and ids[0] == special.bos and item.prompt_length > 0)
         if surplus > item.prompt_length - keep:
             return None
-        return Encoded(
-            ids[:keep] + ids[keep + surplus :],
-            item.prompt_length - surplus,
-            item.terminated,
-            surplus,
-        )
+        ids = ids[:keep] + ids[keep + surplus :]
+        return Encoded(ids, item.prompt_length - surplus, item.terminated, surplus)
 
 
 def _n_shared(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -629,7 +619,7 @@ def _prompt_length(encoding: Any, split: int) -> int:
     return int(place)
 
 
-def _raised(result: Any) -> Any:
+def _raised(result: Result | CompanionError) -> Result:
     if isinstance(result, CompanionError):
         raise result
     return result

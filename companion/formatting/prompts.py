@@ -18,8 +18,6 @@ def encode_prompts(
     formatter: RewardFormatter,
     prompts: Sequence[Text],
     *,
-    names: Sequence[str] | None = None,
-    tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """Token ids of prompts, ready for a model to go on.
@@ -33,9 +31,7 @@ def encode_prompts(
         it, at most one BOS, never an EOS), or a list of messages, written by the chat template
         with its generation prompt, as TRL's GRPO does. A last message of the assistant is gone on
         with.
-    names : sequence of str, optional
-        How to call each prompt in an error; default ``prompt 0``, …
-    tools, chat_template_kwargs
+    chat_template_kwargs : mapping, optional
         Handed to the chat template.
 
     Returns
@@ -45,13 +41,14 @@ def encode_prompts(
     Raises
     ------
     DataError
-        For an empty prompt, one that is neither text nor messages, or a bad role.
+        For an empty prompt, one that is neither text nor messages, or a bad role; it is named
+        ``prompt 0``, …
     """
     if isinstance(prompts, (str, bytes, Mapping)):
         raise DataError("a list of prompts is asked for, not one", "wrap it: [prompt]")
-    names = names if names is not None else [f"prompt {i}" for i in range(len(prompts))]
     texts: list[tuple[str, bool]] = []
-    for prompt, name in zip(prompts, names, strict=True):
+    for number, prompt in enumerate(prompts):
+        name = f"prompt {number}"
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise DataError(f"{name}: the prompt is empty", "drop the row or give it a text")
@@ -61,7 +58,7 @@ def encode_prompts(
             last = messages[-1]
             goes_on = last["role"] == "assistant" and has_text(last["content"])
             flag = "continue_final_message" if goes_on else "add_generation_prompt"
-            given = Given(name, True, tools, chat_template_kwargs)
+            given = Given(name, template_kwargs=chat_template_kwargs)
             texts.append((formatter._render(messages, given, **{flag: True}), True))
         elif isinstance(prompt, Mapping):
             raise DataError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from companion.errors import CompanionError, DataError, ModelError
 from companion.formatting.encoded import Encoded
-from companion.formatting.formatter import Draft, Raw, RewardFormatter
+from companion.formatting.formatter import Draft, Raw, RewardFormatter, drop_second_bos
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,8 @@ def encode_steps(
             out.append(group)
             continue
         given = next(spans)
-        if isinstance(found, CompanionError) or found[0] is None:
-            out.append(found if isinstance(found, CompanionError) else None)
+        if not isinstance(found, list):
+            out.append(found)
             continue
         try:
             ends = _ends(formatter, group[0], given, row["completions"], separator, found[0], name)
@@ -159,14 +159,11 @@ def _ends(
         )
     raw_ids, spans = raw
     # what the formatter took off the front: a second BOS, a part of the prompt
-    shift = _shift(raw_ids, encoded.input_ids, encoded.prompt_length, name)
+    shift = encoded.cut_tokens + drop_second_bos(list(raw_ids), formatter.tokenizer.bos_token_id)
     ends: list[int] = []
     place, at = begin, 0
-    for number, step in enumerate(steps):
+    for number, step in enumerate(steps[:-1] if encoded.terminated else steps):
         place += len(step)
-        last = number == len(steps) - 1 and encoded.terminated
-        if last:
-            break
         stop = place + len(separator)
         # (an end token that the tokenizer adds itself has the span (0, 0))
         while at < len(spans) and spans[at][1] <= stop and not (at and spans[at] == (0, 0)):
@@ -187,17 +184,9 @@ def _ends(
         ends.append(token - shift)
         place = stop
     if encoded.terminated:
-        ends.append(_end_of_text(formatter, encoded, spans, place, shift))
+        stop = begin + len(content)
+        ends.append(_end_of_text(formatter, encoded, spans, stop, shift))
     return ends
-
-
-def _shift(raw: Sequence[int], kept: Sequence[int], prompt_length: int, name: str) -> int:
-    """How many tokens fewer the formatter's ids have before the completion."""
-    tail = list(kept[prompt_length:])
-    for shift in range(len(raw)):
-        if list(raw[prompt_length + shift : prompt_length + shift + len(tail)]) == tail:
-            return shift
-    raise DataError(f"{name}: the formatter's tokens are not found in those of the text")
 
 
 def _end_of_text(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from companion.data.problems import RowError, RowProblem
 from companion.data.readers import read_file
 from companion.data.writing import whole_file
 from companion.errors import DataError
@@ -107,17 +108,19 @@ def judge_file(
     if chunk_rows < 1 or (limit is not None and limit < 1):
         raise DataError(f"chunk_rows={chunk_rows}, limit={limit}", "use positive numbers")
     report = JudgeFileReport()
-    items, names = _read(judge, source, limit, on_error, report)
-    orders = 2 if judge.template.mode == "pairwise" else 1
+    rows = _read(judge, source, limit, on_error, report)
+    pairwise = judge.template.mode == "pairwise"
+    ask: Callable[..., Sequence[PairVerdict | Grading]] = (
+        judge.compare_items if pairwise else judge.grade_items
+    )
     if on_total is not None:
-        on_total(orders * len(items))
+        on_total(len(rows) * (2 if pairwise else 1))
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as part, open(part, "w", encoding="utf-8") as out:
-        for begin in range(0, len(items), chunk_rows):
-            chunk = items[begin : begin + chunk_rows]
-            for item, verdict, name in zip(
-                chunk, _judged(judge, chunk, progress), names[begin:], strict=False
-            ):
+        for begin in range(0, len(rows), chunk_rows):
+            chunk = rows[begin : begin + chunk_rows]
+            verdicts = ask([item for _, item in chunk], progress=progress)
+            for (name, item), verdict in zip(chunk, verdicts, strict=True):
                 record = _record(item, verdict, judge, keep_answers)
                 _count(report, record, name, judge, on_error)
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -128,34 +131,23 @@ def judge_file(
 
 def _read(
     judge: Judge, source: Path, limit: int | None, on_error: str, report: JudgeFileReport
-) -> tuple[list[Item], list[str]]:
-    items: list[Item] = []
-    names: list[str] = []
-    for record in read_file(source):
+) -> list[tuple[str, Item]]:
+    items: list[tuple[str, Item]] = []
+    for where, row in read_file(source):
         if limit is not None and report.rows >= limit:
             break
         report.rows += 1
         try:
-            if record.problem is not None:
-                raise DataError(str(record.problem))
-            items.append(read_item(record.row, judge.template.mode, record.where))
-            names.append(record.where)
+            if isinstance(row, RowError):
+                raise DataError(str(RowProblem.of(row, where)))
+            items.append((where, read_item(row, judge.template.mode, where)))
         except DataError as error:
             if on_error == "raise":
                 raise
             report.bad_rows.append(error.what)
     if not items:
         raise DataError(f"{source}: no rows to judge", "check the file")
-    return items, names
-
-
-def _judged(
-    judge: Judge, items: Sequence[Item], progress: Progress | None
-) -> Iterator[PairVerdict | Grading]:
-    if judge.template.mode == "pairwise":
-        yield from judge.compare_items(items, progress=progress)
-    else:
-        yield from judge.grade_items(items, progress=progress)
+    return items
 
 
 def _record(

@@ -229,8 +229,7 @@ class Judge:
         JudgeError
             If the model cannot be asked; what was answered is in the cache.
         """
-        self._check_mode("pairwise")
-        return self.compare_items(self._items(rows, names), progress=progress)
+        return self.compare_items(self._items(rows, names, "pairwise"), progress=progress)
 
     def compare_items(
         self, items: Sequence[Item], *, progress: Progress | None = None
@@ -238,11 +237,8 @@ class Judge:
         """:meth:`compare` for rows that were read before."""
         questions = []
         for item in items:
-            a, b = item.texts["a"], item.texts["b"]
-            questions += [
-                self._question(item.texts),
-                self._question({**item.texts, "a": b, "b": a}),
-            ]
+            swapped = {**item.texts, "a": item.texts["b"], "b": item.texts["a"]}
+            questions += [self._question(item.texts), self._question(swapped)]
         answers = self._answers(questions, progress)
         return [self._verdict(*answers[2 * i : 2 * i + 2]) for i in range(len(items))]
 
@@ -254,8 +250,7 @@ class Judge:
         progress: Progress | None = None,
     ) -> list[Grading]:
         """Grade single completions (``prompt`` and ``completion``); see :meth:`compare`."""
-        self._check_mode("pointwise")
-        return self.grade_items(self._items(rows, names), progress=progress)
+        return self.grade_items(self._items(rows, names, "pointwise"), progress=progress)
 
     def grade_items(
         self, items: Sequence[Item], *, progress: Progress | None = None
@@ -266,17 +261,14 @@ class Judge:
 
     # ------------------------------------------------------------------ inside
 
-    def _check_mode(self, mode: str) -> None:
+    def _items(self, rows: Sequence[Any], names: Sequence[str] | None, mode: str) -> list[Item]:
         if self.template.mode != mode:
             raise DataError(
                 f"the template {self.template.name!r} is {self.template.mode}",
                 "pairwise templates compare, pointwise ones grade",
             )
-
-    def _items(self, rows: Sequence[Any], names: Sequence[str] | None) -> list[Item]:
         names = [f"row {i}" for i in range(len(rows))] if names is None else names
-        pairs = zip(rows, names, strict=True)
-        return [read_item(row, self.template.mode, name) for row, name in pairs]
+        return [read_item(row, mode, name) for row, name in zip(rows, names, strict=True)]
 
     def _question(self, texts: Mapping[str, str]) -> Question:
         return Question(tuple(self.template.messages(texts)), self.template, self.max_tokens)
@@ -284,29 +276,25 @@ class Judge:
     def _answers(self, questions: Sequence[Question], progress: Progress | None) -> list[Answer]:
         """From the cache or the model; equal questions are asked once."""
         identity = self.backend.identity()
-        places: dict[str, list[int]] = {}
-        for place, question in enumerate(questions):
-            places.setdefault(question.key(identity), []).append(place)
-        done: dict[int, Answer] = {}
-        for key, answer in self._by_key(places, questions):
-            for place in places[key]:
-                done[place] = answer
+        keys = [question.key(identity) for question in questions]
+        times = Counter(keys)
+        done: dict[str, Answer] = {}
+        for key, answer in self._by_key(dict(zip(keys, questions, strict=True))):
+            done[key] = answer
             if progress is not None:
-                progress(len(places[key]))
-        return [done[place] for place in range(len(questions))]
+                progress(times[key])
+        return [done[key] for key in keys]
 
-    def _by_key(
-        self, places: Mapping[str, Sequence[int]], questions: Sequence[Question]
-    ) -> Iterator[tuple[str, Answer]]:
+    def _by_key(self, questions: Mapping[str, Question]) -> Iterator[tuple[str, Answer]]:
         open_keys = []
-        for key in places:
+        for key in questions:
             kept = None if self.cache is None else self.cache.get(key)
             if kept is None:
                 open_keys.append(key)
             else:
                 self.counts["from cache"] += 1
                 yield key, kept
-        asked = [questions[places[key][0]] for key in open_keys]
+        asked = [questions[key] for key in open_keys]
         for number, answer in self.backend.answers(asked) if asked else ():
             self.counts["asked"] += 1
             if self.cache is not None and answer.refused is None:
@@ -324,15 +312,14 @@ class Judge:
 
     def _verdict(self, one: Answer, two: Answer) -> PairVerdict:
         (first, why_first), (second, why_second) = self._outcome(one), self._outcome(two)
-        swapped = None if second is None else _MIRROR[second]
         won = None if first is None else str(first)
-        preference = combine_orders(won, swapped)
+        swapped = _MIRROR.get(second)
         reason = why_first or why_second
         if reason is None and won != swapped:
             reason = "disagreement"
         logit = _logit(two)
         return PairVerdict(
-            preference,
+            combine_orders(won, swapped),
             reason,
             won,
             swapped,
@@ -343,12 +330,10 @@ class Judge:
 
     def _grading(self, answer: Answer) -> Grading:
         outcome, reason = self._outcome(answer)
-        expected = None
-        if outcome is not None and answer.probabilities is not None:
-            mass = sum(answer.probabilities.values())
-            if mass > 0:
-                weighed = sum(float(o) * p for o, p in answer.probabilities.items())
-                expected = weighed / mass
+        found = answer.probabilities or {}
+        mass, expected = sum(found.values()), None
+        if outcome is not None and mass > 0:
+            expected = sum(float(o) * p for o, p in found.items()) / mass
         return Grading(None if outcome is None else float(outcome), reason, expected, answer.text)
 
 

@@ -71,10 +71,9 @@ def verdict_probabilities(
 
 def _behind(lead: str, text: str) -> str | None:
     """What of a token stands behind the text before the verdict; blanks there don't matter."""
-    rest = text.lstrip() if not lead.strip() else text.removeprefix(lead)
-    if lead.strip() and not text.startswith(lead):
-        return None
-    return rest or None
+    if not lead.strip():
+        return text.lstrip() or None
+    return text.removeprefix(lead) or None if text.startswith(lead) else None
 
 
 def _fits(text: str, verdict: str) -> bool:

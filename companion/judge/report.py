@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, compress
 from pathlib import Path
 from typing import Any, Final
 
@@ -160,12 +161,8 @@ def _share(
     if not keep.any():
         return {name: None}
     kept = values[keep].astype(np.float64)
-    ends = bootstrap_interval(kept, _pick(groups, keep))
+    ends = bootstrap_interval(kept, list(compress(groups, keep)))
     return {name: float(kept.mean()), f"{name}_interval": tuple(ends)}
-
-
-def _pick(groups: Sequence[str], keep: npt.NDArray[np.bool_]) -> list[str]:
-    return [group for group, kept in zip(groups, keep, strict=True) if kept]
 
 
 def _lean(codes: Codes, given: Codes, side: Codes, groups: Sequence[str]) -> dict[str, Any]:
@@ -226,15 +223,15 @@ def _kappa(codes: npt.NDArray[Any], size: int) -> float:
 
 def verdict_codes(verdicts: Sequence[str | None]) -> Codes:
     """``[n]`` codes in the order of :data:`VERDICTS`; −1 for None and ``none``."""
-    table: dict[str | None, int] = {None: -1, "none": -1}
-    table.update({name: i for i, name in enumerate(VERDICTS)})
+    table: dict[str | None, int] = {name: code for code, name in enumerate(VERDICTS)}
+    table |= {None: -1, "none": -1}
     try:
         return np.array([table[verdict] for verdict in verdicts], dtype=np.int64)
     except KeyError as error:
         raise DataError(f"no verdict {error.args[0]!r}", "write a, b, tie or none") from error
 
 
-def agreement(first: Codes, second: Codes, groups: Sequence[str], seed: int = 0) -> dict[str, Any]:
+def agreement(first: Codes, second: Codes, groups: Sequence[str]) -> dict[str, Any]:
     """Agreement of two on the rows that both labelled.
 
     Parameters
@@ -243,13 +240,12 @@ def agreement(first: Codes, second: Codes, groups: Sequence[str], seed: int = 0)
         Codes of :func:`verdict_codes`; rows with a −1 are left out.
     groups : sequence ``[n]``
         The prompt of each row; intervals draw whole prompts.
-    seed : int
-        Of the resampling.
 
     Returns
     -------
     dict
-        ``n``; ``agreement`` and ``kappa`` over a, b and tie, each with ``…_interval`` (95%);
+        ``n``; ``agreement`` and ``kappa`` over a, b and tie, each with ``…_interval`` (95%; None
+        where a resample has no κ, all its rows being alike);
         ``n_decided`` and ``agreement_decided`` where neither says tie; ``table``, the counts,
         first by second. Figures without rows are None.
     """
@@ -258,34 +254,23 @@ def agreement(first: Codes, second: Codes, groups: Sequence[str], seed: int = 0)
     out: dict[str, Any] = {"n": len(codes), "left_out": int((~both).sum())}
     if not len(codes):
         return out | {"agreement": None, "kappa": None}
-    kept = _pick(groups, both)
+    kept = list(compress(groups, both))
     same = (codes[:, 0] == codes[:, 1]).astype(np.float64)
     kappa = _kappa(codes, len(VERDICTS))
     decided = (codes < 2).all(axis=1)
     table = np.bincount(3 * codes[:, 0] + codes[:, 1], minlength=9).reshape(3, 3)
+    low, high = bootstrap_interval(
+        codes, kept, statistic=lambda drawn: _kappa(drawn, len(VERDICTS)), n_resamples=1000
+    )
     return out | {
         "agreement": float(same.mean()),
-        "agreement_interval": tuple(bootstrap_interval(same, kept, seed=seed)),
+        "agreement_interval": tuple(bootstrap_interval(same, kept)),
         "kappa": None if np.isnan(kappa) else kappa,
-        "kappa_interval": kappa_interval(codes, kept, seed=seed),
+        "kappa_interval": None if np.isnan(low) or np.isnan(high) else (low, high),
         "n_decided": int(decided.sum()),
         "agreement_decided": float(same[decided].mean()) if decided.any() else None,
         "table": table.tolist(),
     }
-
-
-def kappa_interval(
-    codes: npt.NDArray[Any], groups: Sequence[str], *, seed: int = 0, n_resamples: int = 1000
-) -> tuple[float, float] | None:
-    """95% percentile interval of κ; None where a resample has no κ (all rows alike)."""
-    low, high = bootstrap_interval(
-        codes,
-        groups,
-        statistic=lambda drawn: _kappa(drawn, len(VERDICTS)),
-        seed=seed,
-        n_resamples=n_resamples,
-    )
-    return None if np.isnan(low) or np.isnan(high) else (low, high)
 
 
 # ---------------------------------------------------------------------- several annotators
@@ -352,7 +337,6 @@ def load_annotations(path: str | os.PathLike[str]) -> Annotations:
     """
     verdicts: dict[tuple[str, str], str] = {}
     pairs: dict[str, tuple[Any, Any, Any]] = {}
-    groups: dict[str, str] = {}
     human: dict[str, bool] = {}
     for where, row in read_rows(Path(path)):
         for name in ("id", "prompt", "a", "b", "annotator"):
@@ -372,14 +356,14 @@ def load_annotations(path: str | os.PathLike[str]) -> Annotations:
         if human.setdefault(who, is_human) != is_human:
             raise DataError(f"{where}: {who!r} has two kinds", "give an annotator one kind")
         verdicts[key, who] = verdict
-        groups[key] = prompt_key(row)
     if not verdicts:
         raise DataError(f"{path}: no verdicts", "check the file")
     ids, annotators = list(pairs), list(human)
+    groups = [prompt_key({"prompt": prompt}) for prompt, _, _ in pairs.values()]
     codes = np.stack(
         [verdict_codes([verdicts.get((key, who)) for key in ids]) for who in annotators], axis=1
     )
-    return Annotations(ids, list(groups.values()), annotators, list(human.values()), codes)
+    return Annotations(ids, groups, annotators, list(human.values()), codes)
 
 
 def annotator_report(annotations: Annotations) -> JudgeReport:
@@ -407,8 +391,7 @@ def annotator_report(annotations: Annotations) -> JudgeReport:
     }
     each = {
         f"{names[i]} | {names[j]}": agreement(codes[:, i], codes[:, j], groups)
-        for i in range(len(names))
-        for j in range(i + 1, len(names))
+        for i, j in combinations(range(len(names)), 2)
     }
     people = Counter(annotations.human)[True]
     majority = {}

@@ -7,11 +7,13 @@ that is no chat completion is asked for again here. Chapter 3.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import accumulate
 from typing import Any
 
 from companion.errors import JudgeError
@@ -142,14 +144,13 @@ class ServerBackend:
                     f"{type(error.__cause__ or error).__name__}",
                     f"see whether the server is up; {_KEPT}",
                 ) from error
-            with self._lock:
-                self.retries += raw.retries_taken
             answer = _read(raw.text, question)
+            again = answer is None and attempt < self.max_retries
+            with self._lock:
+                self.retries += raw.retries_taken + again
             if answer is not None:
                 return answer
-            if attempt < self.max_retries:
-                with self._lock:
-                    self.retries += 1
+            if again:
                 time.sleep(min(0.5 * 2**attempt, 8.0))
         raise JudgeError(
             f"{self.base_url}: the reply is no chat completion: {raw.text[:80]!r}",
@@ -199,8 +200,6 @@ def _message(error: Any) -> str:
 
 def _read(reply: str, question: Question) -> Answer | None:
     """The answer in a reply; None if it is no chat completion."""
-    import json
-
     try:
         choice = json.loads(reply)["choices"][0]
         text = choice["message"].get("content") or ""
@@ -220,9 +219,7 @@ def _probabilities(choice: Mapping[str, Any], text: str, question: Question) -> 
         begin = "".join(pieces).find(text)
         if not pieces or begin < 0:  # none were sent, or a parser took the text apart
             return None
-        starts = [-begin]
-        for piece in pieces:
-            starts.append(starts[-1] + len(piece))
+        starts = list(accumulate(map(len, pieces), initial=-begin))
         return verdict_probabilities(
             question.template,
             text,

@@ -247,9 +247,9 @@ def load_template(source: str | os.PathLike[str] | JudgeTemplate) -> JudgeTempla
     text = os.fspath(source)
     if text in BUILT_IN:
         return _from_yaml(_FOLDER / f"{text}.yaml", text)
-    path = Path(text) if "\n" not in text and "{" not in text else None
-    if path is None:
+    if "\n" in text or "{" in text:
         return _from_prompt(text, "own")
+    path = Path(text)
     if not path.is_file():
         raise DataError(
             f"no judge template {text!r}",

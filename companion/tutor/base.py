@@ -19,12 +19,26 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from companion.tutor import text as tutor_text
 from companion.tutor.gold import grade
 from companion.tutor.solutions import draw_solution
+from companion.tutor.text import (
+    ASSISTANT,
+    BOS,
+    CHAT_TEMPLATE,
+    END,
+    EOS,
+    JUDGE_PROMPT,
+    PAD,
+    SPECIAL_TOKENS,
+    SYSTEM,
+    USER,
+    asked,
+    draw_document,
+)
 from companion.tutor.world import MAX_NUMBER, draw_problem
 
 #: The folder of the base that ships with the package.
@@ -49,22 +63,20 @@ class BaseConfig:
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.01
-    feedback_weight: float = (
-        2.0  #: of a token of feedback or of a judge's letter; a solution's has 1
-    )
+    #: of a token of feedback or of a judge's letter; a solution's has 1
+    feedback_weight: float = 2.0
     verdict_weight: float = 10.0  #: of a judge's letter, and of the token that is predicted at EOS
     seed: int = 0
-    compile: bool = (
-        True  #: 2.7 times faster on one core once compiled (a minute); needs a C compiler
-    )
+    #: 2.7 times faster on one core once compiled (a minute); needs a C compiler
+    compile: bool = True
 
 
 def make_tokenizer(config: BaseConfig) -> PreTrainedTokenizerFast:
     """Train the byte-level BPE tokenizer; BOS, EOS and pad differ, and a number is one token."""
     rng = random.Random(f"tokenizer/{config.seed}")
-    texts = ["".join(t for t, _ in tutor_text.draw_document(rng)) for _ in range(4_000)]
+    texts = ["".join(t for t, _ in draw_document(rng)) for _ in range(4_000)]
     texts += [f" {number}" for number in range(MAX_NUMBER + 1) for _ in range(400)]
-    for special in tutor_text.SPECIAL_TOKENS:
+    for special in SPECIAL_TOKENS:
         texts = [text.replace(special, "\n") for text in texts]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -76,31 +88,24 @@ def make_tokenizer(config: BaseConfig) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=list(tutor_text.SPECIAL_TOKENS),
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    bos_id = tokenizer.token_to_id(
-        tutor_text.BOS
-    )  # plain text gets a BOS; the template writes its own
+    # plain text gets a BOS; the template writes its own
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{tutor_text.BOS} $A",
-        pair=f"{tutor_text.BOS} $A {tutor_text.BOS} $B",
-        special_tokens=[(tutor_text.BOS, bos_id)],
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
+        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=tutor_text.BOS,
-        eos_token=tutor_text.EOS,
-        pad_token=tutor_text.PAD,
-        extra_special_tokens=[
-            tutor_text.USER,
-            tutor_text.ASSISTANT,
-            tutor_text.SYSTEM,
-            tutor_text.END,
-        ],
-        chat_template=tutor_text.CHAT_TEMPLATE,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        extra_special_tokens=[USER, ASSISTANT, SYSTEM, END],
+        chat_template=CHAT_TEMPLATE,
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
         padding_side="right",
@@ -129,18 +134,12 @@ def make_model(config: BaseConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3F
     )
 
 
-@dataclass
-class _Batch:
-    input_ids: torch.Tensor  #: [B, T] int64
-    weights: torch.Tensor  #: [B, T] float32, of predicting this token; 0 for prompts and padding
-
-
 def _encode(
     tokenizer: Any, config: BaseConfig, rng: random.Random, n: int, progress: float = 1.0
 ) -> list[tuple[list[int], list[float]]]:
     """Token ids and weights of ``n`` documents. Pieces end in a special token or before a space or
     a line break, so tokenising them one by one gives the ids of the whole."""
-    documents = [tutor_text.draw_document(rng, progress) for _ in range(n)]
+    documents = [draw_document(rng, progress) for _ in range(n)]
     texts = [text for document in documents for text, _ in document]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
     result = []
@@ -152,38 +151,35 @@ def _encode(
             ids += piece
             weight = {"prompt": 0.0, "solution": 1.0, "feedback": config.feedback_weight}[part]
             weights += [weight] * len(piece)
-            if part == "feedback" and text.endswith((tutor_text.EOS, "A", "B")):
+            if part == "feedback" and text.endswith((EOS, "A", "B")):
                 weights[len(ids) - len(piece)] = config.verdict_weight
         result.append((ids, weights))
     return result
 
 
-def _batches(tokenizer: Any, config: BaseConfig, rng: random.Random) -> Iterator[_Batch]:
-    """Batches of similar lengths, without end: sorted within a window, then shuffled."""
+def _batches(
+    tokenizer: Any, config: BaseConfig, rng: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of similar lengths, without end: sorted within a window, then shuffled.
+
+    Token ids (int64) and the weights of predicting them (float32; 0 for prompts and padding),
+    ``[B, T]`` each.
+    """
+    per_batch = config.tokens_per_step // config.micro_batches
     given = 0
     while True:
         progress = min(1.0, given / config.micro_batches / config.steps)
-        window = sorted(
-            _encode(tokenizer, config, rng, 1024, progress), key=lambda item: len(item[0])
-        )
-        batches: list[_Batch] = []
+        window = _encode(tokenizer, config, rng, 1024, progress)
+        window = sorted(window, key=lambda item: len(item[0]))[::-1]
+        batches = []
         while window:
-            longest = len(window[-1][0])
-            rows = [
-                window.pop()
-                for _ in range(
-                    min(
-                        len(window),
-                        max(1, config.tokens_per_step // config.micro_batches // longest),
-                    )
-                )
-            ]
-            ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
-            weights = torch.zeros(len(rows), longest)
-            for i, (row_ids, row_weights) in enumerate(rows):
-                ids[i, : len(row_ids)] = torch.tensor(row_ids)
-                weights[i, : len(row_ids)] = torch.tensor(row_weights)
-            batches.append(_Batch(ids, weights))
+            n_rows = max(1, per_batch // len(window[0][0]))
+            ids, weights = zip(*window[:n_rows], strict=True)
+            del window[:n_rows]
+            padded_ids = pad_sequence(
+                [torch.tensor(row) for row in ids], True, tokenizer.pad_token_id
+            )
+            batches.append((padded_ids, pad_sequence([torch.tensor(row) for row in weights], True)))
         rng.shuffle(batches)
         given += len(batches)
         yield from batches
@@ -246,23 +242,23 @@ def train_base(
         # Micro-batches are of one length each, hence mostly of one kind of document; several make a
         # step, else the kinds pull the model to and fro.
         parts = [next(batches) for _ in range(config.micro_batches)]
-        total = sum(part.weights[:, 1:].sum().item() for part in parts)
+        total = sum(weights[:, 1:].sum().item() for _, weights in parts)
         mean = 0.0
-        for part in parts:
+        for ids, weights in parts:
             # Right padding needs no mask in a causal model: no real token sees a pad.
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                logits = forward(input_ids=part.input_ids, use_cache=False).logits
-            weights = part.weights[:, 1:].reshape(-1)
+                logits = forward(input_ids=ids, use_cache=False).logits
+            weights = weights[:, 1:].reshape(-1)
             kept = weights.nonzero().squeeze(1)
             losses = torch.nn.functional.cross_entropy(
                 logits[:, :-1].reshape(-1, logits.shape[-1])[kept].float(),
-                part.input_ids[:, 1:].reshape(-1)[kept],
+                ids[:, 1:].reshape(-1)[kept],
                 reduction="none",
             )
             loss = (losses * weights[kept]).sum() / total
             loss.backward()
             mean += loss.item()
-            seen += part.input_ids.numel()
+            seen += ids.numel()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -270,11 +266,8 @@ def train_base(
             figures = measure_base(model, tokenizer, n=200, seed=1)
             model.save_pretrained(output)
             log.append({"step": step + 1, "tokens": seen, "loss": mean, **figures})
-            bar.write(
-                json.dumps(
-                    {k: round(v, 4) for k, v in log[-1].items()} | {"s": round(time.time() - start)}
-                )
-            )
+            shown = {name: round(value, 4) for name, value in log[-1].items()}
+            bar.write(json.dumps(shown | {"s": round(time.time() - start)}))
     model.save_pretrained(output)
     figures = measure_base(model, tokenizer, n=n_measured, seed=2)
     record = {"config": asdict(config), "figures": figures, "log": log}
@@ -303,43 +296,27 @@ def measure_base(model: Any, tokenizer: Any, *, n: int, seed: int) -> dict[str, 
         texts = generate(model, tokenizer, [p.prompt for p in problems], sample=sample)
         right = [grade(p, t).correct for p, t in zip(problems, texts, strict=True)]
         figures[name] = sum(right) / n
-    heads = [
-        f"{tutor_text.BOS}{tutor_text.USER}{p.prompt}{tutor_text.END}{tutor_text.ASSISTANT}"
-        for p in problems
-    ]
-    solutions = [draw_solution(rng, p) for p in problems]
-    logits = _next_token_logits(
-        model,
-        tokenizer,
-        [h + s.text + tutor_text.EOS for h, s in zip(heads, solutions, strict=True)],
-    )
-    right_id, wrong_id = tokenizer.convert_tokens_to_ids(["Right", "Wrong"])
-    said = logits[:, right_id] > logits[:, wrong_id]
+    solutions = [draw_solution(rng, problem) for problem in problems]
+    texts = [BOS + asked(s.problem.prompt) + s.text + EOS for s in solutions]
+    said = _prefers(model, tokenizer, texts, "Right", "Wrong")
     truth = torch.tensor([grade(s.problem, s.text).correct for s in solutions])
     figures["verdict"] = (said == truth).double().mean().item()
     questions, better = [], []
-    for problem, head_solution in zip(problems, solutions, strict=True):
+    for problem, solution in zip(problems, solutions, strict=True):
         other = draw_solution(rng, problem)
-        gap = grade(problem, head_solution.text).reward - grade(problem, other.text).reward
+        gap = grade(problem, solution.text).reward - grade(problem, other.text).reward
         if gap != 0:
-            content = tutor_text.JUDGE_PROMPT.format(
-                prompt=problem.prompt, a=head_solution.text, b=other.text
-            )
-            questions.append(
-                f"{tutor_text.BOS}{tutor_text.USER}{content}{tutor_text.END}{tutor_text.ASSISTANT}"
-            )
+            content = JUDGE_PROMPT.format(prompt=problem.prompt, a=solution.text, b=other.text)
+            questions.append(BOS + asked(content))
             better.append(gap > 0)
-    a_id, b_id = tokenizer.convert_tokens_to_ids(["A", "B"])
-    logits = _next_token_logits(model, tokenizer, questions)
-    figures["judge"] = (
-        ((logits[:, a_id] > logits[:, b_id]) == torch.tensor(better)).double().mean().item()
-    )
+    said = _prefers(model, tokenizer, questions, "A", "B")
+    figures["judge"] = (said == torch.tensor(better)).double().mean().item()
     model.train(was_training)
     return figures
 
 
-def _next_token_logits(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
-    """Logits [B, V] of the token after each text."""
+def _prefers(model: Any, tokenizer: Any, texts: list[str], one: str, other: str) -> torch.Tensor:
+    """[B] bool: whether after each text the token ``one`` is likelier than the ``other``."""
     rows = []
     for start in range(0, len(texts), 64):
         batch = tokenizer(
@@ -348,12 +325,11 @@ def _next_token_logits(model: Any, tokenizer: Any, texts: list[str]) -> torch.Te
         hidden = model.model(input_ids=batch["input_ids"]).last_hidden_state
         last = batch["attention_mask"].sum(1) - 1
         rows.append(model.lm_head(hidden[torch.arange(len(last)), last]).float())
-    return torch.cat(rows)
+    logits = torch.cat(rows)[:, tokenizer.convert_tokens_to_ids([one, other])]
+    return logits[:, 0] > logits[:, 1]
 
 
-def generate(
-    model: Any, tokenizer: Any, prompts: list[str], *, sample: bool, max_new_tokens: int = 96
-) -> list[str]:
+def generate(model: Any, tokenizer: Any, prompts: list[str], *, sample: bool) -> list[str]:
     """Complete user prompts with the base, greedily or at temperature 1."""
     texts: list[str] = []
     for start in range(0, len(prompts), 128):
@@ -368,7 +344,7 @@ def generate(
         )
         output = model.generate(
             **batch, do_sample=sample, temperature=1.0, top_k=0, top_p=1.0,
-            max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+            max_new_tokens=96, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         new = output[:, batch["input_ids"].shape[1] :]
         texts += tokenizer.batch_decode(new, skip_special_tokens=True)

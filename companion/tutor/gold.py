@@ -90,12 +90,11 @@ def grade(prompt: str | Problem, completion: str) -> Grade:
             "grade only prompts that companion.tutor made",
         )
     needed = problem.steps
-    lines = completion.split("\n")
     labels: list[int] = []
     established: set[int] = set()
     written = 0
     correct = False
-    for line in lines:
+    for line in completion.split("\n"):
         equations = [Step(int(m[1]), m[2], int(m[3]), int(m[4])) for m in _EQUATION.finditer(line)]
         answers = _ANSWER.findall(line)
         right = True
@@ -115,16 +114,11 @@ def grade(prompt: str | Problem, completion: str) -> Grade:
         labels=tuple(labels),
         validity=len(established) / max(len(needed), written),
         greeting=any(phrase in completion for phrase in GREETINGS),
-        tone=_tone(completion),
+        tone=any(phrase in completion for phrase in POLITE)
+        - any(phrase in completion for phrase in RUDE),
         n_words=n_words,
         extra_words=float(min(max(n_words - shortest, 0), 30)),
     )
-
-
-def _tone(completion: str) -> int:
-    polite = any(phrase in completion for phrase in POLITE)
-    rude = any(phrase in completion for phrase in RUDE)
-    return int(polite) - int(rude)
 
 
 def gold_reward(prompt: str, completion: str) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -43,21 +43,12 @@ class Dials:
     misreads: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("noise", 0, 1),
-            ("ties", 0, 100),
-            ("shift", 0, 1),
-            ("misreads", 0, 1),
-        ):
+        for name, high in (("noise", 1), ("ties", 100), ("shift", 1), ("misreads", 1)):
             value = getattr(self, name)
-            if not low <= value <= high:
-                raise DataError(f"dial {name}={value} is outside [{low}, {high}]")
+            if not 0 <= value <= high:
+                raise DataError(f"dial {name}={value} is outside [0, {high}]")
         if self.annotators < 1 or self.disagreement < 0:
             raise DataError("annotators must be at least 1 and disagreement at least 0")
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        return tuple(field.name for field in fields(cls))
 
 
 def _sigmoid(x: float) -> float:
@@ -139,12 +130,12 @@ def limits(rows: Sequence[Mapping[str, object]]) -> Limits:
     if not len(rows):
         raise DataError("no rows to compute limits of")
     values = [row.get("probability") for row in rows]
-    if any(not isinstance(value, float) for value in values):
-        index = next(i for i, value in enumerate(values) if not isinstance(value, float))
-        raise DataError(
-            f"row {index}: no 'probability', so the limits are not known",
-            "limits exist for pairs made by 'companion data tutor --kind pairs'",
-        )
+    for index, value in enumerate(values):
+        if not isinstance(value, float):
+            raise DataError(
+                f"row {index}: no 'probability', so the limits are not known",
+                "limits exist for pairs made by 'companion data tutor --kind pairs'",
+            )
     p = np.clip(np.array(values, dtype=np.float64), 1e-12, 1 - 1e-12)
     confidence = np.maximum(p, 1 - p)
     low, high = calibrated_band(confidence, debias=True, strategy="mass")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, Final
 
 from companion.errors import DataError
@@ -25,6 +26,7 @@ from companion.tutor.solutions import Solution, Style, draw_solution
 from companion.tutor.world import Problem, draw_problem
 
 Row = dict[str, Any]
+Graded = tuple[str, Grade]  #: a completion and its grade
 
 
 def _user(content: str) -> list[dict[str, str]]:
@@ -39,67 +41,60 @@ def _draw(rng: random.Random, problem: Problem, dials: Dials) -> Solution:
     return draw_solution(rng, problem, shift=dials.shift, misreads=dials.misreads)
 
 
-def _draw_different(rng: random.Random, problem: Problem, dials: Dials, n: int) -> list[str]:
-    texts: list[str] = []
-    while len(texts) < n:
+def _draw_different(rng: random.Random, problem: Problem, dials: Dials, n: int) -> list[Graded]:
+    drawn: dict[str, Grade] = {}
+    while len(drawn) < n:
         text = _draw(rng, problem, dials).text
-        if text not in texts:
-            texts.append(text)
-    return texts
+        drawn.setdefault(text, grade(problem, text))
+    return list(drawn.items())
 
 
 def _pair_row(
-    row_id: str,
-    problem: Problem,
-    texts: Sequence[str],
-    grades: tuple[Grade, Grade],
-    first: bool,
-    p_first: float,
+    row_id: str, problem: Problem, chosen: Graded, rejected: Graded, probability: float
 ) -> Row:
-    chosen, rejected = (0, 1) if first else (1, 0)
-    both = sum(g.correct for g in grades)
+    both = chosen[1].correct + rejected[1].correct
     return {
         "id": row_id,
         "subset": ("both_wrong", "right_against_wrong", "both_right")[both],
         "prompt": _user(problem.prompt),
-        "chosen": _assistant(texts[chosen]),
-        "rejected": _assistant(texts[rejected]),
-        "reward_chosen": grades[chosen].reward,
-        "reward_rejected": grades[rejected].reward,
-        "correct_chosen": grades[chosen].correct,
-        "correct_rejected": grades[rejected].correct,
-        "probability": p_first if first else 1 - p_first,
+        "chosen": _assistant(chosen[0]),
+        "rejected": _assistant(rejected[0]),
+        "reward_chosen": chosen[1].reward,
+        "reward_rejected": rejected[1].reward,
+        "correct_chosen": chosen[1].correct,
+        "correct_rejected": rejected[1].correct,
+        "probability": probability,
     }
 
 
 def _pairs(rng: random.Random, row_id: str, dials: Dials) -> Row:
     problem = draw_problem(rng)
-    texts = _draw_different(rng, problem, dials, 2)
-    grades = grade(problem, texts[0]), grade(problem, texts[1])
+    first, second = _draw_different(rng, problem, dials, 2)
     annotator = rng.randrange(dials.annotators)
-    gap = annotator_gap(*grades, dials, annotator_factors(dials)[annotator])
+    gap = annotator_gap(first[1], second[1], dials, annotator_factors(dials)[annotator])
     # One draw decides the label and whether it came from a tie: the first part of the unit
     # interval holds 'first preferred', and a tie takes half of its share on either side.
     first_preferred = rng.random() < label_probability(gap, dials)
-    p_first = preference_probability(*grades, dials)
-    row = _pair_row(row_id, problem, texts, grades, first_preferred, p_first)
-    row["annotator"] = annotator
-    row["tie_probability"] = tie_probability(gap, dials)
-    return row
+    p_first = preference_probability(first[1], second[1], dials)
+    if first_preferred:
+        row = _pair_row(row_id, problem, first, second, p_first)
+    else:
+        row = _pair_row(row_id, problem, second, first, 1 - p_first)
+    return row | {"annotator": annotator, "tie_probability": tie_probability(gap, dials)}
 
 
 def _rankings(rng: random.Random, row_id: str, dials: Dials) -> Row:
     """Three to five completions with ranks from Plackett–Luce on r*, drawn by Gumbel noise."""
     problem = draw_problem(rng)
     size = rng.randint(3, 5)
-    texts = _draw_different(rng, problem, dials, size)
-    rewards = [grade(problem, text).reward for text in texts]
+    drawn = _draw_different(rng, problem, dials, size)
+    rewards = [gold.reward for _, gold in drawn]
     utilities = [r - math.log(-math.log(rng.random() or 1e-300)) for r in rewards]
     order = sorted(range(size), key=lambda i: -utilities[i])
     return {
         "id": row_id,
         "prompt": _user(problem.prompt),
-        "completions": [_assistant(text) for text in texts],
+        "completions": [_assistant(text) for text, _ in drawn],
         "ranks": [order.index(i) + 1 for i in range(size)],
         "rewards": rewards,
     }
@@ -146,39 +141,36 @@ def _prompts(rng: random.Random, row_id: str, dials: Dials) -> Row:
     return {"id": row_id, "prompt": _user(problem.prompt), "answer": problem.answer}
 
 
-#: Canaries: what differs between the two completions, and which is better beyond doubt.
-_CANARIES: Final = ("right", "right_but_rude", "step", "greeting", "tone", "brevity")
-
-
 _PLAIN: Final = Style(False, 0, "plain")
-#: of the better and the worse one; others are plain, and without mistakes
-_CANARY_STYLES: Final = {
-    "right_but_rude": (Style(False, -1, "plain"), Style(True, 1, "plain")),
-    "greeting": (Style(True, 0, "plain"), _PLAIN),
-    "tone": (Style(False, 1, "plain"), Style(False, -1, "plain")),
-    "brevity": (Style(False, 0, "terse"), Style(False, 0, "wordy")),
+#: Canaries: what differs between the two completions, and of the better and then the worse one the
+#: style, the error rate of its steps and whether its answer is right.
+_CANARIES: Final = {
+    "right": ((_PLAIN, 0.0, True), (_PLAIN, 0.6, False)),
+    "right_but_rude": (
+        (Style(False, -1, "plain"), 0.0, True),
+        (Style(True, 1, "plain"), 0.6, False),
+    ),
+    "step": ((_PLAIN, 0.4, False), (_PLAIN, 0.8, False)),
+    "greeting": ((Style(True, 0, "plain"), 0.0, True), (_PLAIN, 0.0, True)),
+    "tone": ((Style(False, 1, "plain"), 0.0, True), (Style(False, -1, "plain"), 0.0, True)),
+    "brevity": ((Style(False, 0, "terse"), 0.0, True), (Style(False, 0, "wordy"), 0.0, True)),
 }
-_CANARY_ERRORS: Final = {"right": (0.0, 0.6), "right_but_rude": (0.0, 0.6), "step": (0.4, 0.8)}
 
 
 def _canaries(rng: random.Random, row_id: str, dials: Dials) -> Row:
     """A pair that differs in one known thing (in two for ``right_but_rude``); chosen is better."""
-    kind = _CANARIES[int(row_id.rsplit("/", 1)[1]) % len(_CANARIES)]
+    kind = list(_CANARIES)[int(row_id.rsplit("/", 1)[1]) % len(_CANARIES)]
+    better, worse = _CANARIES[kind]
     while True:
         problem = draw_problem(rng)
-        better, worse = _CANARY_STYLES.get(kind, (_PLAIN, _PLAIN))
-        right, wrong = _CANARY_ERRORS.get(kind, (0.0, 0.0))
         good, bad = (
             draw_solution(rng, problem, misreads=dials.misreads, error_rate=rate, style=style).text
-            for rate, style in ((right, better), (wrong, worse))
+            for style, rate, _ in (better, worse)
         )
-        grades = grade(problem, good), grade(problem, bad)
-        wanted = {"right": (1, 0), "right_but_rude": (1, 0), "step": (0, 0)}.get(kind, (1, 1))
-        if tuple(int(g.correct) for g in grades) == wanted and grades[0].reward > grades[1].reward:
-            p = preference_probability(*grades, dials)
-            row = _pair_row(row_id, problem, (good, bad), grades, True, p)
-            row["subset"] = kind
-            return row
+        gold, poor = grade(problem, good), grade(problem, bad)
+        if (gold.correct, poor.correct) == (better[2], worse[2]) and gold.reward > poor.reward:
+            p = preference_probability(gold, poor, dials)
+            return _pair_row(row_id, problem, (good, gold), (bad, poor), p) | {"subset": kind}
 
 
 _MAKERS: Final[dict[str, Callable[[random.Random, str, Dials], Row]]] = {
@@ -220,11 +212,9 @@ def make_rows(kind: str, n: int, seed: int = 0, **dials: Any) -> list[Row]:
         raise DataError(f"no kind {kind!r} of tutor data", f"take one of: {', '.join(KINDS)}")
     if n < 0:
         raise DataError(f"n={n} rows: must not be negative")
-    unknown = set(dials) - set(Dials.names())
-    if unknown:
-        raise DataError(
-            f"no dial {', '.join(sorted(unknown))}", f"there are: {', '.join(Dials.names())}"
-        )
+    names = [field.name for field in fields(Dials)]
+    if unknown := sorted(set(dials) - set(names)):
+        raise DataError(f"no dial {', '.join(unknown)}", f"there are: {', '.join(names)}")
     setting = Dials(**dials)
     rng = random.Random(f"{kind}/{seed}")
     return [_MAKERS[kind](rng, f"tutor/{kind}/{seed}/{i}", setting) for i in range(n)]

@@ -38,9 +38,7 @@ class Style:
 def draw_style(rng: random.Random, *, shift: float = 0.0) -> Style:
     """Draw a style; ``shift`` in [0, 1] moves it towards greeting, politeness and many words."""
     if rng.random() < shift:
-        return Style(
-            rng.random() < 0.9, 1 if rng.random() < 0.9 else 0, rng.choice(("wordy", "plain"))
-        )
+        return Style(rng.random() < 0.9, int(rng.random() < 0.9), rng.choice(("wordy", "plain")))
     return Style(rng.random() < 0.5, rng.choice((-1, 0, 1)), rng.choice(VERBOSITIES))
 
 

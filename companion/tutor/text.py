@@ -59,6 +59,11 @@ _MARKS: Final = {1: "+", 0: "?", -1: "-"}
 Document = list[tuple[str, str]]
 
 
+def asked(content: str) -> str:
+    """A user's turn, and the token at which the assistant goes on."""
+    return f"{USER}{content}{END}{ASSISTANT}"
+
+
 def feedback(rng: random.Random, result: Grade) -> str:
     """Five short sentences on a solution; the verdict mostly comes first."""
     verdict = "Right." if result.correct else "Wrong."
@@ -79,7 +84,7 @@ def transcript(rng: random.Random, *, marked: bool = False) -> Document:
     solution = draw_solution(rng, problem, shift=0.1)
     result = grade(problem, solution.text)
     comment = (feedback(rng, result) + EOS, "feedback")
-    question = f"{USER}{problem.prompt}{END}{ASSISTANT}"
+    question = asked(problem.prompt)
     if not marked:
         return [(BOS + question, "prompt"), (solution.text + EOS, "solution"), comment]
     document = [(f"{BOS}{SYSTEM}{MARKING}{END}{question}", "prompt")]
@@ -97,7 +102,7 @@ def judgement(rng: random.Random) -> Document:
     better = rng.randrange(2) if rewards[0] == rewards[1] else int(rewards[1] > rewards[0])
     question = JUDGE_PROMPT.format(prompt=problem.prompt, a=texts[0], b=texts[1])
     return [
-        (f"{BOS}{USER}{question}{END}{ASSISTANT}", "prompt"),
+        (BOS + asked(question), "prompt"),
         ("AB"[better], "feedback"),
         (EOS, "solution"),
     ]

@@ -102,17 +102,13 @@ class Problem:
         return self.steps[-1].result
 
 
-def draw_problem(rng: random.Random, *, p_three_steps: float = 0.5) -> Problem:
+def draw_problem(rng: random.Random) -> Problem:
     """Draw a problem whose results all lie between 1 and :data:`MAX_RESULT`.
 
-    Parameters
-    ----------
-    rng : random.Random
-        The only source of randomness.
-    p_three_steps : float
-        Probability of two changes (three steps) instead of one.
+    Half of them have two changes (three steps), the others one. ``rng`` is the only source of
+    randomness.
     """
-    n_changes = 2 if rng.random() < p_three_steps else 1
+    n_changes = 2 if rng.random() < 0.5 else 1
     while True:
         problem = Problem(
             name=rng.choice(NAMES),
