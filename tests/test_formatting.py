@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -441,3 +442,13 @@ def test_bad_settings(tiny_tokenizer: Any) -> None:
         RewardFormatter(tiny_tokenizer, overlong="cut")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="max_length"):
         RewardFormatter(tiny_tokenizer, max_length=0)
+
+
+def test_threads_that_encode_at_once_lose_no_count(tiny_tokenizer: Any) -> None:
+    formatter = RewardFormatter(tiny_tokenizer, max_length=6)
+    rows = [{"prompt": "a ", "completion": "pens " * k} for k in (1, 2, 40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: formatter.try_encode_many(rows), range(200)))
+    counts = formatter.counts
+    assert (counts.rows, counts.sequences + counts.dropped_overlong) == (600, 600)
+    assert counts.dropped_overlong == 200

@@ -5,7 +5,11 @@ Chapter 2.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, dataclass
+
+#: one for all formatters: it is held for a moment, and a formatter is pickled and copied
+_ADDING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,12 @@ class FormatCounts:
     truncated: int = 0
     tokens_cut: int = 0
     unterminated: int = 0
+
+    def add(self, **counts: int) -> None:
+        """Add to some of the counts; many threads may."""
+        with _ADDING:
+            for name, more in counts.items():
+                setattr(self, name, getattr(self, name) + more)
 
     def to_dict(self) -> dict[str, int]:
         """The counts by name."""

@@ -477,7 +477,7 @@ class RewardFormatter:
         out: list[list[Encoded] | CompanionError | None] = []
         for group in drafts:
             if isinstance(group, CompanionError):
-                self.counts.rows += 1
+                self.counts.add(rows=1)
                 out.append(group)
                 continue
             results = [next(encoded) for _ in group]
@@ -553,7 +553,7 @@ class RewardFormatter:
         self, encoded: Sequence[Encoded], drafts: Sequence[Draft], special: _Special
     ) -> list[Encoded] | None:
         """Fit the sequences of one row into ``max_length`` and count what was done."""
-        self.counts.rows += 1
+        self.counts.add(rows=1)
         fitted: list[Encoded | None] = []
         for item, draft in zip(encoded, drafts, strict=True):
             pad = special.pad
@@ -567,13 +567,14 @@ class RewardFormatter:
             fitted.append(self._fit(item, draft, special))
         kept = [item for item in fitted if item is not None]
         if len(kept) < len(fitted):
-            self.counts.dropped_overlong += 1
+            self.counts.add(dropped_overlong=1)
             return None
-        for item in kept:
-            self.counts.sequences += 1
-            self.counts.unterminated += not item.terminated
-            self.counts.truncated += item.cut_tokens > 0
-            self.counts.tokens_cut += item.cut_tokens
+        self.counts.add(
+            sequences=len(kept),
+            unterminated=sum(not item.terminated for item in kept),
+            truncated=sum(item.cut_tokens > 0 for item in kept),
+            tokens_cut=sum(item.cut_tokens for item in kept),
+        )
         return kept
 
     def _fit(self, item: Encoded, draft: Draft, special: _Special) -> Encoded | None:
