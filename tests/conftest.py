@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import gc
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,17 @@ torch.set_num_threads(1)
 # A busy machine is no failure: the time that an example takes is not what is tested.
 settings.register_profile("companion", deadline=None)
 settings.load_profile("companion")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: a collection need not walk it.
+
+    accelerate collects before each training (`clear_device_cache`), which took 0.6 s of a training
+    of 0.7 s, with torch, transformers and TRL in the heap.
+    """
+    gc.collect()
+    gc.freeze()
+
 
 _TEXT = (
     "Ana Ben has buys gives boxes pens each and with how many now the answer is so yes no good bad "

@@ -6,6 +6,7 @@ Run by itself, under ``torchrun``, or imported; writes a JSON file with one entr
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -515,6 +516,7 @@ def main(output: str) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported: accelerate collects before each training, which walks it all
     main(sys.argv[1])
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
