@@ -44,7 +44,6 @@ if TYPE_CHECKING:
         StepEvaluation as StepEvaluation,
         TokenEvaluation as TokenEvaluation,
         evaluate_tokens as evaluate_tokens,
-        token_table as token_table,
     )
 else:
     __getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -22,14 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STYLE_FILE = Path(__file__).parents[1] / "assets" / "companion.mplstyle"
-BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)
+BLUE, ORANGE, GREEN, YELLOW, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9"
 GREY = "#808080"
 MOST_POINTS = 700
 
@@ -48,18 +41,15 @@ def style() -> AbstractContextManager[None]:
     return plt.style.context(STYLE_FILE)
 
 
-def _series(log: Sequence[Mapping[str, Any]], *names: str) -> tuple[Array, Array]:
-    """Steps and values of the first of `names` that the log has."""
-    for name in names:
-        points = [
-            (row.get("step", number), row[name])
-            for number, row in enumerate(log)
-            if isinstance(row.get(name), (int, float))
-        ]
-        if points:
-            table = np.array(points, dtype=np.float64)
-            return table[:, 0], table[:, 1]
-    return np.empty(0), np.empty(0)
+def _series(log: Sequence[Mapping[str, Any]], name: str) -> tuple[Array, Array]:
+    """Steps and values of `name`, where the log has it."""
+    points = [
+        (row.get("step", number), row[name])
+        for number, row in enumerate(log)
+        if isinstance(row.get(name), (int, float))
+    ]
+    steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    return steps, values
 
 
 def smooth(values: Values, width: int) -> Array:
@@ -97,12 +87,8 @@ def draw_training_curve(
     steps, values = _series(log, what)
     if steps.size:
         ax.plot(steps, unit * values, color=BLUE, alpha=0.3, linewidth=1)
-        ax.plot(
-            steps,
-            unit * smooth(values, max(1, steps.size // 12)),
-            color=BLUE,
-            label="training (running mean)",
-        )
+        mean = unit * smooth(values, max(1, steps.size // 12))
+        ax.plot(steps, mean, color=BLUE, label="training (running mean)")
     steps, values = _series(log, f"eval_{what}")
     if steps.size:
         ax.plot(steps, unit * values, "o--", color=ORANGE, label="held out")
@@ -131,15 +117,8 @@ def draw_reliability(ax: Axes, margins: Values, *, n_bins: int = 10, level: floa
     bins = reliability_bins(confidence, correct, n_bins, "mass")
     low, high = binom.interval(level, bins.count, bins.confidence)
     ax.plot([0.5, 1], [0.5, 1], color=GREY, linestyle=":", label="calibrated")
-    ax.vlines(
-        bins.confidence,
-        low / bins.count,
-        high / bins.count,
-        color=SKY,
-        alpha=0.6,
-        linewidth=6,
-        label=f"{level:.0%} by chance",
-    )
+    chance: Any = {"color": SKY, "alpha": 0.6, "linewidth": 6, "label": f"{level:.0%} by chance"}
+    ax.vlines(bins.confidence, low / bins.count, high / bins.count, **chance)
     ax.plot(bins.confidence, bins.outcome, "o-", color=BLUE, label="model")
     ax.set_xlabel("confidence of the model")
     ax.set_ylabel("share that is right")
@@ -212,14 +191,8 @@ def draw_score_by_length(
         )
     length, score = np.concatenate(x), np.concatenate(y)
     parts = np.array_split(np.argsort(length, kind="stable"), min(12, max(1, length.size // 10)))
-    ax.plot(
-        [np.median(length[part]) for part in parts],
-        [np.median(score[part]) for part in parts],
-        "s-",
-        color=GREEN,
-        markersize=4,
-        label="median",
-    )
+    medians = [[np.median(values[part]) for part in parts] for values in (length, score)]
+    ax.plot(*medians, "s-", color=GREEN, markersize=4, label="median")
     if length.min() > 0 and length.max() > 20 * length.min():  # one long text must not squeeze all
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))

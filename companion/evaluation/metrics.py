@@ -41,10 +41,6 @@ def _array(name: str, values: Any, size: int | None = None) -> Array:
     return array
 
 
-def _sigmoid(margins: Array) -> Array:
-    return np.exp(-_loss(margins))
-
-
 def _loss(margins: Array) -> Array:
     return bradley_terry_loss(torch.tensor(margins), torch.zeros(margins.size).double()).numpy()
 
@@ -80,13 +76,14 @@ def _correlation(scores: Array, lengths: Array) -> dict[str, float | None]:
 def _probabilistic(margins: Array, temperature: float, n_bins: int, seed: int) -> dict[str, Any]:
     """Loss and calibration of ``sigmoid(margin / temperature)``."""
     scaled = margins / temperature
+    loss = _loss(scaled)
     confidence, correct = confidence_and_correctness(scaled)
     band = calibrated_band(confidence, n_bins, "mass", True, seed=seed)
     plain_band = calibrated_band(confidence, n_bins, "width", False, seed=seed)
     return {
-        "loss": float(_loss(scaled).mean()),
+        "loss": float(loss.mean()),
         # of the chosen's probability against 1: at a tie 0.25, not the 0 of 'half right'
-        "brier": float(brier_score(_sigmoid(scaled), np.ones(scaled.size)).mean()),
+        "brier": float(brier_score(np.exp(-loss), np.ones(loss.size)).mean()),
         "ece": expected_calibration_error(confidence, correct, n_bins, "mass", True),
         "ece_band": list(band),
         "ece_plain": expected_calibration_error(confidence, correct, n_bins),
@@ -147,10 +144,13 @@ def _core(
     return result
 
 
-def _listed(name: str, values: Sequence[Any] | npt.NDArray[Any] | None, size: int) -> Any:
-    if values is not None and len(values) != size:
-        raise ShapeError(f"{name} has {len(values)} entries for {size} pairs")
-    return None if values is None else list(values)
+def _kept(name: str, values: Sequence[Any] | None, keep: npt.NDArray[np.bool_]) -> Any:
+    """Those of the pairs that are kept; None if there are none at all."""
+    if values is None:
+        return None
+    if len(values) != keep.size:
+        raise ShapeError(f"{name} has {len(values)} entries for {keep.size} pairs")
+    return [value for value, good in zip(values, keep, strict=True) if good]
 
 
 def pairwise_metrics(
@@ -214,19 +214,19 @@ def pairwise_metrics(
     a = _array("chosen", chosen)
     size = a.size
     b = _array("rejected", rejected, size)
-    subset_names = _listed("subsets", subsets, size)
-    group_names = _listed("groups", groups, size)
-    why = _listed("reasons", reasons, size) or [None] * size
     if temperature is not None and not (np.isfinite(temperature) and temperature > 0):
         raise DataError(f"temperature is {temperature}; it must be positive and finite")
     if (chosen_lengths is None) != (rejected_lengths is None):
         raise ShapeError("give the lengths of both sides, or of neither")
 
     keep = np.isfinite(a) & np.isfinite(b)
-    lost: Counter[str] = Counter()
-    for row in np.flatnonzero(~keep):
-        infinite = np.isinf(a[row]) or np.isinf(b[row])
-        lost[str(why[row] or (NOT_FINITE if infinite else NO_SCORE))] += 1
+    names, prompts = _kept("subsets", subsets, keep), _kept("groups", groups, keep)
+    why = _kept("reasons", reasons, ~keep) or [None] * int((~keep).sum())
+    infinite = (np.isinf(a) | np.isinf(b))[~keep]
+    lost = Counter(
+        str(reason or (NOT_FINITE if is_inf else NO_SCORE))
+        for reason, is_inf in zip(why, infinite, strict=True)
+    )
     if not keep.any():
         listing = ", ".join(f"{count} × {reason}" for reason, count in lost.most_common())
         raise DataError(
@@ -234,18 +234,18 @@ def pairwise_metrics(
             "look at the reasons: too long for the model, or not readable?",
         )
 
-    def kept(values: list[Any] | None) -> list[Any] | None:
-        return None if values is None else [v for v, k in zip(values, keep, strict=True) if k]
-
     margins = a[keep] - b[keep]
-    kept_groups, kept_subsets = kept(group_names), kept(subset_names)
-    length_gap, lengths = None, None
+    length_gap, links = None, dict[str, Any].fromkeys(("score_length", "margin_length"))
     if chosen_lengths is not None:
         long = _array("chosen_lengths", chosen_lengths, size)[keep]
         short = _array("rejected_lengths", rejected_lengths, size)[keep]
         if not (np.isfinite(long).all() and np.isfinite(short).all()):
             raise DataError("a pair that has scores lacks a finite length")
         length_gap, lengths = long - short, np.concatenate([long, short])
+        links = {
+            "score_length": _correlation(np.concatenate([a[keep], b[keep]]), lengths),
+            "margin_length": _correlation(margins, length_gap),
+        }
     p = None
     if probability is not None:
         p = _array("probability", probability, size)[keep]
@@ -255,11 +255,10 @@ def pairwise_metrics(
     result = {
         "n_rows": size,
         "dropped": {"total": int((~keep).sum()), "reasons": dict(lost.most_common())},
-        **_core(margins, length_gap, kept_groups, seed),
+        **_core(margins, length_gap, prompts, seed),
         **_probabilistic(margins, 1.0, n_bins, seed),
         "at_temperature": None,
-        "score_length": None,
-        "margin_length": None,
+        **links,
         "limit": None if p is None else _limit(p, margins, n_bins, seed),
         "subsets": {},
     }
@@ -267,24 +266,13 @@ def pairwise_metrics(
     if temperature is not None:
         calibrated = _probabilistic(margins, temperature, n_bins, seed)
         result["at_temperature"] = {"temperature": float(temperature), **calibrated}
-    if length_gap is not None and lengths is not None:
-        result["score_length"] = _correlation(np.concatenate([a[keep], b[keep]]), lengths)
-        result["margin_length"] = _correlation(margins, length_gap)
-    if kept_subsets is not None:
-        names = np.array([str(name) for name in kept_subsets])
-        for name in sorted(set(names.tolist())):
-            mine = names == name
-            some = (
-                None
-                if kept_groups is None
-                else [g for g, m in zip(kept_groups, mine, strict=True) if m]
-            )
-            figures = _core(
-                margins[mine], None if length_gap is None else length_gap[mine], some, seed
-            )
-            figures["limit_accuracy"] = None if p is None else float((p[mine] > 0.5).mean())
-            figures["limit_loss"] = (
-                None if p is None else float(-np.log(np.maximum(p[mine], 1e-12)).mean())
-            )
-            result["subsets"][name] = figures
+    for name in sorted(set(map(str, names or ()))):
+        mine = np.array([str(own) == name for own in names])
+        gap = None if length_gap is None else length_gap[mine]
+        figures = _core(margins[mine], gap, _kept("groups", prompts, mine), seed)
+        figures |= {"limit_accuracy": None, "limit_loss": None}
+        if p is not None:
+            figures["limit_accuracy"] = float((p[mine] > 0.5).mean())
+            figures["limit_loss"] = float(-np.log(np.maximum(p[mine], 1e-12)).mean())
+        result["subsets"][name] = figures
     return result

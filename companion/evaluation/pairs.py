@@ -276,24 +276,22 @@ def summary_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     pairs = f"{metrics['n']:,}"
     if metrics.get("n_prompts") not in (None, metrics["n"]):
         pairs += f" ({metrics['n_prompts']:,} prompts)"
+    accuracy = percent(metrics["accuracy"], metrics["accuracy_interval"])
+
+    def calibrated(name: str, error: float, band: Sequence[float]) -> tuple[str, str, str]:
+        return f"calibration error{name}", number(error), "calibrated" + interval(band)
+
     rows = [
         ("pairs scored", pairs, "–"),
         ("rows dropped", f"{metrics['dropped']['total']:,}", "–"),
-        (
-            "accuracy [95%]",
-            percent(metrics["accuracy"]) + interval(metrics["accuracy_interval"], as_percent=True),
-            percent(best.get("accuracy")),
-        ),
+        ("accuracy [95%]", accuracy, percent(best.get("accuracy"))),
         ("accuracy, ties as half", percent(metrics["accuracy_ties_half"]), "–"),
         ("ties", f"{metrics['ties']:,}", "–"),
     ]
     if ranked := metrics.get("rankings"):
+        picked = percent(ranked["best_is_best"], ranked["interval"])
         rows += [
-            (
-                "best of a ranking picked [95%]",
-                percent(ranked["best_is_best"]) + interval(ranked["interval"], as_percent=True),
-                percent(ranked["limit"]),
-            ),
+            ("best of a ranking picked [95%]", picked, percent(ranked["limit"])),
             ("floor: picked at random", percent(ranked["random"]), "–"),
             ("floor: the longest picked", percent(ranked["longest"]), "–"),
         ]
@@ -302,48 +300,26 @@ def summary_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rows += [
         ("loss (nats)", number(metrics["loss"]), number(best.get("loss"))),
         ("mean margin", number(metrics["margin_mean"]), "–"),
-        (
-            "calibration error, debiased",
-            number(metrics["ece"]),
-            "calibrated" + interval(metrics["ece_band"]),
-        ),
-        (
-            "calibration error, plain",
-            number(metrics["ece_plain"]),
-            "calibrated" + interval(metrics["ece_plain_band"]),
-        ),
+        calibrated(", debiased", metrics["ece"], metrics["ece_band"]),
+        calibrated(", plain", metrics["ece_plain"], metrics["ece_plain_band"]),
         ("Brier score", number(metrics["brier"]), number(best.get("brier"))),
     ]
     warm = metrics.get("at_temperature")
     if warm and warm["temperature"] != 1.0:
-        name = f"at T = {warm['temperature']:.2f}"
+        name = f" at T = {warm['temperature']:.2f}"
         rows += [
-            (f"loss {name}", number(warm["loss"]), number(best.get("loss"))),
-            (
-                f"calibration error {name}",
-                number(warm["ece"]),
-                "calibrated" + interval(warm["ece_band"]),
-            ),
+            (f"loss{name}", number(warm["loss"]), number(best.get("loss"))),
+            calibrated(name, warm["ece"], warm["ece_band"]),
         ]
     if limit.get("model_expected"):
         ours, ideal = limit["model_expected"], limit["expected"]
         rows += [
-            (
-                "accuracy, mean over labels",
-                percent(ours["accuracy"]),
-                percent(ideal["accuracy"]),
-            ),
+            ("accuracy, mean over labels", percent(ours["accuracy"]), percent(ideal["accuracy"])),
             ("loss, mean over labels", number(ours["loss"]), number(ideal["loss"])),
         ]
-    if metrics.get("score_length"):
-        link = metrics["score_length"]
-        rows.append(
-            (
-                "score ~ length, r (ρ)",
-                f"{number(link['pearson'], 2)} ({number(link['spearman'], 2)})",
-                "–",
-            )
-        )
+    if link := metrics.get("score_length"):
+        r, rho = (number(link[name], digits=2) for name in ("pearson", "spearman"))
+        rows.append(("score ~ length, r (ρ)", f"{r} ({rho})", "–"))
     return rows
 
 
@@ -353,15 +329,14 @@ def subset_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
         ("subset", "pairs", "accuracy [95%]", "limit", "longer wins", "loss", "mean margin")
     ]
     for name, figures in metrics["subsets"].items():
-        longer = figures.get("longer_wins")
+        longer = figures.get("longer_wins") or {}
         rows.append(
             (
                 name,
                 f"{figures['n']:,}",
-                percent(figures["accuracy"])
-                + interval(figures["accuracy_interval"], as_percent=True),
+                percent(figures["accuracy"], figures["accuracy_interval"]),
                 percent(figures["limit_accuracy"]),
-                percent(longer["accuracy"] if longer else None),
+                percent(longer.get("accuracy")),
                 number(figures["loss"]),
                 number(figures["margin_mean"]),
             )

@@ -10,18 +10,15 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
 
 from companion.evaluation import figures
 from companion.evaluation.pairs import PairEvaluation, subset_rows, summary_rows
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 _TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True)
@@ -42,9 +39,17 @@ _VARIABLES = {
 
 
 def _figure(
-    name: str, caption: str, draw: Callable[[Axes], object], *, height: float = 3.3
+    name: str,
+    caption: str,
+    draw: Callable[..., Any],
+    *given: Any,
+    height: float = 3.3,
+    **options: Any,
 ) -> tuple[str, str, str]:
-    """Name, caption, and the figure as inline SVG whose colours follow the page's."""
+    """Name, caption, and the figure as inline SVG whose colours follow the page's.
+
+    It is what ``draw(axes, *given, **options)`` draws.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -55,23 +60,21 @@ def _figure(
         figure.patch.set_alpha(0.0)
         axes = figure.add_subplot()
         axes.patch.set_alpha(0.0)
-        draw(axes)
+        draw(axes, *given, **options)
         buffer = io.BytesIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue().decode("utf-8")
     svg = svg[svg.index("<svg") :]
     # Several figures share one page: their ids must not meet.
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     for colour, variable in _VARIABLES.items():
         svg = re.sub(colour, f"var(--{variable})", svg, flags=re.IGNORECASE)
     # Without a colour of its own, text is black.
     svg = svg.replace("<text ", '<text fill="currentColor" ')
     label = html.escape(caption, quote=True)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    # The page gives it its width.
+    svg = re.sub(r' (?:width|height)="[^"]*"', "", svg, count=2)
     return name, caption, svg
 
 
@@ -88,25 +91,15 @@ def _pair(result: PairEvaluation, rows: Sequence[Mapping[str, Any]], number: int
     return {"facts": " · ".join(facts), "row": row, "sides": sides}
 
 
-def _extremes(
-    result: PairEvaluation, rows: Sequence[Mapping[str, Any]], count: int
-) -> tuple[list[int], list[int]]:
-    """Rows with the greatest positive margins, and rows with the least that are not positive."""
-    order = [int(i) for i in np.argsort(result.margins, kind="stable") if i < len(rows)]
-    order = [i for i in order if np.isfinite(result.margins[i])]
-    best = [i for i in reversed(order) if result.margins[i] > 0][:count]
-    return best, [i for i in order if result.margins[i] <= 0][:count]
-
-
 def _accuracy_rows(metrics: Mapping[str, Any], best: Mapping[str, Any]) -> list[dict[str, Any]]:
     def row(name: str, figures_: Mapping[str, Any], limit: float | None) -> dict[str, Any]:
-        longer = figures_.get("longer_wins")
+        longer = figures_.get("longer_wins") or {}
         return {
             "name": name if len(name) <= 24 else name[:23] + "…",
             "accuracy": figures_["accuracy"],
             "interval": figures_["accuracy_interval"],
             "limit": limit,
-            "floor": longer["accuracy"] if longer else None,
+            "floor": longer.get("accuracy"),
         }
 
     largest = sorted(metrics["subsets"].items(), key=lambda item: -item[1]["n"])[:_MOST_SUBSETS]
@@ -115,25 +108,21 @@ def _accuracy_rows(metrics: Mapping[str, Any], best: Mapping[str, Any]) -> list[
 
 
 def _figures(
-    result: PairEvaluation,
-    train_log: Sequence[Mapping[str, Any]] | None,
-    best: Mapping[str, Any],
-) -> list[tuple[str, str, str]]:
+    result: PairEvaluation, train_log: Sequence[Mapping[str, Any]], best: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
     metrics, keep = result.metrics, np.isfinite(result.margins)
     margins = result.margins[keep]
-    parts = []
     for what, percent in (("loss", False), ("accuracy", True)):
-        log = list(train_log or ())
-        if any(name in row for row in log for name in (what, f"eval_{what}")):
-            parts.append(
-                _figure(
-                    f"training-{what}",
-                    f"Training: {what} over the steps"
-                    + (", and the best possible on the held-out labels." if best else "."),
-                    lambda ax, w=what, p=percent, log=log: figures.draw_training_curve(  # type: ignore[misc]
-                        ax, log, w, limit=best.get(w), percent=p
-                    ),
-                )
+        if any(name in row for row in train_log for name in (what, f"eval_{what}")):
+            yield _figure(
+                f"training-{what}",
+                f"Training: {what} over the steps"
+                + (", and the best possible on the held-out labels." if best else "."),
+                figures.draw_training_curve,
+                train_log,
+                what,
+                limit=best.get(what),
+                percent=percent,
             )
     rows = _accuracy_rows(metrics, best)
     caption = "Accuracy with its 95% interval"
@@ -141,57 +130,32 @@ def _figures(
     caption += " and the floor 'the longer one wins'." if metrics.get("longer_wins") else "."
     if len(metrics["subsets"]) > _MOST_SUBSETS:
         caption += f" The {_MOST_SUBSETS} largest of {len(metrics['subsets'])} subsets."
-    parts.append(
-        _figure(
-            "accuracy",
-            caption,
-            lambda ax: figures.draw_accuracy(ax, rows),
-            height=max(2.6, 1.7 + 0.36 * len(rows)),
-        )
+    height = max(2.6, 1.7 + 0.36 * len(rows))
+    yield _figure("accuracy", caption, figures.draw_accuracy, rows, height=height)
+    caption = (
+        "Reliability at T = 1: how often the model is right, by how sure it is. Points inside the "
+        "bars are what a calibrated model shows by chance."
     )
-    parts.append(
-        _figure(
-            "reliability",
-            "Reliability at T = 1: how often the model is right, by how sure it is. Points inside "
-            "the bars are what a calibrated model shows by chance.",
-            lambda ax: figures.draw_reliability(ax, margins),
-        )
-    )
+    yield _figure("reliability", caption, figures.draw_reliability, margins)
     warm = metrics.get("at_temperature")
     if warm and warm["temperature"] != 1.0:
-        parts.append(
-            _figure(
-                "reliability-t",
-                f"Reliability at the model's temperature, T = {warm['temperature']:.2f}.",
-                lambda ax: figures.draw_reliability(ax, margins / warm["temperature"]),
-            )
-        )
-    parts.append(
-        _figure(
-            "margins",
-            "Margins of all pairs. Left of 0 the model prefers the rejected completion.",
-            lambda ax: figures.draw_margins(ax, margins),
-        )
-    )
+        caption = f"Reliability at the model's temperature, T = {warm['temperature']:.2f}."
+        scaled = margins / warm["temperature"]
+        yield _figure("reliability-t", caption, figures.draw_reliability, scaled)
+    caption = "Margins of all pairs. Left of 0 the model prefers the rejected completion."
+    yield _figure("margins", caption, figures.draw_margins, margins)
     if metrics.get("score_length"):
         link = metrics["score_length"]["spearman"]
         shown = min(2 * margins.size, figures.MOST_POINTS)
-        parts.append(
-            _figure(
-                "length",
-                "Score against length in tokens (prompt included)"
-                + ("" if link is None else f"; rank correlation {link:.2f}")
-                + f". {shown:,} of {2 * margins.size:,} texts are drawn, the median is of all.",
-                lambda ax: figures.draw_score_by_length(
-                    ax,
-                    result.chosen[keep],
-                    result.rejected[keep],
-                    result.chosen_lengths[keep],
-                    result.rejected_lengths[keep],
-                ),
-            )
+        caption = "Score against length in tokens (prompt included)"
+        caption += "" if link is None else f"; rank correlation {link:.2f}"
+        caption += f". {shown:,} of {2 * margins.size:,} texts are drawn, the median is of all."
+        sides = (
+            *(result.chosen, result.rejected),
+            *(result.chosen_lengths, result.rejected_lengths),
         )
-    return parts
+        columns = [values[keep] for values in sides]
+        yield _figure("length", caption, figures.draw_score_by_length, *columns)
 
 
 def write_report(
@@ -222,8 +186,11 @@ def write_report(
     """
     metrics = evaluation.metrics
     best: Mapping[str, Any] = (metrics.get("limit") or {}).get("rows", {})
-    rows = evaluation.rows
-    good, bad = _extremes(evaluation, rows, n_examples)
+    rows, margins = evaluation.rows, evaluation.margins
+    # the greatest positive margins, and the least that are not positive; no NaN is either
+    order = [int(i) for i in np.argsort(margins, kind="stable")] if rows else []
+    good = [i for i in reversed(order) if margins[i] > 0][:n_examples]
+    bad = [i for i in order if margins[i] <= 0][:n_examples]
     examples = (
         ("Most sure, and right", good, "No pair is ordered as its label says."),
         ("Most sure, and wrong", bad, "No pair is ordered against its label."),
@@ -236,7 +203,7 @@ def write_report(
         summary=summary_rows(metrics),
         limited=bool(best),
         dropped=[(why, f"{count:,}") for why, count in metrics["dropped"]["reasons"].items()],
-        figures=_figures(evaluation, train_log, best),
+        figures=_figures(evaluation, train_log or (), best),
         subsets=subset_rows(metrics),
         examples=[
             (heading, [_pair(evaluation, rows, i) for i in places], empty)

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 
-def percent(value: float | None) -> str:
-    """A share in percent; a dash for None."""
-    return "–" if value is None else f"{100 * value:.1f}%"
+def percent(value: float | None, ends: Sequence[float] | None = None) -> str:
+    """A share in percent, with its interval if there is one; a dash for None."""
+    shown = "–" if value is None else f"{100 * value:.1f}%"
+    return shown if ends is None else shown + interval([100 * end for end in ends], 1)
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A figure with so many digits; a dash for None and NaN."""
-    return "–" if value is None or value != value else f"{value:.{digits}f}"
+def number(value: float | None, ends: Sequence[float] | None = None, digits: int = 3) -> str:
+    """A figure with so many digits, and its interval if there is one; a dash for None and NaN."""
+    shown = "–" if value is None or value != value else f"{value:.{digits}f}"
+    return shown + interval(ends, digits)
 
 
-def interval(pair: Sequence[float] | None, as_percent: bool = False) -> str:
+def interval(ends: Sequence[float] | None, digits: int = 3) -> str:
     """`` [low, high]``, with the space before it; nothing for None."""
-    if pair is None:
-        return ""
-    low, high = (100 * v if as_percent else v for v in pair)
-    return f" [{low:.1f}, {high:.1f}]" if as_percent else f" [{low:.3f}, {high:.3f}]"
+    return "" if ends is None else f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
 
 
 def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -103,9 +103,7 @@ def outcome_metrics(
         "length_auc": None if by_length is None else max(by_length, 1 - by_length),
         "limit_auc": None if truth is None else auc(truth),
         "majority": float(max(outcome.mean(), 1 - outcome.mean())),
-        "accuracy": None,
-        "accuracy_interval": None,
-        "loss": None,
+        **dict.fromkeys(("accuracy", "accuracy_interval", "loss")),
         **dict.fromkeys(("brier", "brier_interval", "ece", "ece_band")),
     }
     scores = vector("scores", aggregates[how])
@@ -114,7 +112,7 @@ def outcome_metrics(
     if how != "log_product":
         inside = np.clip(scores, 1e-12, 1 - 1e-12)
         nll = -(outcome * np.log(inside) + (1 - outcome) * np.log1p(-inside))
-        right = ((scores > 0.5) == (outcome > 0.5)).astype(np.float64)
+        right = _right(scores, outcome)
         result |= {
             "accuracy": float(right.mean()),
             "accuracy_interval": list(accuracy_interval(right, groups, seed)),
@@ -124,13 +122,16 @@ def outcome_metrics(
     return result
 
 
+def _right(scores: Array, outcome: Array) -> Array:
+    return ((scores > 0.5) == (outcome > 0.5)).astype(np.float64)
+
+
 def _as_probability(
     scores: Array, outcome: Array, groups: Sequence[Any] | None, seed: int
 ) -> dict[str, Any]:
     """Brier score and calibration of scores that are probabilities."""
     squares = brier_score(scores, outcome)
-    right = ((scores > 0.5) == (outcome > 0.5)).astype(np.float64)
-    confidence = np.maximum(scores, 1 - scores)
+    right, confidence = _right(scores, outcome), np.maximum(scores, 1 - scores)
     return {
         "brier": float(squares.mean()),
         "brier_interval": list(bootstrap_interval(squares, groups, seed=seed)),
@@ -145,9 +146,8 @@ def _auc_interval(
     table = np.stack([scores, outcome], axis=1)
 
     def statistic(drawn: Any) -> float:
-        if not 0 < drawn[:, 1].sum() < len(drawn):
-            return 0.5
-        return roc_auc(drawn[:, 0], drawn[:, 1])
+        both = 0 < drawn[:, 1].sum() < len(drawn)
+        return roc_auc(drawn[:, 0], drawn[:, 1]) if both else 0.5
 
     return bootstrap_interval(table, groups, statistic=statistic, n_resamples=500, seed=seed)
 
@@ -178,17 +178,25 @@ def first_error_figures(solutions: Solutions, threshold: float) -> dict[str, flo
         ``first_error_f1``, ``accuracy_on_errors``, ``accuracy_on_right``, ``n_errors``,
         ``n_right``; NaN where there is nothing to count.
     """
-    hits: dict[bool, list[bool]] = {True: [], False: []}
-    for probabilities, wrong in solutions:
-        truth, named = _first(np.asarray(wrong) > 0.5), _first(probabilities > threshold)
-        hits[truth is not None].append(truth == named)
-    on = {key: float(np.mean(found)) if found else float("nan") for key, found in hits.items()}
+    return _of_hits(_hits(solutions, threshold))
+
+
+def _hits(solutions: Solutions, threshold: float) -> Array:
+    """Of each solution whether it has an error, and whether the first one was named, or none."""
+    firsts = [(_first(np.asarray(wrong) > 0.5), _first(p > threshold)) for p, wrong in solutions]
+    rows = [(truth is not None, truth == named) for truth, named in firsts]
+    return np.array(rows, dtype=np.float64).reshape(-1, 2)
+
+
+def _of_hits(hits: Array) -> dict[str, float]:
+    on_errors, on_right = hits[hits[:, 0] == 1, 1], hits[hits[:, 0] == 0, 1]
+    a, b = (float(found.mean()) if found.size else float("nan") for found in (on_errors, on_right))
     return {
-        "first_error_f1": _harmonic(on[True], on[False]),
-        "accuracy_on_errors": on[True],
-        "accuracy_on_right": on[False],
-        "n_errors": len(hits[True]),
-        "n_right": len(hits[False]),
+        "first_error_f1": _harmonic(a, b),
+        "accuracy_on_errors": a,
+        "accuracy_on_right": b,
+        "n_errors": on_errors.size,
+        "n_right": on_right.size,
     }
 
 
@@ -222,17 +230,15 @@ def guessing_f1(solutions: Solutions) -> float:
 
     Never to name an error, or always the same step, has an F1 of 0; the best q is a fairer floor.
     """
-    best = 0.0
     firsts = [(_first(np.asarray(wrong) > 0.5), len(wrong)) for _, wrong in solutions]
     errors = np.array([first for first, _ in firsts if first is not None], dtype=np.float64)
     right = np.array([size for first, size in firsts if first is None], dtype=np.float64)
     if not errors.size or not right.size:
         return float("nan")
-    for q in np.linspace(0.01, 0.99, 99):
-        best = max(
-            best, _harmonic(float((q * (1 - q) ** errors).mean()), float(((1 - q) ** right).mean()))
-        )
-    return best
+    return max(
+        _harmonic(float((q * (1 - q) ** errors).mean()), float(((1 - q) ** right).mean()))
+        for q in np.linspace(0.01, 0.99, 99)
+    )
 
 
 def process_metrics(
@@ -282,8 +288,7 @@ def process_metrics(
     _, counts = np.unique(np.concatenate(labels), return_counts=True)
     limit = None
     if truth is not None:
-        pairs = zip(truth, solutions, strict=True)
-        known = [(np.asarray(t, dtype=np.float64), w) for t, (_, w) in pairs]
+        known = [(np.asarray(t), w) for t, (_, w) in zip(truth, solutions, strict=True)]
         limit = first_error_figures(known, 0.5)["first_error_f1"]
     named = list(groups) if groups is not None else list(range(len(solutions)))
     sizes = [len(p) for p, _ in solutions]
@@ -319,17 +324,11 @@ def _first_error_interval(
     solutions: Solutions, threshold: float, groups: Sequence[Any], seed: int
 ) -> tuple[float, float]:
     """Of the F1: whole prompts are drawn, and the two accuracies taken anew."""
-    hits = [
-        (_first(wrong > 0.5) is not None, _first(p > threshold) == _first(wrong > 0.5))
-        for p, wrong in solutions
-    ]
+    hits = _hits(solutions, threshold)
+    whole = _of_hits(hits)["first_error_f1"]
 
     def statistic(drawn: Any) -> float:
-        on_errors, on_right = drawn[drawn[:, 0] > 0, 1], drawn[drawn[:, 0] == 0, 1]
-        if not on_errors.size or not on_right.size:
-            return whole  # of one sort none was drawn
-        return _harmonic(float(on_errors.mean()), float(on_right.mean()))
+        f1 = _of_hits(drawn)["first_error_f1"]
+        return whole if np.isnan(f1) else f1  # of one sort none was drawn
 
-    table = np.array(hits, dtype=np.float64)
-    whole = first_error_figures(solutions, threshold)["first_error_f1"]
-    return bootstrap_interval(table, groups, statistic=statistic, n_resamples=500, seed=seed)
+    return bootstrap_interval(hits, groups, statistic=statistic, n_resamples=500, seed=seed)

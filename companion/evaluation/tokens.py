@@ -34,6 +34,7 @@ ROWS = {"outcome": "outcomes", "process": "steps"}
 #: aggregates of which every evaluation of an outcome model gives the AUC
 AGGREGATES: tuple[How, ...] = ("mean", "min", "log_product", "last")
 _UNLABELLED = "no step has a label"
+_HEAD = ("held-out figure [95%]", "ours", "floor", "best possible")
 
 
 class LabelledSteps(NamedTuple):
@@ -52,44 +53,6 @@ class LabelledSteps(NamedTuple):
     solutions: list[tuple[Array, Array]]
     right: list[Array]
     labels: list[Array]
-
-
-def labelled_steps(
-    logits: Sequence[Array], targets: Sequence[Sequence[float]], readout: TokenReadout
-) -> LabelledSteps:
-    """Set predictions of steps beside their labels. Chapter 3.
-
-    Parameters
-    ----------
-    logits : sequence of arrays ``[S, labels]``
-        Of all steps of each solution.
-    targets : sequence of sequences of float
-        Of each step a class (three labels) or the probability that it is good, or -100
-        (:func:`companion.functional.step_target`).
-    readout : TokenReadout
-
-    Raises
-    ------
-    DataError
-        If a solution has no labelled step.
-    """
-    found = LabelledSteps([], [], [])
-    for own, given in zip(logits, targets, strict=True):
-        target = np.asarray(given, dtype=np.float64)
-        kept = target != IGNORE_INDEX
-        if not kept.any():
-            raise DataError(f"a solution's steps have no label at all ({len(target)} steps)")
-        values = own[kept].astype(np.float64)
-        probabilities = readout.wrong(torch.from_numpy(values)).numpy()
-        if readout.labels == 3:
-            label, guess, bad = target[kept], values.argmax(axis=1), target[kept] == 0
-        else:
-            label = (target[kept] > 0.5).astype(np.float64)
-            guess, bad = values[:, 0] > 0, label == 0
-        found.solutions.append((probabilities, bad.astype(np.float64)))
-        found.right.append((guess == label).astype(np.float64))
-        found.labels.append(label)
-    return found
 
 
 @dataclass
@@ -155,8 +118,15 @@ class TokenEvaluation(Evaluation):
         return [prompt_key(self.rows[i]) for i in self.kept]
 
     def table(self) -> str:
-        """Return the figures as text."""
-        return token_table(self.metrics)
+        """Return the figures as text, with what they stand beside."""
+        lines = self._table()
+        dropped = self.metrics["dropped"]["total"]
+        if dropped:
+            lines.append(f"{dropped:,} of {self.metrics['n_rows']:,} rows left out")
+        return "\n".join(lines)
+
+    def _table(self) -> list[str]:
+        raise NotImplementedError
 
 
 @dataclass
@@ -189,6 +159,29 @@ class OutcomeEvaluation(TokenEvaluation):
             seed=self.seed,
         )
 
+    def _table(self) -> list[str]:
+        figures = self.metrics
+        by = figures["auc_by_aggregation"]
+        auc = number(figures["auc"], figures["auc_interval"])
+        accuracy = number(figures["accuracy"], figures["accuracy_interval"])
+        rows = [
+            ("AUC", auc, number(figures["length_auc"]), number(figures["limit_auc"])),
+            ("accuracy at 0.5", accuracy, number(figures["majority"]), "–"),
+            ("log loss, nats", number(figures["loss"]), "–", "–"),
+            *_probability_rows(figures),
+        ]
+        lines = [
+            format_table(_HEAD, rows),
+            "",
+            f"{figures['n']:,} texts, score = {figures['aggregation']} of the probabilities",
+            "AUC by aggregation: "
+            + ", ".join(f"{how} {number(value)}" for how, value in by.items()),
+            "floors: the length for the AUC, the more frequent answer for the accuracy",
+        ]
+        if figures["auc"] is not None and figures["auc"] <= figures["length_auc"]:
+            lines.append("the model does not beat the length")
+        return lines
+
 
 @dataclass
 class StepEvaluation(TokenEvaluation):
@@ -199,7 +192,8 @@ class StepEvaluation(TokenEvaluation):
     logits : list of (ndarray ``[S, labels]`` or None)
         Of all steps of each solution.
     targets : list of list of float
-        What :func:`step_targets` makes of the labels.
+        Of each step a class (three labels) or the probability that it is good, or -100: what
+        :func:`step_targets` makes of the labels.
     """
 
     logits: Sequence[Array | None] = ()
@@ -212,8 +206,21 @@ class StepEvaluation(TokenEvaluation):
         ]
 
     def _labelled(self) -> LabelledSteps:
-        logits = [np.asarray(self.logits[i]) for i in self.kept]
-        return labelled_steps(logits, [self.targets[i] for i in self.kept], self.readout)
+        found = LabelledSteps([], [], [])
+        for i in self.kept:
+            target = np.asarray(self.targets[i], dtype=np.float64)
+            has_label = target != IGNORE_INDEX
+            label = target[has_label]
+            values = np.asarray(self.logits[i])[has_label].astype(np.float64)
+            if self.readout.labels == 3:
+                guess = values.argmax(axis=1)
+            else:
+                label, guess = (label > 0.5).astype(np.float64), values[:, 0] > 0
+            probabilities = self.readout.wrong(torch.from_numpy(values)).numpy()
+            found.solutions.append((probabilities, (label == 0).astype(np.float64)))
+            found.right.append((guess == label).astype(np.float64))
+            found.labels.append(label)
+        return found
 
     def calibrate(self, manifest: RewardManifest, source: str) -> list[str]:
         """Fit the threshold of the first error."""
@@ -223,9 +230,15 @@ class StepEvaluation(TokenEvaluation):
 
     def _figures(self) -> dict[str, Any]:
         labelled, truth = self._labelled(), self._of_kept("true_labels")
-        if truth is not None:
+        if truth is not None:  # 1 where a labelled step is really wrong
             pairs = zip(truth, (self.targets[i] for i in self.kept), strict=True)
-            truth = [true_errors(labels, targets) for labels, targets in pairs]
+            truth = [
+                np.array(
+                    [own == -1 for own, x in zip(labels, target, strict=True) if x != IGNORE_INDEX],
+                    dtype=np.float64,
+                )
+                for labels, target in pairs
+            ]
         return process_metrics(
             labelled.solutions,
             threshold=self.readout.threshold,
@@ -235,6 +248,40 @@ class StepEvaluation(TokenEvaluation):
             groups=self._prompts(),
             seed=self.seed,
         )
+
+    def _table(self) -> list[str]:
+        figures = self.metrics
+        first, at_half = figures["first_error"], figures["first_error_at_half"]
+        f1 = number(first["first_error_f1"], figures["first_error_interval"])
+        steps = number(figures["step_accuracy"], figures["step_accuracy_interval"])
+        auc = number(figures["wrong_auc"], figures["wrong_auc_interval"])
+        rows = [
+            ("first-error F1", f1, number(figures["guessing_f1"]), number(figures["limit_f1"])),
+            ("  solutions with an error", number(first["accuracy_on_errors"]), "–", "–"),
+            ("  solutions without", number(first["accuracy_on_right"]), "–", "–"),
+            ("step accuracy", steps, number(figures["majority"]), "–"),
+            ("AUC of wrong steps", auc, number(figures["position_auc"]), "–"),
+            *_probability_rows(figures),
+        ]
+        return [
+            format_table(_HEAD, rows),
+            "",
+            f"{figures['n']:,} solutions ({first['n_errors']:,} with an error), "
+            f"{figures['n_steps']:,} labelled steps; a step is wrong if P(wrong) > "
+            f"{figures['threshold']:.3f}, fitted on other rows (F1 at 0.5: "
+            f"{number(at_half['first_error_f1'])})",
+            "floors: guessing at the best rate for the F1, the most frequent label for the steps, "
+            "the step's number for the AUC",
+        ]
+
+
+def _probability_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    band = figures["ece_band"]
+    calibrated = "–" if band is None else "calibrated" + interval(band)
+    return [
+        ("Brier score", number(figures["brier"], figures["brier_interval"]), "–", "–"),
+        ("calibration error", number(figures["ece"]), "–", calibrated),
+    ]
 
 
 def evaluate_tokens(
@@ -276,7 +323,9 @@ def evaluate_tokens(
         raise DataError(f"there are no {what} to evaluate on", "check the split and limit")
     about: dict[str, Any] = {"seed": seed, "info": dict(info or {})}
     if readout.kind == "outcome":
-        check_outcomes(rows)
+        for i, row in enumerate(rows):
+            if row.get("label") not in (0, 1):  # bools are
+                raise DataError(f"row {i}, field 'label': {row.get('label')!r}", "true or false")
         scores = scorer.score(rows, progress=progress)
         found: TokenEvaluation = OutcomeEvaluation(
             list(rows),
@@ -293,13 +342,6 @@ def evaluate_tokens(
             list(rows), scores.reasons, readout, **about, logits=scores.logits, targets=targets
         )
     return found.measure()
-
-
-def check_outcomes(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse rows whose label is neither true nor false."""
-    for i, row in enumerate(rows):
-        if row.get("label") not in (0, 1):  # bools are
-            raise DataError(f"row {i}, field 'label': {row.get('label')!r}", "true or false")
 
 
 def step_targets(
@@ -340,83 +382,3 @@ def _aggregates(values: Sequence[Array | None]) -> dict[str, Array]:
             for how in AGGREGATES:
                 found[how][place] = float(aggregate(row, mask, how))
     return found
-
-
-def true_errors(true_labels: Sequence[Any], targets: Sequence[float]) -> Array:
-    """1 where a labelled step is really wrong, by the truth behind its label."""
-    wrong = np.asarray([label == -1 for label in true_labels], dtype=np.float64)
-    return wrong[np.asarray(targets) != IGNORE_INDEX]
-
-
-# ---------------------------------------------------------------------- tables
-
-_HEAD = ("held-out figure [95%]", "ours", "floor", "best possible")
-
-
-def token_table(figures: Mapping[str, Any]) -> str:
-    """The figures of an outcome or process model as text, with what they stand beside."""
-    lines = _outcome_table(figures) if "auc" in figures else _process_table(figures)
-    dropped = figures.get("dropped", {"total": 0})["total"]
-    if dropped:
-        lines.append(f"{dropped:,} of {figures['n_rows']:,} rows left out")
-    return "\n".join(lines)
-
-
-def _outcome_table(figures: Mapping[str, Any]) -> list[str]:
-    by = figures["auc_by_aggregation"]
-    auc = number(figures["auc"]) + interval(figures["auc_interval"])
-    accuracy = number(figures["accuracy"]) + interval(figures["accuracy_interval"])
-    rows = [
-        ("AUC", auc, number(figures["length_auc"]), number(figures["limit_auc"])),
-        ("accuracy at 0.5", accuracy, number(figures["majority"]), "–"),
-        ("log loss, nats", number(figures["loss"]), "–", "–"),
-        *_probability_rows(figures),
-    ]
-    lines = [
-        format_table(_HEAD, rows),
-        "",
-        f"{figures['n']:,} texts, score = {figures['aggregation']} of the probabilities",
-        "AUC by aggregation: " + ", ".join(f"{how} {number(value)}" for how, value in by.items()),
-        "floors: the length for the AUC, the more frequent answer for the accuracy",
-    ]
-    if figures["auc"] is not None and figures["auc"] <= figures["length_auc"]:
-        lines.append("the model does not beat the length")
-    return lines
-
-
-def _process_table(figures: Mapping[str, Any]) -> list[str]:
-    first, at_half = figures["first_error"], figures["first_error_at_half"]
-    f1 = number(first["first_error_f1"]) + interval(figures["first_error_interval"])
-    steps = number(figures["step_accuracy"]) + interval(figures["step_accuracy_interval"])
-    auc = number(figures["wrong_auc"]) + interval(figures["wrong_auc_interval"])
-    rows = [
-        ("first-error F1", f1, number(figures["guessing_f1"]), number(figures["limit_f1"])),
-        ("  solutions with an error", number(first["accuracy_on_errors"]), "–", "–"),
-        ("  solutions without", number(first["accuracy_on_right"]), "–", "–"),
-        ("step accuracy", steps, number(figures["majority"]), "–"),
-        ("AUC of wrong steps", auc, number(figures["position_auc"]), "–"),
-        *_probability_rows(figures),
-    ]
-    return [
-        format_table(_HEAD, rows),
-        "",
-        f"{figures['n']:,} solutions ({first['n_errors']:,} with an error), "
-        f"{figures['n_steps']:,} labelled steps; a step is wrong if P(wrong) > "
-        f"{figures['threshold']:.3f}, fitted on other rows (F1 at 0.5: "
-        f"{number(at_half['first_error_f1'])})",
-        "floors: guessing at the best rate for the F1, the most frequent label for the steps, the "
-        "step's number for the AUC",
-    ]
-
-
-def _probability_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    band = figures["ece_band"]
-    return [
-        ("Brier score", number(figures["brier"]) + interval(figures["brier_interval"]), "–", "–"),
-        (
-            "calibration error",
-            number(figures["ece"]),
-            "–",
-            "–" if band is None else "calibrated" + interval(band),
-        ),
-    ]
