@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from companion.cli.shared import add_fields, add_flags
+from companion.cli.shared import add_fields, add_flags, picked
 from companion.data.formats import KINDS, MARGINS
 from companion.errors import DataError
 
@@ -42,28 +42,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="action", metavar="ACTION", required=True, parser_class=_ActionParser
     )
 
-    def action(name: str, text: str) -> _ActionParser:
-        return actions.add_parser(
-            name,
+    def action(work: Callable[[argparse.Namespace], int], text: str) -> _ActionParser:
+        added: _ActionParser = actions.add_parser(
+            work.__name__.lstrip("_"),
             help=text,
             description=text,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
+        added.set_defaults(work=work)
+        return added
 
-    action("tutor", "make data of the tutor, whose truth is known").fill = _tutor_arguments
+    action(_tutor, "make data of the tutor, whose truth is known").fill = _tutor_arguments
 
-    check = action("check", "check every row; exit code 2 if any is bad")
+    check = action(_check, "check every row; exit code 2 if any is bad")
     _source_arguments(check)
     check.add_argument("--max_errors", type=int, default=20, help="how many bad rows to show")
 
-    describe = action("describe", "counts, lengths, labels, and how often the longer one wins")
-    _source_arguments(describe)
-    _on_error_argument(describe)
+    describe = action(_describe, "counts, lengths, labels, and how often the longer one wins")
+    _source_arguments(describe, on_error=True)
     describe.add_argument("--json", action="store_true", help="print JSON")
 
-    split = action("split", "write train.jsonl and test.jsonl that share no prompt")
-    _source_arguments(split)
-    _on_error_argument(split)
+    split = action(_split, "write train.jsonl and test.jsonl that share no prompt")
+    _source_arguments(split, on_error=True)
     split.add_argument("--test_fraction", type=float, default=0.1, help="share of the prompts")
     split.add_argument("--seed", type=int, default=0, help="another seed, another split")
     split.add_argument("--by", metavar="COLUMN", help="keep rows together by this column instead")
@@ -71,16 +71,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     split.add_argument("--output_dir", required=True, help="folder for the parts and split.json")
     add_flags(split, "overwrite", overwrite="replace parts that exist")
 
-    convert = action("convert", "write rows in the companion's form (also hh-rlhf, UltraFeedback)")
-    _source_arguments(convert)
-    _on_error_argument(convert)
+    convert = action(_convert, "write rows in the companion's form (also hh-rlhf, UltraFeedback)")
+    _source_arguments(convert, on_error=True)
     convert.add_argument("--output", required=True, help=_OUTPUT_HELP)
 
 
 _OUTPUT_HELP: Final = "file to write: .jsonl, .jsonl.gz, .json, .csv or .parquet"
 
 
-def _source_arguments(parser: argparse.ArgumentParser) -> None:
+def _source_arguments(parser: argparse.ArgumentParser, on_error: bool = False) -> None:
     add = parser.add_argument
     add("source", metavar="FILE", help="file, folder or hub id")
     kinds, text = ("auto", *KINDS), "what the rows are; auto goes by the columns"
@@ -91,10 +90,8 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
     add("--columns", nargs="+", metavar="OLD=NEW", help="rename columns")
     text = "margins: as given, from ratings, none"
     add("--margins", choices=MARGINS, default="given", help=text)
-
-
-def _on_error_argument(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, "on_error", on_error="skip leaves bad rows out and counts them")
+    if on_error:
+        add_flags(parser, "on_error", on_error="skip leaves bad rows out and counts them")
 
 
 def _tutor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,14 +116,14 @@ def _field_comments(cls: type) -> dict[str, str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    return _ACTIONS[args.action](args)
+    return int(args.work(args))
 
 
 def _tutor(args: argparse.Namespace) -> int:
     from companion import tutor
     from companion.data.writing import write_rows
 
-    dials = {item.name: getattr(args, item.name) for item in fields(tutor.Dials)}
+    dials = picked(args, *(item.name for item in fields(tutor.Dials)))
     rows = tutor.make_rows(args.kind, args.n, args.seed, **dials)
     if not rows:
         raise DataError(f"--n {args.n} makes no rows", "give a positive number")
@@ -157,14 +154,10 @@ def _load(args: argparse.Namespace, on_error: str, shown: int = 5) -> tuple[Data
         columns[old] = new
     return load_rows_with_report(
         args.source,
-        kind=args.kind,
-        split=args.split,
-        name=args.name,
-        limit=args.limit,
         columns=columns,
-        margins=args.margins,
         on_error=on_error,
         max_problems=shown,
+        **picked(args, "kind", "split", "name", "limit", "margins"),
     )
 
 
@@ -220,8 +213,7 @@ def _split(args: argparse.Namespace) -> int:
     overlap = overlap_report(train, test)
     record = {
         "load": report.as_dict(),
-        "test_fraction": args.test_fraction,
-        "seed": args.seed,
+        **picked(args, "test_fraction", "seed"),
         "by": args.by or "prompt",
         "exact": args.exact,
         "overlap": overlap.as_dict(),
@@ -243,12 +235,3 @@ def _convert(args: argparse.Namespace) -> int:
     written = write_rows(dataset, args.output)
     print(f"{written:,} {report.kind} written to {args.output}")
     return 0
-
-
-_ACTIONS: Final = {
-    "tutor": _tutor,
-    "check": _check,
-    "describe": _describe,
-    "split": _split,
-    "convert": _convert,
-}

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(.jsonl, .jsonl.gz, .parquet, .csv), a folder, or a hub id",
     )
     add("--dataset_split", default="test", help="split; a single file has but one")
-    add("--dataset_config", default=None, help="configuration of a hub dataset")
+    add("--dataset_config", help="configuration of a hub dataset")
     add_flags(
         parser,
         *("limit", "device", "max_tokens_per_batch", "packing", "max_length", "dtype"),
@@ -33,14 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         packing="auto: no padding, and a pair's prompt computed once, where that is exact for the "
         "model (if not, the log says why); off: padded batches",
     )
-    add("--json", type=Path, default=None, metavar="FILE", help="write all figures here")
-    add(
-        "--report",
-        type=Path,
-        default=None,
-        metavar="FILE",
-        help="write an HTML report here (not for token-level models)",
-    )
+    add("--json", type=Path, metavar="FILE", help="write all figures here")
+    text = "write an HTML report here (not for token-level models)"
+    add("--report", type=Path, metavar="FILE", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,18 +103,15 @@ def _load(args: argparse.Namespace, kind: str) -> tuple[Any, str]:
 
 def _evaluate(scorer: Any, rows: Any, kind: str, info: dict[str, Any]) -> Any:
     """The figures that belong to the kind of the rows."""
-
     from companion.evaluation.pairs import evaluate_pairs
     from companion.evaluation.rankings import evaluate_rankings
     from companion.evaluation.tokens import evaluate_tokens
 
+    evaluate: Any = evaluate_tokens
     total = len(rows)
     if kind == "pairs":
-        total *= 2
+        evaluate, total = evaluate_pairs, 2 * total
     elif kind == "rankings":
-        total = sum(map(len, rows["completions"]))
-    evaluate: Any = {"pairs": evaluate_pairs, "rankings": evaluate_rankings}.get(
-        kind, evaluate_tokens
-    )
+        evaluate, total = evaluate_rankings, sum(map(len, rows["completions"]))
     with progress_bar("scoring", "texts", total) as moved:
         return evaluate(scorer, rows, info=info, progress=moved["progress"])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from companion.cli.shared import add_flags, check_target, loading, progress_bar
+from companion.cli.shared import add_flags, check_target, loading, picked, progress_bar
 from companion.errors import DataError
 
 
@@ -74,12 +74,11 @@ def run(args: argparse.Namespace) -> int:
         raise DataError("--report is for pairs", "leave it out with a pointwise template")
     shared: dict[str, Any] = {
         "cache": args.cache or f"{args.output}.cache",
-        "max_tokens": args.max_tokens,
-        "chat_template_kwargs": args.chat_template_kwargs,
+        **picked(args, "max_tokens", "chat_template_kwargs"),
     }
     if args.base_url is not None:
         asking = ("api_key_env", "concurrency", "requests_per_minute", "timeout", "max_retries")
-        shared |= {name: getattr(args, name) for name in (*asking, "request")}
+        shared |= picked(args, *asking, "request")
         judge = Judge.from_server(args.model, args.base_url, template, **shared)
     else:
         judge = Judge.from_pretrained(args.model, template, **loading(args), **shared)
@@ -88,10 +87,7 @@ def run(args: argparse.Namespace) -> int:
             judge,
             args.input,
             args.output,
-            limit=args.limit,
-            keep_answers=args.keep_answers,
-            on_error=args.on_error,
-            overwrite=args.overwrite,
+            **picked(args, "limit", "keep_answers", "on_error", "overwrite"),
             **moved,
         )
     _say(judge, report, args.output)

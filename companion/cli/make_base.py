@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from companion.cli.shared import add_fields
+from companion.cli.shared import add_fields, picked
 from companion.errors import CompanionError
 
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output_dir)
     if output.exists() and any(output.iterdir()):
         raise CompanionError(f"{output} is not empty", "name another --output_dir, or empty it")
-    config = BaseConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(BaseConfig)})
+    config = BaseConfig(**picked(args, *(item.name for item in dataclasses.fields(BaseConfig))))
     figures = train_base(config, output, log_every=args.log_every)
     print(f"\nsaved to {output}")
     for name in ("greedy", "sampled", "verdict", "judge"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from companion.cli.shared import add_flags, loading, open_scorer, progress_bar
+from companion.cli.shared import add_flags, loading, open_scorer, picked, progress_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,15 +56,8 @@ def run(args: argparse.Namespace) -> int:
             ranks_path=args.ranks,
             pairs_path=args.pairs,
             policy=policy,
-            n=args.n,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            max_new_tokens=args.max_new_tokens,
-            seed=args.seed,
-            top_k=args.top_k,
-            on_error=args.on_error,
-            overwrite=args.overwrite,
-            chunk_rows=args.chunk_rows,
+            **picked(args, "n", "temperature", "top_p", "max_new_tokens", "seed"),
+            **picked(args, "top_k", "on_error", "overwrite", "chunk_rows"),
             **moved,
         )
     ranked = report.rows - report.failed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from companion.cli.shared import add_flags, open_scorer, progress_bar
+from companion.cli.shared import add_flags, open_scorer, picked, progress_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,12 +54,8 @@ def run(args: argparse.Namespace) -> int:
             scorer,
             args.input,
             args.output,
-            fields=args.fields,
-            completion_field=args.completion_field,
             terminated=False if args.unterminated else None,
-            on_error=args.on_error,
-            overwrite=args.overwrite,
-            chunk_rows=args.chunk_rows,
+            **picked(args, "fields", "completion_field", "on_error", "overwrite", "chunk_rows"),
             **moved,
         )
     parts = [f"{report.rows} rows"]

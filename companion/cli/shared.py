@@ -62,9 +62,14 @@ def add_fields(parser: Any, cls: Any, text_of: Callable[[str], str]) -> None:
         parser.add_argument(f"--{item.name}", default=item.default, help=text_of(item.name), **kind)
 
 
+def picked(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Some of the flags, as keyword arguments."""
+    return {name: getattr(args, name) for name in names}
+
+
 def loading(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of this command that loading a model takes."""
-    return {name: getattr(args, name) for name in _LOADING if hasattr(args, name)}
+    return picked(args, *(name for name in _LOADING if hasattr(args, name)))
 
 
 def open_scorer(args: argparse.Namespace) -> Any:
