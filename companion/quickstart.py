@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,10 @@ from companion.data.writing import write_rows
 from companion.errors import CompanionError
 from companion.evaluation.pairs import PairEvaluation, evaluate_pairs
 from companion.evaluation.report import write_report
-from companion.scoring import RewardScorer, Scores
+from companion.scoring import RewardScorer
 from companion.tutor import GOLD, TUTOR_BASE, grade, make_rows
 
-#: The folder of the base that ships with the companion.
-#:
-#: :meta hide-value:
+#: says of a folder that a quickstart made it
 _MARK = "quickstart.json"
 
 
@@ -56,7 +54,7 @@ class QuickstartResult:
     evaluation: PairEvaluation
     canaries: PairEvaluation
     weights: dict[str, tuple[float, float]]  #: of r*: (learned, gold)
-    examples: list[dict[str, Any]]
+    examples: list[dict[str, Any]]  #: of :func:`example_rows`, with ``gold``, ``score`` and ``z``
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -121,9 +119,8 @@ def learned_weights(
         [[1.0, g.correct, g.validity, g.greeting, g.tone, -g.extra_words / 10] for g in grades]
     )
     solution = np.linalg.lstsq(design, np.asarray(scores, dtype=np.float64), rcond=None)[0]
-    names = ("correct", "steps", "greeting", "tone", "words")
-    gold = (GOLD.correct, GOLD.steps, GOLD.greeting, GOLD.tone, GOLD.words)
-    return {n: (float(w), g) for n, w, g in zip(names, solution[1:], gold, strict=True)}
+    pairs = zip(asdict(GOLD).items(), solution[1:], strict=True)  # in the order of the columns
+    return {name: (float(weight), gold) for (name, gold), weight in pairs}
 
 
 def example_rows() -> list[dict[str, Any]]:
@@ -222,7 +219,11 @@ def run_quickstart(
     lap("evaluation")
 
     say("4/4 scores of a few completions, and the report")
-    examples = _scored(example_rows(), scorer)
+    examples = example_rows()
+    scores = scorer.score(examples)
+    for i, row in enumerate(examples):
+        row["gold"] = grade(row["prompt"][0]["content"], row["completion"]).reward
+        row |= scores.record(i)
     result = QuickstartResult(output, evaluation, canaries, weights, examples, seconds)
     write_report(
         result.report,
@@ -232,24 +233,15 @@ def run_quickstart(
         run_info=_run_info(config, result),
     )
     lap("report")
-    (output / _MARK).write_text(json.dumps(_record(config, result), indent=1) + "\n")
+    record = {
+        "config": asdict(config),
+        "metrics": evaluation.to_dict()["metrics"],
+        "weights": weights,
+        "canaries": {k: v["accuracy"] for k, v in canaries.metrics["subsets"].items()},
+        "seconds": seconds,
+    }
+    (output / _MARK).write_text(json.dumps(record, indent=1) + "\n")
     return result
-
-
-def _scored(rows: list[dict[str, Any]], scorer: RewardScorer) -> list[dict[str, Any]]:
-    scores: Scores = scorer.score(rows)
-    assert scores.z is not None  # the quickstart's manifest has a reference set
-    assert scores.percentile is not None
-    return [
-        row
-        | {
-            "gold": grade(row["prompt"][0]["content"], row["completion"]).reward,
-            "raw": float(scores.raw[i]),
-            "z": float(scores.z[i]),
-            "percentile": float(scores.percentile[i]),
-        }
-        for i, row in enumerate(rows)
-    ]
 
 
 def _run_info(config: QuickstartConfig, result: QuickstartResult) -> dict[str, Any]:
@@ -265,16 +257,6 @@ def _run_info(config: QuickstartConfig, result: QuickstartResult) -> dict[str, A
         info[f"canary '{name}' ordered right"] = f"{row['accuracy']:.1%}"
     for example in result.examples:
         info[f"score of '{example['what']}' (r*)"] = (
-            f"{example['raw']:+.2f} ({example['gold']:.2f})"
+            f"{example['score']:+.2f} ({example['gold']:.2f})"
         )
     return info | {f"seconds of {k}": f"{v:.0f}" for k, v in result.seconds.items()}
-
-
-def _record(config: QuickstartConfig, result: QuickstartResult) -> dict[str, Any]:
-    return {
-        "config": config.__dict__,
-        "metrics": result.evaluation.to_dict()["metrics"],
-        "weights": result.weights,
-        "canaries": {k: v["accuracy"] for k, v in result.canaries.metrics["subsets"].items()},
-        "seconds": result.seconds,
-    }

@@ -59,7 +59,7 @@ def _show(result: QuickstartResult) -> None:
         examples.add_row(
             row["what"],
             f"{row['gold']:.2f}",
-            f"{row['raw']:+.2f}",
+            f"{row['score']:+.2f}",
             f"{row['z']:+.2f}",
             f"{row['percentile']:.0f}",
         )

@@ -155,13 +155,10 @@ def gold_probability(rows: Sequence[Mapping[str, Any]]) -> tuple[Array | None, s
     DataError
         If a later row lacks what the first one has; the row is named.
     """
-    if not rows:
-        return None, None
-    if isinstance(rows[0].get("probability"), (int, float)):
-        columns = ["probability"]
-    elif all(isinstance(rows[0].get(f"reward_{s}"), (int, float)) for s in ("chosen", "rejected")):
-        columns = ["reward_chosen", "reward_rejected"]
-    else:
+    has = {name for row in rows[:1] for name, x in row.items() if isinstance(x, (int, float))}
+    choices = (("probability",), ("reward_chosen", "reward_rejected"))
+    columns = next((names for names in choices if has.issuperset(names)), None)
+    if columns is None:
         return None, None
     table = np.empty((len(rows), len(columns)))
     for line, row in enumerate(rows):

@@ -26,6 +26,9 @@ from companion.functional.resampling import Array
 if TYPE_CHECKING:
     from companion.scoring import Scorer
 
+#: columns with one entry for each completion
+_OF_COMPLETIONS = ("completions", "ranks", "ratings", "rewards")
+
 
 @dataclass
 class RankingEvaluation(PairEvaluation):
@@ -85,7 +88,7 @@ def evaluate_rankings(
         raise DataError("there is no ranking to evaluate on", "check the split and the limit")
     texts, names, ends = [], [], []
     for i, row in enumerate(rows):
-        shared = _shared(row)
+        shared = {key: value for key, value in row.items() if key not in _OF_COMPLETIONS}
         texts += [{**shared, "completion": completion} for completion in row["completions"]]
         names += [f"row {i}, completion {k}" for k in range(len(row["completions"]))]
         ends.append(len(texts))
@@ -151,11 +154,6 @@ def scored_rankings(
         scores=list(scores),
         lengths=list(lengths),
     )
-
-
-def _shared(row: Mapping[str, Any]) -> dict[str, Any]:
-    own = ("completions", "ranks", "ratings", "rewards")
-    return {key: value for key, value in row.items() if key not in own}
 
 
 def _picks(
