@@ -6,9 +6,13 @@ The hook of the last layer calls parts of the layer from within, where the weigh
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    gc.disable()  # a collection would walk what is imported again and again
 
 import torch
 import torch.distributed as dist
@@ -62,4 +66,5 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.enable()
     main(Path(sys.argv[1]))

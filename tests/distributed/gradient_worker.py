@@ -19,6 +19,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+if __name__ == "__main__":
+    gc.disable()  # a collection would walk what is imported again and again
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -516,7 +518,8 @@ def main(output: str) -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what is imported: accelerate collects before each training, which walks it all
+    gc.freeze()  # accelerate collects before each training
+    gc.enable()
     main(sys.argv[1])
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""Start a program on several ranks of this machine."""
+"""Start a program on two ranks of this machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -17,20 +19,46 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(arguments: list[str], *, ranks: int, **environment: str) -> str:
-    """Run a program on so many ranks; its output, and its failure as an assertion."""
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+def launch(arguments: list[str], *, torchrun: bool = False, **environment: str) -> str:
+    """Run a program on two ranks; its output, and its failure as an assertion.
+
+    ``torchrun`` says whether it starts them: it imports torch for itself, which takes its time.
+    """
+    command, path = [sys.executable], [str(ROOT), os.environ.get("PYTHONPATH")]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1"}
+    shared["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    ranks: list[dict[str, str]] = [{}]
+    if torchrun:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
         command += ["--master_port", str(free_port())]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [*command, *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=540,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
+    else:
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+        shared |= {"LOCAL_WORLD_SIZE": "2"}
+        ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder) / str(rank) for rank in range(len(ranks))]
+        started = []
+        for own, file in zip(ranks, said, strict=True):
+            with file.open("w") as out:
+                started.append(
+                    subprocess.Popen(
+                        [*command, *arguments],
+                        env={**shared, **own, **environment},
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        try:
+            end = time.monotonic() + 540
+            while any(process.poll() is None for process in started):
+                failed = any(process.poll() for process in started)  # the other one may wait for it
+                if failed or time.monotonic() > end:
+                    break
+                time.sleep(0.05)
+        finally:
+            for process in started:
+                process.kill()
+            codes = [process.wait() for process in started]
+        text = "\n".join(file.read_text(errors="replace") for file in said)
+    assert codes == [0] * len(codes), text[-9000:]
+    return text

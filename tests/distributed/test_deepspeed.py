@@ -6,20 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import deepspeed_worker
 import numpy as np
 import pytest
 import torch
 from launching import launch
 
-HERE = Path(__file__).parent
-WORKER = str(HERE / "deepspeed_worker.py")
+WORKER = deepspeed_worker.__file__
 CPU = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
 
 pytest.importorskip("deepspeed")
 pytestmark = [
     pytest.mark.slow,  # the first run compiles an operator
     pytest.mark.distributed,
-    pytest.mark.xdist_group("deepspeed"),
 ]
 
 
@@ -31,7 +30,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     found = {}
     for kind in KINDS:
         output = tmp_path_factory.mktemp("plain") / "weights.pt"
-        launch([WORKER, "0", str(output), kind], ranks=1)
+        deepspeed_worker.main(0, str(output), kind)
         found[kind] = torch.load(output)
     return found
 
@@ -46,7 +45,7 @@ def test_zero_gives_the_weights_of_one_process(
     Of the steps' rows some have no label at all.
     """
     output, whole = tmp_path / "weights.pt", plain[kind]
-    launch([WORKER, str(stage), str(output), kind], ranks=2, **CPU)
+    launch([WORKER, str(stage), str(output), kind], **CPU)
     sharded = torch.load(output)
     moved, gap = 0.0, 0.0
     for name, value in whole["weights"].items():
@@ -72,7 +71,7 @@ def test_a_whole_run_under_zero_3_saves_a_plain_checkpoint(tmp_path: Path) -> No
     from companion import load_reward_model
 
     output = tmp_path / "model"
-    launch([WORKER, "run", str(output)], ranks=2, **CPU)
+    launch([WORKER, "run", str(output)], **CPU)
     loaded = load_reward_model(output)
     manifest = loaded.manifest
     assert manifest is not None

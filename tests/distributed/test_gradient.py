@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
+import gradient_worker
 import pytest
 from launching import launch
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("gradient")]
-WORKER = Path(__file__).with_name("gradient_worker.py")
+pytestmark = pytest.mark.distributed
 ranks_of = pytest.mark.parametrize("ranks", [1, 2])
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """All kinds and cases, in one start of the processes for each number of ranks."""
-    found = {}
-    for ranks in (1, 2):
-        output = tmp_path_factory.mktemp("gradient") / f"{ranks}.json"
-        launch([str(WORKER), str(output)], ranks=ranks)
-        found[ranks] = json.loads(output.read_text())
-    return found
+    """All kinds and cases, on one rank in this process, on two in one start of the processes."""
+    folder = tmp_path_factory.mktemp("gradient")
+    gradient_worker.main(f"{folder}/1.json")
+    launch([gradient_worker.__file__, f"{folder}/2.json"])
+    return {ranks: json.loads((folder / f"{ranks}.json").read_text()) for ranks in (1, 2)}
 
 
 @ranks_of

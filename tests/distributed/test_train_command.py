@@ -9,10 +9,14 @@ import pytest
 from launching import launch
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("torchrun")]
+from companion.cli.main import main
+
+pytestmark = pytest.mark.distributed
 
 
-def test_two_processes_and_one_give_the_same_model(tmp_path: Path, tiny_base: Path) -> None:
+def test_two_processes_and_one_give_the_same_model(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The same pairs a step; 43 rows, so that the last step is uneven."""
     rows = [
         {
@@ -26,18 +30,19 @@ def test_two_processes_and_one_give_the_same_model(tmp_path: Path, tiny_base: Pa
     weights, manifests = [], []
     for ranks in (1, 2):
         output = tmp_path / f"on{ranks}"
-        text = launch(
-            [
-                *("-m", "companion", "train", "pairwise"),
-                *("--model_name_or_path", str(tiny_base)),
-                *("--dataset_name", str(tmp_path / "pairs.jsonl")),
-                *("--output_dir", str(output)),
-                *("--per_device_train_batch_size", str(8 // ranks)),
-                *("--optim", "sgd", "--learning_rate", "0.02", "--save_strategy", "no"),
-                *("--eval_fraction", "0.3", "--disable_tqdm", "true"),
-            ],
-            ranks=ranks,
-        )
+        arguments = [
+            *("train", "pairwise", "--model_name_or_path", str(tiny_base)),
+            *("--dataset_name", str(tmp_path / "pairs.jsonl")),
+            *("--output_dir", str(output)),
+            *("--per_device_train_batch_size", str(8 // ranks)),
+            *("--optim", "sgd", "--learning_rate", "0.02", "--save_strategy", "no"),
+            *("--eval_fraction", "0.3", "--disable_tqdm", "true"),
+        ]
+        if ranks == 1:
+            assert main(arguments) == 0
+            text = capsys.readouterr().out
+        else:
+            text = launch(["-m", "companion", *arguments], torchrun=True)
         assert text.count("saved in") == 1
         weights.append(load_file(output / "model.safetensors"))
         manifests.append(json.loads((output / "reward_manifest.json").read_text()))

@@ -14,10 +14,11 @@ import pytest
 from launching import launch
 
 from companion import Policy, RewardScorer, load_reward_model
+from companion.cli.main import main
 from companion.rl import Look, PromptArguments, Viewer, open_reward, weighted_sum
 from companion.rl.run import hold_out
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("torchrun")]
+pytestmark = pytest.mark.distributed
 
 SCORER = '''
 import os
@@ -60,7 +61,11 @@ def _module(place: str) -> Any:
 
 
 def test_two_processes_look_alike_write_once_and_stop_together(
-    tmp_path: Path, tiny_base: Path, tiny_reward: Path
+    tmp_path: Path,
+    tiny_base: Path,
+    tiny_reward: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An odd number of held-out prompts: the ranks' shares differ."""
     rows = [
@@ -72,21 +77,24 @@ def test_two_processes_look_alike_write_once_and_stop_together(
     looks, results = [], []
     for ranks in (1, 2):
         output = tmp_path / f"on{ranks}"
-        text = launch(
-            [
-                *("-m", "companion", "train", "grpo"),
-                *("--model_name_or_path", str(tiny_base), "--reward_model", str(tiny_reward)),
-                *("--held_out_scorer", "scorer_of_the_test:words"),
-                *("--dataset_name", str(tmp_path / "prompts.jsonl"), "--output_dir", str(output)),
-                *("--monitor_prompts", "9", "--test_prompts", "9", "--monitor_completions", "2"),
-                *("--per_device_train_batch_size", str(8 // ranks), "--num_generations", "4"),
-                *("--max_completion_length", "8", "--learning_rate", "0.01", "--max_steps", "3"),
-                *("--monitor_steps", "1", "--kl_budget", "0.0001", "--save_strategy", "no"),
-                *("--disable_tqdm", "true", "--report_to", "none"),
-            ],
-            ranks=ranks,
-            PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)]),
-        )
+        arguments = [
+            *("train", "grpo"),
+            *("--model_name_or_path", str(tiny_base), "--reward_model", str(tiny_reward)),
+            *("--held_out_scorer", "scorer_of_the_test:words"),
+            *("--dataset_name", str(tmp_path / "prompts.jsonl"), "--output_dir", str(output)),
+            *("--monitor_prompts", "9", "--test_prompts", "9", "--monitor_completions", "2"),
+            *("--per_device_train_batch_size", str(8 // ranks), "--num_generations", "4"),
+            *("--max_completion_length", "8", "--learning_rate", "0.01", "--max_steps", "3"),
+            *("--monitor_steps", "1", "--kl_budget", "0.0001", "--save_strategy", "no"),
+            *("--disable_tqdm", "true", "--report_to", "none"),
+        ]
+        if ranks == 1:
+            monkeypatch.syspath_prepend(tmp_path)
+            assert main(arguments) == 0
+            text = "".join(capsys.readouterr())
+        else:
+            path = os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])
+            text = launch(["-m", "companion", *arguments], PYTHONPATH=path)
         assert text.count("saved in") == 1  # rank 0 alone speaks
         assert text.count("stopped at step 1: the KL budget is spent") == 2  # then, in the table
         looks.append([json.loads(line) for line in (output / "monitor.jsonl").open()])
@@ -145,7 +153,6 @@ def test_two_processes_with_a_server_a_second_reward_and_completions_that_are_cu
                 *("--max_completion_length", "48", "--max_steps", "2", "--monitor_steps", "2"),
                 *("--logging_steps", "1", "--disable_tqdm", "true", "--report_to", "none"),
             ],
-            ranks=2,
             PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)]),
         )
     finally:

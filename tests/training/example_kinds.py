@@ -227,7 +227,7 @@ def variant(kind: Example, model: dict[str, Any] | None = None, **settings: Any)
     )
 
 
-#: whole runs, made once (the fixture ``whole_runs``)
+#: whole runs (test_whole_runs.py)
 RUNS = {
     "pairwise": PAIRWISE,
     "kwise": KWISE,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from example_kinds import KINDS, QUIET, RUNS, Example
+from example_kinds import KINDS, QUIET, Example
 from transformers import TrainerCallback
 
-from companion import RewardManifest, RewardScorer, load_scorer
+from companion import RewardScorer
 from companion.cli.train import parse
 from companion.errors import CompanionError, DataError, ModelError
 from companion.training import load_kind
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
-#: one process makes the runs that several tests look at
-one_process = pytest.mark.xdist_group("whole_runs")
 
 
 @kinds
@@ -202,47 +199,3 @@ def test_the_model_of_a_trainer_scores_as_it_predicted(
                 np.testing.assert_allclose(logits[row["ends"]], found, atol=1e-5)
             else:
                 assert float(torch.sigmoid(logits[-1])) == pytest.approx(found[-1], abs=1e-5)
-
-
-def flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in figures.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-@one_process
-@pytest.mark.parametrize("name", list(RUNS))
-def test_training_reports_what_evaluate_prints(name: str, whole_runs: Callable[[str], Any]) -> None:
-    """The same rows, the saved model: scores differ by rounding, since batches differ."""
-    result = whole_runs(name)
-    found = RUNS[name].evaluate(result)
-    assert type(found) is type(result.test)
-    assert len(found) == len(result.test) > 10
-    ours, theirs = dict(flat(result.metrics)), dict(flat(found.metrics))
-    assert ours.keys() == theirs.keys()
-    for key, value in theirs.items():
-        assert ours[key] == pytest.approx(value, abs=1e-6), key
-    assert found.table() == result.test.table()
-
-
-@one_process
-@pytest.mark.parametrize("name", list(RUNS))
-def test_a_whole_run_saves_what_it_reports(name: str, whole_runs: Callable[[str], Any]) -> None:
-    result = whole_runs(name)
-    manifest = RewardManifest.load(result.output_dir)
-    assert dict(flat(manifest.metrics)) == pytest.approx(dict(flat(result.metrics)), nan_ok=True)
-    assert manifest.temperature == result.temperature
-    assert manifest.data["held_out"]["test"] == len(result.test)
-    assert manifest.data["held_out"]["calibration"] == len(result.calibration)
-    assert manifest.data["train"]["kept"] == result.reports["train"].kept
-    assert manifest.training["learning_rate"] == result.manifest.training["learning_rate"]
-    assert not result.reward_model.model.training
-    assert "forward" not in vars(result.reward_model.model)
-    assert result.summary().endswith(f"saved in {result.output_dir}")
-    files = {path.name for path in result.output_dir.iterdir()}
-    assert "model.safetensors" in files
-    assert "adapter_config.json" not in files
-    scorer = load_scorer(result.output_dir, device="cpu")
-    assert scorer.formatter.fingerprint() == manifest.formatter_fingerprint

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from datasets import Dataset
 from example_kinds import KWISE, rankings
 
-from companion import RewardScorer, load_base, load_reward_model, load_rows_with_report
+from companion import RewardScorer, load_base, load_rows_with_report
 from companion.errors import DataError
 from companion.training import format_rankings
 from companion.training.kwise import RankingCollator
@@ -75,28 +73,6 @@ def test_figures_of_exactly_n_prompts(tiny_base: Path, tmp_path: Path) -> None:
     wide[0]["completions"] = [[{"role": "assistant", "content": "good " * k}] for k in range(1, 7)]
     wide[0]["ranks"] = [float(k) for k in range(6)]
     assert trainer.evaluate(Dataset.from_list(wide))["eval_num_prompts"] == 2
-
-
-@pytest.mark.xdist_group("whole_runs")
-@pytest.mark.parametrize("name", ["kwise", "kwise, pairs"])
-def test_a_whole_run(whole_runs: Callable[[str], Any], name: str) -> None:
-    result = whole_runs(name)
-    assert result.metrics["accuracy"] > 0.9
-    assert result.metrics["rankings"]["best_is_best"] > 0.9
-    # completions too long, of which the pairs are counted as a scorer counts them
-    assert list(result.metrics["dropped"]["reasons"]) == ["longer than max_length=60 tokens"]
-    assert result.metrics["rankings"]["dropped"] > 0
-    assert "longer text is right in" in result.summary()
-    loaded = load_reward_model(result.output_dir)
-    assert loaded.manifest is not None
-    assert loaded.manifest.training["loss_type"] == (
-        "pairs" if name == "kwise, pairs" else "plackett_luce"
-    )
-    # the folder is a reward model as any other: pairs of the held-out rankings get the same scores
-    scorer = RewardScorer.from_pretrained(result.output_dir)
-    row = rankings(90)[4]
-    scores = scorer.score([{"prompt": row["prompt"], "completion": c} for c in row["completions"]])
-    assert np.argsort(-scores.raw).tolist() == np.argsort(row["ranks"]).tolist()
 
 
 def test_mistakes_are_named(tiny_base: Path) -> None:

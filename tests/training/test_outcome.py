@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -85,32 +83,6 @@ def test_stock_cross_entropy_over_one_class_teaches_nothing(tiny_base: Path) -> 
     assert float(model.score.weight.grad.abs().max()) == 0.0
     with pytest.raises(IndexError):  # and the label 1 has no class
         model(**inputs, labels=batch["labels"])
-
-
-@pytest.mark.xdist_group("whole_runs")
-@pytest.mark.parametrize("name", ["outcome", "outcome, LoRA"])
-def test_a_whole_run(whole_runs: Callable[[str], Any], name: str) -> None:
-    result = whole_runs(name)
-    assert result.metrics["auc"] > 0.95
-    assert result.metrics["length_auc"] == 1.0
-    assert "AUC by aggregation" in result.summary()
-    assert any("eval_auc" in entry for entry in result.log_history)
-
-    scorer = TokenScorer.from_pretrained(result.output_dir)
-    rows = [{**row, "label": None} for row in outcomes(6)]
-    scores = scorer.score(rows)
-    assert scores.raw[1] > scores.raw[0]
-    for values, raw, places in zip(scores.values, scores.raw, scores.places, strict=True):
-        assert values is not None
-        assert places is not None
-        assert values[-1] == raw
-        assert len(values) == len(places)
-    alone = [float(scorer.score([row]).raw[0]) for row in rows]
-    np.testing.assert_allclose(scores.raw, alone, atol=1e-6)
-    product = TokenScorer.from_pretrained(result.output_dir, aggregation="product").score(rows)
-    assert product.raw[1] == pytest.approx(np.prod(scores.values[1]))
-    readout = result.manifest.readout
-    assert (readout["kind"], readout["aggregation"]) == ("outcome", "last")
 
 
 def test_mistakes_are_named(tiny_base: Path, tmp_path: Path) -> None:

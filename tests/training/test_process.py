@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from datasets import Dataset
 from example_kinds import QUIET, SEPARATOR, solutions
 
-from companion import TokenScorer, load_base, load_rows, load_rows_with_report
+from companion import load_base, load_rows, load_rows_with_report
 from companion.data import describe_rows
 from companion.errors import CompanionError, DataError
 from companion.functional import step_target
@@ -121,30 +120,6 @@ def test_figures_of_exactly_n_steps(tiny_base: Path, tmp_path: Path) -> None:
     assert figures["eval_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
     assert figures["eval_accuracy"] == pytest.approx(np.mean(right))
     assert (figures["eval_num_texts"], figures["eval_num_steps"]) == (5, 10)
-
-
-@pytest.mark.xdist_group("whole_runs")
-@pytest.mark.parametrize("name", ["process", "process, binary"])
-def test_a_whole_run(whole_runs: Callable[[str], Any], name: str) -> None:
-    result = whole_runs(name)
-    assert result.metrics["first_error"]["first_error_f1"] > 0.9
-    assert result.metrics["step_accuracy"] > result.metrics["majority"]
-    assert "first-error F1" in result.summary()
-
-    scorer = TokenScorer.from_pretrained(result.output_dir)
-    assert scorer.readout.threshold == result.metrics["threshold"]
-    rows = solutions(5)
-    scores = scorer.score(rows)
-    assert scores.first_errors(scorer.readout.threshold) == [None, 1, 2, 0, None]
-    for values, raw in zip(scores.values, scores.raw, strict=True):
-        assert values is not None
-        assert len(values) == 3
-        assert raw == values.min()
-    # the same by its text, and a prefix says of its steps what the whole says of them
-    text = {"prompt": rows[2]["prompt"], "completion": SEPARATOR.join(rows[2]["completions"])}
-    np.testing.assert_allclose(scorer.score([text]).values[0], scores.values[2], atol=1e-6)
-    prefix = {**rows[2], "completions": rows[2]["completions"][:2], "terminated": False}
-    np.testing.assert_allclose(scorer.score([prefix]).values[0], scores.values[2][:2], atol=1e-6)
 
 
 def test_mistakes_are_named(tiny_base: Path, tmp_path: Path) -> None:
