@@ -157,6 +157,9 @@ def test_out_of_memory_halves_the_budget(
     assert 1 <= len(failed) <= 4
     assert all(b <= a / 2 for a, b in itertools.pairwise(failed))
     assert scorer.tokens[1] == sum(size for size in memory.sizes if size <= 100)
+    memory.sizes.clear()
+    np.testing.assert_allclose(scorer.score(rows()).raw, want, atol=1e-5, rtol=0)
+    assert max(memory.sizes) <= 100, "the next call began with what had failed"
 
 
 @pytest.mark.parametrize("packing", ["auto", "off"])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from companion.engine.devices import fits_varlen
 from companion.engine.grouping import AttentionGroups, attention_groups
 from companion.engine.last_layer import LastLayer, last_layer_attention, restore_last_layer
 from companion.engine.packing import Segments
@@ -48,8 +49,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention in which each segment sees its prefix and itself.
 
-    On CUDA in half precision one kernel for texts of unequal lengths; otherwise a segment at a
-    time, which is faster on a CPU than any mask over the whole row.
+    On CUDA in half precision one kernel for texts of unequal lengths, where the device has it;
+    otherwise a segment at a time, which is faster on a CPU than any mask over the whole row.
 
     Parameters
     ----------
@@ -111,7 +112,7 @@ def packed_attention(
         heads = (query, key, value)
         if last_layer is not None:
             return last_layer_attention(*heads, last_layer, scaling, sliding_window, half)
-        if query.is_cuda and half is not None:
+        if half is not None and fits_varlen(query):
             return _by_varlen(*heads, packed_segments, scaling, sliding_window, half)
         return _by_segment(*heads, packed_segments, scaling, sliding_window)
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from companion.engine.devices import fits_varlen
 from companion.engine.packing import Segments
 
 #: Architectures whose layers have the parts that :func:`_keys_and_values` takes.
@@ -55,10 +56,17 @@ def prunable(model: Any) -> bool:
     """Whether the last layer of a model (without its LoRA wrapper) can leave tokens out.
 
     Not if accelerate has spread its layers over devices or the disk: what brings weights and inputs
-    together runs after a hook.
+    together runs after a hook. Not under reentrant checkpointing either, whose backward takes the
+    graph of what is handed on outside a layer's arguments for its own (TRL asks for it with LoRA
+    and ZeRO-3).
     """
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    return len(devices) <= 1 and model.config.get_text_config().model_type in PRUNABLE
+    if len(devices) > 1 or model.config.get_text_config().model_type not in PRUNABLE:
+        return False
+    layer = getattr(model, model.base_model_prefix).layers[-1]
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    again = torch.is_grad_enabled() and bool(model.is_activation_checkpointing)
+    return not (again and getattr(checkpoint, "keywords", {}).get("use_reentrant") is True)
 
 
 @contextlib.contextmanager
@@ -177,7 +185,7 @@ def last_layer_attention(
     values = wanted.value.to(dtype).index_copy(2, wanted.places, value.to(dtype))
     # [1, H, T, D] to [T, H, D]: a token is then one run of memory
     query, keys, values = (x[0].transpose(0, 1) for x in (query, keys, values))
-    attend = _by_varlen if query.is_cuda and dtype == half else _by_group
+    attend = _by_varlen if dtype == half and fits_varlen(query) else _by_group
     return attend(query, keys, values, _seen(wanted, window, query.device), scaling)[None]
 
 

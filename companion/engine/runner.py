@@ -16,6 +16,7 @@ from torch import Tensor
 
 from companion.engine.attention import packing_obstacle
 from companion.engine.budget import cuda_token_budget
+from companion.engine.devices import is_out_of_memory
 from companion.engine.forward import (
     check_texts,
     packed_scores,
@@ -104,6 +105,8 @@ class BatchRunner:
         self.padding_side: Literal["right", "left"] = padding_side
         self.tokens = 0, 0
         self._said: str | None = None
+        #: what was left of the budget when the memory last ended; the next call begins with it
+        self._most: int | None = None
 
     def run(
         self, ids: Sequence[Sequence[int]], progress: Callable[[int], None] | None = None
@@ -111,7 +114,8 @@ class BatchRunner:
         """Score rows of token ids; ``[N]`` float64 in input order.
 
         Equal rows are computed once: their scores are the same to the last bit, and tie. A batch
-        that the GPU's memory does not hold is planned again with half the tokens.
+        that the GPU's memory does not hold is planned again with half the tokens, as are all later
+        ones.
 
         Parameters
         ----------
@@ -166,7 +170,9 @@ class BatchRunner:
         packed = self.packing == "auto" and self._can_pack()
         device = next(self.model.parameters()).device
         budget = self.max_tokens or default_token_budget(self.model)
-        by_speed = self.max_tokens is None and device.type == "cpu"
+        by_speed = self.max_tokens is None and device.type == "cpu" and self._most is None
+        if self._most is not None:
+            budget = min(budget, self._most)
         tree_tokens = CPU_TREE_TOKENS if by_speed else None
         computed = 0
         equal: dict[Any, list[int]] = {}
@@ -185,7 +191,9 @@ class BatchRunner:
                         inference_of(self.model),
                     ):
                         values = self._forward(batch, device, rows, places)
-                except torch.OutOfMemoryError as error:
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
                     if len(rows) == 1:
                         raise ModelError(
                             f"a text of {len(ids[rows[0]])} tokens does not fit into the GPU's "
@@ -193,6 +201,7 @@ class BatchRunner:
                             "set max_length, or use a smaller dtype",
                         ) from error
                     budget, tree_tokens = max(1, tokens // 2), None
+                    self._most = budget
                     logger.warning(f"out of memory with {tokens} tokens: going on with {budget}")
                     break
                 for row, value in zip(rows, values, strict=True):

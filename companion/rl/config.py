@@ -11,8 +11,14 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
+from companion.engine.devices import has_bf16
 from companion.errors import CompanionError
-from companion.training.config import LoadArguments, SourceArguments, setting
+from companion.training.config import (
+    LoadArguments,
+    SourceArguments,
+    refuse_several_devices,
+    setting,
+)
 
 
 @dataclass
@@ -81,11 +87,11 @@ class GRPORunConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            usable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            self.bf16 = usable and not self.fp16 and not self.use_cpu
+            self.bf16 = has_bf16() and not self.fp16 and not self.use_cpu
         if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
+        refuse_several_devices(self.n_gpu)
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_model):
             raise CompanionError(
                 f"{len(self.reward_weights)} reward_weights for {len(self.reward_model)} rewards",

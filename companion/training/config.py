@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from trl import RewardConfig
 
+from companion.engine.devices import has_bf16
 from companion.errors import CompanionError
 
 
@@ -111,6 +112,7 @@ class PairwiseRewardConfig(RewardConfig):
     save_total_limit               2 (none)             a checkpoint is three times the model
     ddp_find_unused_parameters     off (on)             all are used; the search costs time at
                                                         every step
+    ddp_broadcast_buffers          off (on)             buffers (positions) never change
     =============================  ===================  ==========================================
 
     ``label_smoothing_factor`` is the probability with which a label is taken to be flipped.
@@ -139,6 +141,9 @@ class PairwiseRewardConfig(RewardConfig):
     save_total_limit: int | None = setting(2, "Keep this many checkpoints.")
     ddp_find_unused_parameters: bool | None = setting(
         False, "Look for parameters without a gradient at every step (mixtures)."
+    )
+    ddp_broadcast_buffers: bool | None = setting(
+        False, "Send rank 0's buffers to all at every forward; those of a decoder never change."
     )
     dataset_num_proc: int | None = setting(
         None,
@@ -177,14 +182,14 @@ class PairwiseRewardConfig(RewardConfig):
                     f"{own.name} is {value!r}", f"take one of: {', '.join(map(str, known))}"
                 )
         if self.bf16 is None:
-            usable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            self.bf16 = usable and not self.fp16 and not self.use_cpu
+            self.bf16 = has_bf16() and not self.fp16 and not self.use_cpu
         by_deepspeed = (
             self.deepspeed is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
         )
         if not torch.accelerator.is_available() and not by_deepspeed:
             self.use_cpu = True  # several processes then talk over gloo
         super().__post_init__()
+        refuse_several_devices(self.n_gpu)
         if not 0 <= self.label_smoothing_factor < 0.5:
             raise CompanionError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}",
@@ -250,6 +255,20 @@ class DataArguments(RowArguments):
         "A 'margin' column as given, made from ratings, or none.",
         choices=["given", "ratings", "none"],
     )
+
+
+def refuse_several_devices(number: int) -> None:
+    """Refuse a single process with several GPUs: transformers would use ``DataParallel``.
+
+    It cuts the batches behind the trainer's back, so the items of a step could not be counted, and
+    it is slower than a process for each GPU.
+    """
+    if number > 1:
+        raise CompanionError(
+            f"one process sees {number} GPUs",
+            f"start one for each: torchrun --nproc_per_node {number} -m companion …, or accelerate "
+            "launch -m companion …; or show it one: CUDA_VISIBLE_DEVICES=0",
+        )
 
 
 def require(**flags: Any) -> None:

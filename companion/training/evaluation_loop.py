@@ -13,6 +13,7 @@ import torch
 from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
 
+from companion.engine.devices import is_out_of_memory
 from companion.errors import ModelError
 from companion.training.batches import ExactBatches, ItemTables
 
@@ -101,7 +102,9 @@ class ExactEvaluation(ExactBatches):
                 inputs = self._prepare_inputs(batch)
                 with torch.no_grad(), self.compute_loss_context_manager():
                     table = self.item_table(model, inputs)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                     raise  # the other ranks wait in the middle of their forward
             if self._on_any_rank(table is None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from companion.engine import (
     pack,
     packed_scores,
     packing_obstacle,
+    pad_batch,
     plan_trees,
     reward_scores,
 )
@@ -231,13 +233,17 @@ def test_the_models_own_attention_comes_back(make: Callable[..., Any], tmp_path:
     assert PACKED not in (tmp_path / "config.json").read_text(encoding="utf-8")
 
 
-def test_activation_checkpointing_computes_the_same_again(make: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_computes_the_same_again(
+    reentrant: bool, make: Callable[..., Any]
+) -> None:
     """The second forward comes after the first has ended: it must not fall back to plain sdpa."""
     model, ids = make("qwen3").train(), rows()
     packed_scores(model, packed(ids)).square().sum().backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()  # as TRL does: a reentrant layer needs an input with one
     packed_scores(model, packed(ids)).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, want[name], atol=1e-5, rtol=1e-4)
@@ -336,9 +342,27 @@ def test_attention_in_half_precision_on_a_cpu(
 
 
 def emulated_varlen(
-    query: Any, key: Any, value: Any, query_offsets: Any, key_offsets: Any, *_: int, **options: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    query_offsets: Any,
+    key_offsets: Any,
+    *longest: int,
+    **options: Any,
 ) -> torch.Tensor:
-    """``varlen_attn`` by its documentation: causal, aligned at the last query and key."""
+    """``varlen_attn`` by its documentation: causal, aligned at the last query and key.
+
+    With what FlashAttention checks of its input, but for the dtype.
+    """
+    assert query.dtype == key.dtype == value.dtype
+    assert query_offsets.dtype == key_offsets.dtype == torch.int32
+    assert query_offsets[-1] == len(query)
+    assert key_offsets[-1] == len(key) == len(value)
+    assert min(*query_offsets.diff(), *key_offsets.diff()) > 0
+    assert longest == (query_offsets.diff().max(), key_offsets.diff().max())
+    assert all(x.dim() == 3 and x.stride(-1) == 1 for x in (query, key, value))
+    assert query.shape[2] % 8 == 0
+    assert query.shape[2] <= 256
     assert options["window_size"][1] == 0
     left = options["window_size"][0]
     if key.shape[1] != query.shape[1]:
@@ -361,34 +385,74 @@ def emulated_varlen(
     return torch.cat(parts).to(query.dtype)
 
 
+def on_emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The path of CUDA on this CPU; the dtypes that the kernel was given."""
+    from torch.nn.attention import varlen
+
+    seen: list[torch.dtype] = []
+
+    def kernel(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> torch.Tensor:
+        seen.append(query.dtype)
+        return emulated_varlen(query, key, value, *rest, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    for module in (packing, last_layer):
+        monkeypatch.setattr(module, "fits_varlen", lambda query: True)
+    monkeypatch.setattr(packing, "_half_is_slow", lambda device: False)
+    return seen
+
+
 @pytest.mark.parametrize(("kind", "windowed"), CASES)
 def test_the_path_of_cuda_with_its_kernel_emulated(
     kind: str, windowed: bool, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torch.nn.attention import varlen
-
-    monkeypatch.setattr(varlen, "varlen_attn", emulated_varlen)
-
-    def by_varlen(
-        query: Any, key: Any, value: Any, segments: Any, scaling: Any, window: Any
-    ) -> Any:
-        return packing._by_varlen(query, key, value, segments, scaling, window, query.dtype)
-
-    monkeypatch.setattr(packing, "_by_segment", by_varlen)
-    monkeypatch.setattr(last_layer, "_by_group", last_layer._by_varlen)
-    model, ids = make(kind, windowed), rows()
+    """Exactly, in float32; then in half precision no further off than padded batches are."""
+    model, ids = make(kind, windowed).train(), rows()
     weights = torch.linspace(-1, 1, len(ids))
-    gradients = []
-    scores = []
-    for score in (lambda: packed_scores(model, packed(ids)), lambda: alone(model, ids)):
+    padding = pad_batch(ids, model.config.pad_token_id)
+
+    def padded(model: Any) -> torch.Tensor:
+        return reward_scores(model, padding["input_ids"], padding["attention_mask"])
+
+    def result(model: Any, score: Any, dtype: Any = None) -> tuple[torch.Tensor, dict[str, Any]]:
         model.zero_grad()
-        scores.append(score())
-        (scores[-1] * weights).sum().backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
-    for name, want in gradients[1].items():
-        scale = want.abs().max().clamp(min=1.0)
-        torch.testing.assert_close(gradients[0][name] / scale, want / scale, atol=2e-5, rtol=0)
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            scores = score(model)
+        (scores * weights).sum().backward()
+        found = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+        return scores.detach(), found
+
+    def off(found: Any) -> tuple[float, float]:
+        norms = [(float((found[1][n] - g).norm()), float(g.norm())) for n, g in want[1].items()]
+        error = sum(e**2 for e, _ in norms) ** 0.5 / sum(n**2 for _, n in norms) ** 0.5
+        return float((found[0] - want[0]).norm() / want[0].norm()), error
+
+    want = result(model, lambda model: alone(model, ids))
+    seen = on_emulated_cuda(monkeypatch)
+    by_tree = lambda model: packed_scores(model, packed(ids))  # noqa: E731
+    with monkeypatch.context() as exact:
+        exact.setattr(packing, "_half_dtype", lambda query: query.dtype)
+        assert max(off(result(model, by_tree))) < 2e-5
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    plain = result(model, by_tree, torch.bfloat16)
+    for reentrant in (False, True):
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        again = result(model, by_tree, torch.bfloat16)
+        torch.testing.assert_close(again[0], plain[0], atol=0.05, rtol=0.05)
+        assert again[1].keys() == plain[1].keys()
+    model.activation_checkpointing_disable()
+    restore_attention(model)
+    cases = [(plain, result(model, padded, torch.bfloat16))]
+    for dtype in (torch.bfloat16, torch.float16):
+        half = copy.deepcopy(model).to(dtype)
+        half.score.float()
+        cases.append((result(half, by_tree), result(half, padded)))
+    assert set(seen) == {torch.bfloat16, torch.float16}
+    for found, reference in cases:
+        for ours, theirs in zip(off(found), off(reference), strict=True):
+            assert ours < 3 * theirs + 1e-3
 
 
 def test_the_kernel_takes_what_it_is_given() -> None:
@@ -409,6 +473,7 @@ def test_the_kernel_takes_what_it_is_given() -> None:
         ("cuda", torch.float16, None, "varlen"),
         ("cuda", torch.float32, torch.bfloat16, "varlen"),
         ("cuda", torch.float32, None, "segment"),
+        ("T4", torch.float16, None, "segment"),
         ("cpu", torch.bfloat16, None, "segment"),
     ],
 )
@@ -418,11 +483,17 @@ def test_the_kernel_of_cuda_is_used_in_half_precision(
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: autocast is not None)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: autocast)
     monkeypatch.setattr(packing, "_half_is_slow", lambda _: False)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda _: (7, 5) if device == "T4" else (8, 0)
+    )
     taken = []
     monkeypatch.setattr(packing, "_by_varlen", lambda *given: taken.append(("varlen", given[-1])))
     monkeypatch.setattr(packing, "_by_segment", lambda *given: taken.append(("segment", None)))
     query: Any = SimpleNamespace(
-        shape=(1, 2, 5, 4), is_cuda=device == "cuda", dtype=dtype, device=torch.device(device)
+        shape=(1, 2, 5, 8),
+        is_cuda=device != "cpu",
+        dtype=dtype,
+        device=torch.device("cpu" if device == "cpu" else "cuda"),
     )
     five = Segments((Segment(0, 5, 0, 0),))
     packing.packed_attention(torch.nn.Identity(), query, query, query, None, packed_segments=five)

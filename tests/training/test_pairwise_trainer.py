@@ -19,6 +19,7 @@ from companion import (
     load_base,
     load_reward_model,
 )
+from companion.engine.devices import has_bf16
 from companion.errors import CompanionError, DataError, ModelError, ReadoutError
 from companion.models import ScoreHead, find_head
 
@@ -306,7 +307,7 @@ def test_defaults() -> None:
     config = PairwiseRewardConfig("out")
     assert config.num_train_epochs == 1
     assert config.center_rewards_coefficient == 0.01
-    assert config.bf16 is (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    assert config.bf16 is has_bf16()
     assert config.activation_checkpointing is False
     assert config.report_to == []
 
