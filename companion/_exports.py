@@ -11,9 +11,11 @@ everything twice.)
 from __future__ import annotations
 
 import ast
+import contextlib
+import gc
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,26 @@ def exports(
     def get(name: str) -> Any:
         if name not in places:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(places[name]), name)
+        with no_collection():
+            value = getattr(importlib.import_module(places[name]), name)
         setattr(sys.modules[package], name, value)
         return value
 
     names = sorted(places)
     return get, lambda: names, names
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection inside the block, which imports.
+
+    torch, transformers and TRL bring a million objects; the collections on the way walk those that
+    are there already, again and again, which took a fifth of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

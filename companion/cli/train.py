@@ -11,12 +11,13 @@ import difflib
 import gc
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from companion._exports import no_collection
 from companion.errors import CompanionError
 from companion.training.kind import KINDS, load_kind
 
@@ -47,8 +48,9 @@ def run_argv(argv: Sequence[str]) -> int:
             f"there is no training of the kind {argv[0]!r}", f"there are: {', '.join(purposes())}"
         )
     _before_process_group()
-    with _importing():
+    with no_collection():
         training = _load(argv[0])
+    gc.freeze()  # accelerate collects before each training: 0.6 s to walk what is imported
     data, model, config = parse(argv[1:], argv[0])
     result = training.run(config, model, data)
     if config.process_index == 0:
@@ -184,21 +186,6 @@ def _near(name: str, known: set[str], help_line: str, prefix: str = "") -> str:
     if close:
         return "did you mean " + " or ".join(prefix + c for c in close) + "?"
     return help_line
-
-
-@contextlib.contextmanager
-def _importing() -> Iterator[None]:
-    """What is imported here stays: no collection walks it, now or later.
-
-    torch, transformers and TRL bring a million objects. A fifth of a start went into collections
-    while they came, and 0.6 s into each that accelerate makes before a training.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.freeze()
 
 
 #: modules with ``group=dist.group.WORLD`` as a default of functions (torch 2.13, DeepSpeed 0.19)
