@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, disable_progress_bars
-from transformers import GenerationConfig, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
@@ -27,8 +27,9 @@ from companion.errors import CompanionError, DataError
 from companion.evaluation.tables import format_table
 from companion.functional.resampling import Interval, bootstrap_interval
 from companion.generation.causal import load_causal
-from companion.generation.policy import Policy, end_token_ids
+from companion.generation.policy import Policy
 from companion.models.checkpoint import load_tokenizer, resolve
+from companion.models.ends import policy_end_ids, turn_end_ids
 from companion.rl.config import GRPORunConfig, PolicyArguments, PromptArguments
 from companion.rl.monitor import OveroptimizationMonitor
 from companion.rl.policy_evaluation import Look, number
@@ -39,6 +40,7 @@ from companion.rl.rewards import (
     reward_name,
     weighted_sum,
 )
+from companion.scoring.reward_function import TEMPLATE_COLUMNS
 from companion.training.config import require
 from companion.training.run import Say, checkpoint_of, load_given
 from companion.training.trainer import whole_parameters
@@ -223,7 +225,7 @@ def train_grpo(
         "trust_remote_code": config.trust_remote_code,
     }
     tokenizer = load_tokenizer(name, **shared)
-    rewards, proxy, gold, further = _scorers(config, _eos_ids(name, tokenizer, shared))
+    rewards, proxy, gold, further = _scorers(config, policy_end_ids(name, **shared))
 
     config.model_init_kwargs = {
         **(config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}),
@@ -243,6 +245,9 @@ def train_grpo(
     )
     if config.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
+    for note in (differences := _differences(trainer, train)):
+        tell(f"note: {note}")
+    notes += differences
 
     def load(folder: str) -> Any:
         with whole_parameters():
@@ -384,11 +389,14 @@ def _test_figures(
     best, last = monitor.best, trainer.state.global_step
     assert best is not None
     looks: dict[str, Look] = {}
+    written = trainer.args.chat_template_kwargs
     with monitor.policy(trainer.model) as policy:
         adapter = monitor.reference is None
         as_reference = policy.disable_adapter if adapter else nullcontext
-        now = Policy(policy, tokenizer)
-        before = now if adapter else Policy(monitor.reference, tokenizer)
+        now = Policy(policy, tokenizer, chat_template_kwargs=written)
+        before = (
+            now if adapter else Policy(monitor.reference, tokenizer, chat_template_kwargs=written)
+        )
         with as_reference():
             looks["start"] = viewer.look(before, before, 0)
         looks["end"] = viewer.look(now, before, last, as_reference=as_reference)
@@ -402,18 +410,32 @@ def _test_figures(
 
             kept = PeftModel.from_pretrained(kept, output)
         looks["best"] = viewer.look(
-            Policy(kept, tokenizer), before, best.step, as_reference=as_reference
+            Policy(kept, tokenizer, chat_template_kwargs=written),
+            before,
+            best.step,
+            as_reference=as_reference,
         )
     return looks
 
 
-def _eos_ids(name: str, tokenizer: Any, shared: dict[str, Any]) -> list[int]:
-    """Tokens that end the policy's completions: the tokenizer's EOS and those of the checkpoint."""
-    try:
-        said: Any = GenerationConfig.from_pretrained(name, revision=shared["revision"]).eos_token_id
-    except OSError:  # no generation_config.json
-        said = None
-    return end_token_ids(tokenizer, said)
+def _differences(trainer: Any, rows: Dataset) -> list[str]:
+    """What the reward model knows of a completion and the policy does not (trl 1.16)."""
+    notes = []
+    unseen = [name for name in TEMPLATE_COLUMNS if name in rows.column_names and any(rows[name])]
+    if unseen:
+        notes.append(
+            f"the reward model reads the columns {' and '.join(unseen)}, but TRL writes the "
+            "policy's prompts without them (--chat_template_kwargs sets those of all prompts)"
+        )
+    tokenizer = trainer.processing_class
+    ends = set(turn_end_ids(tokenizer)) - set(trainer.eos_token_ids)
+    if ends:
+        named = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in ends)
+        notes.append(
+            f"the policy's chat template ends a turn with {named}, at which no completion stops: "
+            "neither the tokenizer's EOS nor the generation config names it"
+        )
+    return notes
 
 
 def _lora(model: PolicyArguments) -> Any:
