@@ -1,8 +1,8 @@
 """``train_grpo``: prompts and a reward in, a policy out that is no worse than its best. Chapter 5.
 
-TRL's ``GRPOTrainer`` does the training, unmodified. Around it: rewards that score as the reward
-model was trained, held-out prompts that the monitor looks at, the policy kept at its best by the
-held-out scorer, and figures on further prompts, which nothing was chosen by.
+TRL's ``GRPOTrainer`` does the training, unmodified but for its card. Around it: rewards that score
+as the reward model was trained, held-out prompts that the monitor looks at, the policy kept at its
+best by the held-out scorer, and figures on further prompts, which nothing was chosen by.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, disable_progress_bars
+from huggingface_hub import ModelCardData
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
@@ -28,8 +29,11 @@ from companion.evaluation.tables import format_table
 from companion.functional.resampling import Interval, bootstrap_interval
 from companion.generation.causal import load_causal
 from companion.generation.policy import Policy
+from companion.models.card import is_hub_id, named, put_card, render_card
 from companion.models.checkpoint import load_tokenizer, resolve
 from companion.models.ends import policy_end_ids, turn_end_ids
+from companion.models.hub import open_destination
+from companion.models.saving import package_versions
 from companion.rl.config import GRPORunConfig, PolicyArguments, PromptArguments
 from companion.rl.monitor import OveroptimizationMonitor
 from companion.rl.policy_evaluation import Look, number
@@ -135,6 +139,29 @@ class GRPOResult:
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         return path
 
+    def write_card(self, config: GRPORunConfig, base: str, model_id: str | None = None) -> None:
+        """Write ``README.md``, unless one that was written by hand stands there."""
+        about = ModelCardData(
+            base_model=base if is_hub_id(base) else None,
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["grpo", "trl", "rlhf"],
+        )
+        name = model_id or self.output_dir.resolve().name
+        text = render_card(
+            "policy_card.md",
+            about,
+            name=name.rsplit("/", 1)[-1],
+            base=named(base),
+            rewards=" and ".join(f"`{named(source)}`" for source in config.reward_model),
+            which=f"at step {self.best_step} of {self.steps}",
+            summary=self.summary().rsplit("\n", 1)[0],  # without the folder of this machine
+            adapter=(self.output_dir / "adapter_config.json").exists(),
+            model_id=name,
+            versions=", ".join(f"{k} {version}" for k, version in package_versions().items()),
+        )
+        put_card(self.output_dir, text)
+
     def summary(self) -> str:
         """The table that ends a run."""
         looks = self.looks.values()
@@ -189,7 +216,8 @@ def train_grpo(
         ``output_dir`` gets the policy at its best by ``held_out_scorer`` (without one, at the end;
         a run that was never better than its start gets the start), ``last/`` the policy at the end
         if that is another, ``monitor.jsonl`` a line for each look, ``grpo_result.json`` the
-        figures; training checkpoints lie in it as ``checkpoint-N``.
+        figures, ``README.md`` a card; training checkpoints lie in it as ``checkpoint-N``. With
+        ``push_to_hub`` the policy is uploaded when all is done.
     model : PolicyArguments
         The policy, and whether to train a LoRA adapter.
     data : PromptArguments
@@ -212,6 +240,7 @@ def train_grpo(
     if not main:
         disable_progress_bars()
     _check_arguments(config, model, data)
+    destination, config = open_destination(config)
     train, monitored, tested, notes = hold_out(data)
     for note in notes:
         tell(f"note: {note}")
@@ -234,7 +263,7 @@ def train_grpo(
     }
     if model.attn_implementation is not None:
         config.model_init_kwargs["attn_implementation"] = model.attn_implementation
-    trainer = GRPOTrainer(
+    trainer = _Trainer(
         model=name,
         reward_funcs=rewards,  # type: ignore[arg-type]
         args=config,
@@ -298,8 +327,18 @@ def train_grpo(
     )
     if main:
         result.save()
+        result.write_card(config, name, destination.repo_id if destination is not None else None)
     trainer.accelerator.wait_for_everyone()
+    if destination is not None:
+        tell(f"uploaded to {destination.upload(output)}")
     return result
+
+
+class _Trainer(GRPOTrainer):
+    """TRL's, but for its card, which calls a base from a folder 'None'."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The run writes one when it is over."""
 
 
 def hold_out(

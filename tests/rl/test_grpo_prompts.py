@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+from hub_stub import WRITER, online, running_hub
+from huggingface_hub import ModelCard
+
 from companion import Policy, train_grpo
 from companion.cli.train import parse
 from companion.generation import policy as sampling
@@ -73,3 +77,49 @@ def test_differences_are_said_and_held_out_prompts_are_written_as_in_training(
     )
     assert plain
     assert written[-1][0]["chat_template_kwargs"] is None
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_best_policy_goes_to_the_hub_with_a_card(
+    lora: bool, tiny_base: Path, tiny_reward: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Not the one at each look, which TRL would upload, nor the one at the end."""
+    rows = [{"prompt": [{"role": "user", "content": f"how many {i}"}]} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "falling_reward.py").write_text(
+        "calls = []\n"
+        "def falls(prompts, completions, **columns):\n"
+        "    calls.append(1)\n"
+        "    return [-float(len(calls))] * len(prompts)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = [
+        *("--model_name_or_path", str(tiny_base), "--dataset_name", str(tmp_path / "rows.jsonl")),
+        *("--reward_model", str(tiny_reward), "--held_out_scorer", "falling_reward:falls"),
+        *("--output_dir", str(tmp_path / "my-policy"), "--push_to_hub", "--hub_token", WRITER),
+        *("--monitor_prompts", "8", "--test_prompts", "2", "--monitor_completions", "1"),
+        *("--per_device_train_batch_size", "4", "--num_generations", "2", "--max_steps", "2"),
+        *("--max_completion_length", "4", "--save_steps", "1", "--report_to", "none"),
+        *("--disable_tqdm", "true", *(["--use_peft"] if lora else [])),
+    ]
+    lines: list[str] = []
+    with running_hub() as hub, online(hub, monkeypatch):
+        data, model, config = parse(flags, "grpo")
+        result = train_grpo(config, model, data, say=lines.append)
+    assert f"uploaded to {hub.url}/me/my-policy" in lines
+    files = hub.files("me/my-policy")
+    weights = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert {weights, "grpo_result.json", "monitor.jsonl", "README.md", "tokenizer.json"} <= set(
+        files
+    )
+    assert not any(name.startswith(("last", "checkpoint")) for name in files)
+    assert (result.output_dir / "last").is_dir()
+    assert files[weights] == (result.output_dir / weights).read_bytes()
+    assert sum("/commit/" in asked for asked in hub.asked) == 1
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.pipeline_tag == "text-generation"
+    assert "gain of gold" in card.text
+    assert f"`{tiny_reward.name}`" in card.text
+    assert str(tmp_path) not in card.content
+    for path in [*result.output_dir.rglob("README.md")]:
+        assert "None" not in path.read_text(), path
