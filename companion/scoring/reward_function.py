@@ -181,9 +181,9 @@ class RewardFunction:
         log_metric : callable, optional
             TRL's; gets the shares of completions that were cut off and that have no reward.
         **columns
-            What else TRL hands over: ``tools`` and ``chat_template_kwargs``, one entry a completion
-            (a list, a mapping, JSON text or None), reach the chat template; the others are not
-            used.
+            What else TRL hands over: ``tools`` (a list, JSON text or None for each completion) and
+            ``chat_template_kwargs`` (a mapping or None) reach the chat template; the others are
+            not used.
 
         Raises
         ------

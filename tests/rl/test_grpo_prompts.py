@@ -65,6 +65,8 @@ def test_differences_are_said_and_held_out_prompts_are_written_as_in_training(
     ):
         assert any(note in text for text in result.notes), note
         assert any(note in line for line in lines), note
+    proxy: Any = result.monitor.viewer.scorers["proxy"]
+    assert proxy.functions[0].eos_token_ids == {2, 3}, "the policy's, not the reward model's"
     import own_rewards
 
     assert own_rewards.seen
