@@ -29,6 +29,7 @@ from companion.formatting import RewardFormatter, Text
 from companion.formatting.prompts import encode_prompts
 from companion.generation.causal import load_causal
 from companion.generation.dice import AllDone, Dice, check_settings, uniforms
+from companion.models.ends import end_token_ids
 
 #: Tokens (prompts, and completions at their longest) of a batch: small on a CPU, large on a GPU.
 _CPU_TOKENS, _GPU_TOKENS = 8192, 65_536
@@ -91,15 +92,23 @@ class Policy:
     max_tokens_per_batch : int, optional
         Budget for completions × (longest prompt + ``max_new_tokens``); default 8,192 on a CPU,
         65,536 on a GPU.
+    chat_template_kwargs : mapping, optional
+        Handed to the chat template with every prompt.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, max_tokens_per_batch: int | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_tokens_per_batch: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = RewardFormatter(tokenizer)
         self.max_tokens_per_batch = max_tokens_per_batch
+        self.chat_template_kwargs = chat_template_kwargs
 
     @classmethod
     def from_pretrained(
@@ -214,7 +223,7 @@ class Policy:
         changes a draw about as rarely; in half precision it is common.
         """
         check_settings(n, temperature, top_p, max_new_tokens, stop)
-        begun = self._begun(encode_prompts(self.formatter, prompts), prefixes, max_new_tokens)
+        begun = self._begun(self._encoded(prompts), prefixes, max_new_tokens)
         seeds = [seed] * len(begun) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(begun):
             raise DataError(f"{len(begun)} prompts, {len(seeds)} seeds")
@@ -242,6 +251,11 @@ class Policy:
                 samples = self._draw(begun, part, dice, max_new_tokens)
                 drawn.update(zip(batch, samples, strict=True))
         return [[drawn[first + i] for i in range(n)] for first in range(0, len(rows), n)]
+
+    def _encoded(self, prompts: Sequence[Text]) -> list[list[int]]:
+        return encode_prompts(
+            self.formatter, prompts, chat_template_kwargs=self.chat_template_kwargs
+        )
 
     def _begun(
         self,
@@ -377,14 +391,18 @@ class Policy:
         self, prompts: Sequence[Text], completions: Sequence[Sample | Text | Sequence[int]]
     ) -> list[tuple[list[int], int]]:
         """Ids of prompt and completion, and where the completion begins."""
-        heads = encode_prompts(self.formatter, prompts)
+        heads = self._encoded(prompts)
         eos = self.tokenizer.eos_token_id
         out = []
         for place, (head, completion) in enumerate(zip(heads, completions, strict=True)):
             if isinstance(completion, Sample):
                 ids, begin = head + completion.token_ids, len(head)
             elif isinstance(completion, str) or any(isinstance(x, Mapping) for x in completion):
-                encoded = self.formatter.encode(prompts[place], completion)  # type: ignore[arg-type]
+                encoded = self.formatter.encode(
+                    prompts[place],
+                    completion,  # type: ignore[arg-type]
+                    chat_template_kwargs=self.chat_template_kwargs,
+                )
                 assert encoded is not None  # (no max_length)
                 ids, begin = encoded.input_ids, encoded.prompt_length
                 if eos in ids[begin:]:  # some templates write more behind it
@@ -463,9 +481,3 @@ class Policy:
             stopping_criteria=StoppingCriteriaList(stopping),
         )
         return written[:, batch["input_ids"].shape[1] :]  # type: ignore[no-any-return]
-
-
-def end_token_ids(tokenizer: Any, said: int | Sequence[int] | None) -> list[int]:
-    """Tokens that end a completion: the tokenizer's EOS, and what a generation config says."""
-    more = [] if said is None else [said] if isinstance(said, int) else said
-    return sorted({int(tokenizer.eos_token_id), *map(int, more)})

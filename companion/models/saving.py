@@ -12,6 +12,7 @@ from pathlib import Path
 
 from companion import __version__
 from companion.errors import ModelError
+from companion.models.card import write_card
 from companion.models.guards import check_head, check_tokenizer_and_config, prepare_token_head
 from companion.models.lora import is_lora, merged
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
@@ -41,7 +42,8 @@ def save_reward_model(
 ) -> RewardManifest:
     """Write a model of any kind so that stock transformers loads it and gives the same values.
 
-    TRL and vLLM load one of the kind that gives a text one score.
+    TRL and vLLM load one of the kind that gives a text one score. ``README.md`` becomes the model's
+    card, unless one that was written by hand stands there.
 
     Parameters
     ----------
@@ -101,6 +103,7 @@ def save_reward_model(
             raise ModelError("save_adapter=True, but the model has no LoRA adapter")
         model.save_pretrained(folder / "adapter")
         reward_model.formatter.save_pretrained(folder / "adapter")
+    write_card(folder, manifest, reward_model.formatter)
     manifest.save(folder)
     reward_model.manifest, reward_model.readout = manifest, readout
     return manifest

@@ -14,6 +14,7 @@ from trl import GRPOConfig
 from companion.engine.devices import has_bf16
 from companion.errors import CompanionError
 from companion.training.config import (
+    HubArguments,
     LoadArguments,
     SourceArguments,
     refuse_several_devices,
@@ -22,13 +23,13 @@ from companion.training.config import (
 
 
 @dataclass
-class GRPORunConfig(GRPOConfig):
+class GRPORunConfig(HubArguments, GRPOConfig):
     """TRL's ``GRPOConfig`` with the rewards, the watch on them, and the budget.
 
     What differs from TRL's defaults: ``bf16`` is on only where the device is CUDA with bf16;
     without a GPU ``use_cpu`` is set, so that several processes talk over gloo;
     ``activation_checkpointing`` is off (TRL switches it on by its former name); ``logging_steps``
-    is a share of the run; ``save_total_limit`` is 2.
+    is a share of the run; ``save_total_limit`` is 2; ``hub_strategy`` is end.
 
     Raises :class:`companion.errors.CompanionError` for settings that cannot be honoured.
     """

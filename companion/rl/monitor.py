@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -152,6 +153,7 @@ class OveroptimizationMonitor(TrainerCallback):
         self._test: FallTest | None = None
         self._every = 1
         self._first_beta = 0.0
+        self._template_kwargs: Mapping[str, Any] | None = None
 
     def attach(self, trainer: Any) -> OveroptimizationMonitor:
         """Make the trainer known, add this callback to it if it is not there, return itself."""
@@ -172,6 +174,8 @@ class OveroptimizationMonitor(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the set-up, take the reference, and look for the first time."""
         self._check(args)
+        # the trainer's settings for prompts: held-out ones are written as those in training
+        self._template_kwargs = getattr(args, "chat_template_kwargs", None)
         share = self.every * (state.max_steps if self.every < 1 else 1)
         self._every = max(1, round(share))
         planned = 1 + math.ceil(state.max_steps / self._every)
@@ -224,12 +228,16 @@ class OveroptimizationMonitor(TrainerCallback):
             self.reference = frozen_copy(model)
 
     def _look(self, state: Any, control: Any, kwargs: Mapping[str, Any]) -> None:
-        tokenizer = kwargs["processing_class"]
+        policy = partial(
+            Policy,
+            tokenizer=kwargs["processing_class"],
+            chat_template_kwargs=self._template_kwargs,
+        )
         with self.policy(kwargs["model"]) as model:
             adapter = self.reference is None
             look = self.viewer.look(
-                Policy(model, tokenizer),
-                Policy(model if adapter else self.reference, tokenizer),
+                policy(model),
+                policy(model if adapter else self.reference),
                 state.global_step,
                 as_reference=model.disable_adapter if adapter else nullcontext,
             )

@@ -13,6 +13,7 @@ import importlib
 import logging
 import math
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -114,16 +115,18 @@ class _Rewards:
         self._batch: tuple[Any, Any] = (None, None)
         self._rewards: list[list[float | None]] = []
         self._asked: set[int] = set()
+        self._lock = threading.RLock()  # the batch at hand is one thread's at a time
 
     def of(self, index: int, prompts: Any, completions: Any, arguments: Any) -> list[float | None]:
-        same = self._batch[0] is prompts and self._batch[1] is completions
-        if not same or index in self._asked:
-            self._batch, self._asked = (prompts, completions), set()
-            self._rewards = self._run(prompts, completions, arguments)
-        self._asked.add(index)
-        if len(self._asked) == len(self.functions):
-            self._batch = (None, None)  # keep no texts
-        return self._rewards[index]
+        with self._lock:
+            same = self._batch[0] is prompts and self._batch[1] is completions
+            if not same or index in self._asked:
+                self._batch, self._asked = (prompts, completions), set()
+                self._rewards = self._run(prompts, completions, arguments)
+            self._asked.add(index)
+            if len(self._asked) == len(self.functions):
+                self._batch = (None, None)  # keep no texts
+            return self._rewards[index]
 
     def _run(self, prompts: Any, completions: Any, arguments: Any) -> list[list[float | None]]:
         columns = []
@@ -144,7 +147,16 @@ class _Rewards:
         return [[row[place] for row in whole] for place in range(len(columns))]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_batch": (None, None), "_rewards": [], "_asked": set()}
+        fresh: dict[str, Any] = {
+            "_batch": (None, None),
+            "_rewards": [],
+            "_asked": set(),
+            "_lock": None,
+        }
+        return {**self.__dict__, **fresh}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
 
 class JointReward:

@@ -1,8 +1,8 @@
 """``train_grpo``: prompts and a reward in, a policy out that is no worse than its best. Chapter 5.
 
-TRL's ``GRPOTrainer`` does the training, unmodified. Around it: rewards that score as the reward
-model was trained, held-out prompts that the monitor looks at, the policy kept at its best by the
-held-out scorer, and figures on further prompts, which nothing was chosen by.
+TRL's ``GRPOTrainer`` does the training, unmodified but for its card. Around it: rewards that score
+as the reward model was trained, held-out prompts that the monitor looks at, the policy kept at its
+best by the held-out scorer, and figures on further prompts, which nothing was chosen by.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, disable_progress_bars
-from transformers import GenerationConfig, PrinterCallback, TrainerCallback
+from huggingface_hub import ModelCardData
+from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
@@ -27,8 +28,12 @@ from companion.errors import CompanionError, DataError
 from companion.evaluation.tables import format_table
 from companion.functional.resampling import Interval, bootstrap_interval
 from companion.generation.causal import load_causal
-from companion.generation.policy import Policy, end_token_ids
+from companion.generation.policy import Policy
+from companion.models.card import is_hub_id, named, put_card, render_card
 from companion.models.checkpoint import load_tokenizer, resolve
+from companion.models.ends import policy_end_ids, turn_end_ids
+from companion.models.hub import open_destination
+from companion.models.saving import package_versions
 from companion.rl.config import GRPORunConfig, PolicyArguments, PromptArguments
 from companion.rl.monitor import OveroptimizationMonitor
 from companion.rl.policy_evaluation import Look, number
@@ -39,6 +44,7 @@ from companion.rl.rewards import (
     reward_name,
     weighted_sum,
 )
+from companion.scoring.reward_function import TEMPLATE_COLUMNS
 from companion.training.config import require
 from companion.training.run import Say, checkpoint_of, load_given
 from companion.training.trainer import whole_parameters
@@ -133,6 +139,29 @@ class GRPOResult:
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         return path
 
+    def write_card(self, config: GRPORunConfig, base: str, model_id: str | None = None) -> None:
+        """Write ``README.md``, unless one that was written by hand stands there."""
+        about = ModelCardData(
+            base_model=base if is_hub_id(base) else None,
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["grpo", "trl", "rlhf"],
+        )
+        name = model_id or self.output_dir.resolve().name
+        text = render_card(
+            "policy_card.md",
+            about,
+            name=name.rsplit("/", 1)[-1],
+            base=named(base),
+            rewards=" and ".join(f"`{named(source)}`" for source in config.reward_model),
+            which=f"at step {self.best_step} of {self.steps}",
+            summary=self.summary().rsplit("\n", 1)[0],  # without the folder of this machine
+            adapter=(self.output_dir / "adapter_config.json").exists(),
+            model_id=name,
+            versions=", ".join(f"{k} {version}" for k, version in package_versions().items()),
+        )
+        put_card(self.output_dir, text)
+
     def summary(self) -> str:
         """The table that ends a run."""
         looks = self.looks.values()
@@ -187,7 +216,8 @@ def train_grpo(
         ``output_dir`` gets the policy at its best by ``held_out_scorer`` (without one, at the end;
         a run that was never better than its start gets the start), ``last/`` the policy at the end
         if that is another, ``monitor.jsonl`` a line for each look, ``grpo_result.json`` the
-        figures; training checkpoints lie in it as ``checkpoint-N``.
+        figures, ``README.md`` a card; training checkpoints lie in it as ``checkpoint-N``. With
+        ``push_to_hub`` the policy is uploaded when all is done.
     model : PolicyArguments
         The policy, and whether to train a LoRA adapter.
     data : PromptArguments
@@ -210,6 +240,7 @@ def train_grpo(
     if not main:
         disable_progress_bars()
     _check_arguments(config, model, data)
+    destination, config = open_destination(config)
     train, monitored, tested, notes = hold_out(data)
     for note in notes:
         tell(f"note: {note}")
@@ -223,7 +254,7 @@ def train_grpo(
         "trust_remote_code": config.trust_remote_code,
     }
     tokenizer = load_tokenizer(name, **shared)
-    rewards, proxy, gold, further = _scorers(config, _eos_ids(name, tokenizer, shared))
+    rewards, proxy, gold, further = _scorers(config, policy_end_ids(name, **shared))
 
     config.model_init_kwargs = {
         **(config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}),
@@ -232,7 +263,7 @@ def train_grpo(
     }
     if model.attn_implementation is not None:
         config.model_init_kwargs["attn_implementation"] = model.attn_implementation
-    trainer = GRPOTrainer(
+    trainer = _Trainer(
         model=name,
         reward_funcs=rewards,  # type: ignore[arg-type]
         args=config,
@@ -243,6 +274,9 @@ def train_grpo(
     )
     if config.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
+    for note in (differences := _differences(trainer, train)):
+        tell(f"note: {note}")
+    notes += differences
 
     def load(folder: str) -> Any:
         with whole_parameters():
@@ -293,8 +327,18 @@ def train_grpo(
     )
     if main:
         result.save()
+        result.write_card(config, name, destination.repo_id if destination is not None else None)
     trainer.accelerator.wait_for_everyone()
+    if destination is not None:
+        tell(f"uploaded to {destination.upload(output)}")
     return result
+
+
+class _Trainer(GRPOTrainer):
+    """TRL's, but for its card, which calls a base from a folder 'None'."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The run writes one when it is over."""
 
 
 def hold_out(
@@ -384,11 +428,14 @@ def _test_figures(
     best, last = monitor.best, trainer.state.global_step
     assert best is not None
     looks: dict[str, Look] = {}
+    written = trainer.args.chat_template_kwargs
     with monitor.policy(trainer.model) as policy:
         adapter = monitor.reference is None
         as_reference = policy.disable_adapter if adapter else nullcontext
-        now = Policy(policy, tokenizer)
-        before = now if adapter else Policy(monitor.reference, tokenizer)
+        now = Policy(policy, tokenizer, chat_template_kwargs=written)
+        before = (
+            now if adapter else Policy(monitor.reference, tokenizer, chat_template_kwargs=written)
+        )
         with as_reference():
             looks["start"] = viewer.look(before, before, 0)
         looks["end"] = viewer.look(now, before, last, as_reference=as_reference)
@@ -402,18 +449,32 @@ def _test_figures(
 
             kept = PeftModel.from_pretrained(kept, output)
         looks["best"] = viewer.look(
-            Policy(kept, tokenizer), before, best.step, as_reference=as_reference
+            Policy(kept, tokenizer, chat_template_kwargs=written),
+            before,
+            best.step,
+            as_reference=as_reference,
         )
     return looks
 
 
-def _eos_ids(name: str, tokenizer: Any, shared: dict[str, Any]) -> list[int]:
-    """Tokens that end the policy's completions: the tokenizer's EOS and those of the checkpoint."""
-    try:
-        said: Any = GenerationConfig.from_pretrained(name, revision=shared["revision"]).eos_token_id
-    except OSError:  # no generation_config.json
-        said = None
-    return end_token_ids(tokenizer, said)
+def _differences(trainer: Any, rows: Dataset) -> list[str]:
+    """What the reward model knows of a completion and the policy does not (trl 1.16)."""
+    notes = []
+    unseen = [name for name in TEMPLATE_COLUMNS if name in rows.column_names and any(rows[name])]
+    if unseen:
+        notes.append(
+            f"the reward model reads the columns {' and '.join(unseen)}, but TRL writes the "
+            "policy's prompts without them (--chat_template_kwargs sets those of all prompts)"
+        )
+    tokenizer = trainer.processing_class
+    ends = set(turn_end_ids(tokenizer)) - set(trainer.eos_token_ids)
+    if ends:
+        named = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in ends)
+        notes.append(
+            f"the policy's chat template ends a turn with {named}, at which no completion stops: "
+            "neither the tokenizer's EOS nor the generation config names it"
+        )
+    return notes
 
 
 def _lora(model: PolicyArguments) -> Any:

@@ -11,18 +11,27 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 
 from companion.errors import DataError, ModelError
+from companion.models.ends import policy_end_ids
 from companion.models.manifest import ReferenceStats
 
 logger = logging.getLogger(__name__)
 
 Transform = Literal["raw", "centered", "z", "sigmoid"]
+
+#: Columns of TRL's that decide how the chat template writes a row, one entry a completion.
+TEMPLATE_COLUMNS: Final = ("tools", "chat_template_kwargs")
+#: Completions from which something is concluded on how the policy ends its turns.
+_ENOUGH: Final = 4
+#: One for all: held while counts are raised. (A lock of its own could not be pickled.)
+_COUNTING: Final = threading.Lock()
 
 
 class RowScorer(Protocol):
@@ -36,6 +45,10 @@ class RowScorer(Protocol):
     def tokenizer(self) -> Any:
         """The reward model's tokenizer."""
 
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Tokens that end a completion of the reward model's own family."""
+
     def score(self, rows: Sequence[Any], *, on_error: Literal["raise", "skip"]) -> Any:
         """:class:`Scores` in the order of the rows; with "skip" a bad row has NaN and a reason."""
 
@@ -43,9 +56,14 @@ class RowScorer(Protocol):
 class RewardFunction:
     """Prompts and completions in, a float or None for each completion out.
 
-    What TRL asks of a reward function is kept: any further columns are taken and ignored, the
-    function has a name, it can be pickled, and it is no ``nn.Module`` (TRL would take those another
-    way). It runs without gradients and in eval mode, whatever is on around it.
+    What TRL asks of a reward function is kept: any further columns are taken, the function has a
+    name, it can be pickled, and it is no ``nn.Module`` (TRL would take those another way). It runs
+    without gradients and in eval mode, whatever is on around it, and many threads may call it.
+
+    The columns ``tools`` and ``chat_template_kwargs`` belong to the row, as in training and in
+    ``companion score``, and reach the chat template of the reward model. Settings of the trainer
+    (``GRPOConfig.chat_template_kwargs``, ``GRPOTrainer(tools=…)``) do not: they say how the
+    *policy's* template writes a prompt, and no other way of scoring a row knows them.
 
     Parameters
     ----------
@@ -63,22 +81,38 @@ class RewardFunction:
         the transform.
     eos_token_ids : sequence of int, optional
         The *policy's* tokens that end a completion. A completion whose ids do not end in one was
-        cut off. Default: the EOS of the reward model's tokenizer, which is right where policy and
-        reward model have one tokenizer.
+        cut off.
+    policy : str, path or PreTrainedTokenizerBase, optional
+        Where to find them: the policy's folder or hub id (its EOS, its generation config, and what
+        its chat template writes behind an answer), or its tokenizer. Without either, those of the
+        reward model, which is right where both have one tokenizer; and a token that no completion
+        holds but at its end is taken for an end too, with a warning (see Notes).
     name : str
         What TRL logs it as.
 
     Attributes
     ----------
     counts : Counter
-        Completions so far: ``scored``, ``truncated``, and those without a score by their reason.
+        Completions so far: ``scored``, ``truncated``, ``assumed_end`` (finished by a token that was
+        taken for an end), and those without a score by their reason.
+
+    Notes
+    -----
+    A token is taken for the policy's end of turn if four or more completions of a call end with it,
+    none holds it anywhere else, and they are of several lengths, or are all of the call: what a
+    limit cuts off is equally long, and breaks off at whatever token comes. Where the reward model's
+    tokenizer reads the very text out of the ids, a last token that is part of it is no end. So a
+    policy that repeats one token is cut off, and so are equal completions of a policy with the
+    reward model's tokenizer; those of a policy with another tokenizer cannot be told apart from
+    finished ones.
 
     Raises
     ------
     ModelError
-        If the transform needs a reference set and the model's manifest has none.
+        If the transform needs a reference set and the model's manifest has none, or the policy
+        cannot be read.
     DataError
-        For an unknown transform, or a clip that is not positive.
+        For an unknown transform, a clip that is not positive, or both ways to name the ends.
     """
 
     def __init__(
@@ -89,6 +123,7 @@ class RewardFunction:
         clip: float | None = None,
         truncated: Literal["score"] | float | None = "score",
         eos_token_ids: Sequence[int] | None = None,
+        policy: Any = None,
         name: str = "reward_model",
     ) -> None:
         if transform not in ("raw", "centered", "z", "sigmoid"):
@@ -104,13 +139,20 @@ class RewardFunction:
                 f"transform={transform!r} needs a reference set, and the manifest has none",
                 "train with held-out pairs, or use transform='raw'",
             )
-        if eos_token_ids is None:
-            eos = self.scorer.tokenizer.eos_token_id
-            eos_token_ids = [] if eos is None else [eos]
+        if eos_token_ids is not None and policy is not None:
+            raise DataError("eos_token_ids and policy are both given", "give one of them")
+        # what nobody has said may be found in the completions
+        self._told = eos_token_ids is not None or policy is not None
+        self._assumed: frozenset[int] = frozenset()
+        self._cut_in_a_row, self._warned_of_cuts = 0, False
+        if policy is not None:
+            eos_token_ids = policy_end_ids(policy)
+        elif eos_token_ids is None:
+            eos_token_ids = self.scorer.end_token_ids
         if not eos_token_ids and truncated != "score":
             raise DataError(
                 "no EOS is known, so every completion would count as cut off",
-                "give the policy's eos_token_ids",
+                "give the policy's eos_token_ids, or policy=",
             )
         self.transform: Transform = transform
         self.clip = clip
@@ -139,7 +181,9 @@ class RewardFunction:
         log_metric : callable, optional
             TRL's; gets the shares of completions that were cut off and that have no reward.
         **columns
-            What else TRL hands over; not used.
+            What else TRL hands over: ``tools`` (a list, JSON text or None for each completion) and
+            ``chat_template_kwargs`` (a mapping or None) reach the chat template; the others are
+            not used.
 
         Raises
         ------
@@ -149,15 +193,24 @@ class RewardFunction:
         n = len(prompts)
         if len(completions) != n or (completion_ids is not None and len(completion_ids) != n):
             raise DataError(f"{n} prompts, {len(completions)} completions: the lengths differ")
-        cut = [
-            completion_ids is not None
-            and bool(self.eos_token_ids)
-            and (not len(ids) or int(ids[-1]) not in self.eos_token_ids)
-            for ids in (completion_ids if completion_ids is not None else [()] * n)
-        ]
+        given = {name: columns[name] for name in TEMPLATE_COLUMNS if columns.get(name) is not None}
+        for name, column in given.items():
+            if isinstance(column, (str, Mapping)) or len(column) != n:
+                raise DataError(
+                    f"{name}: not one entry for each of the {n} completions",
+                    f"give a list of {n}, as TRL does with a column of the dataset",
+                )
+        cut = [False] * n
+        if completion_ids is not None and self.eos_token_ids:
+            cut = self._cut_off(completions, completion_ids)
         rows: list[Mapping[str, Any]] = [
-            {"prompt": prompt, "completion": completion, "terminated": not was_cut}
-            for prompt, completion, was_cut in zip(prompts, completions, cut, strict=True)
+            {
+                "prompt": prompts[i],
+                "completion": completions[i],
+                "terminated": not cut[i],
+                **{name: column[i] for name, column in given.items()},
+            }
+            for i in range(n)
         ]
         scored = [i for i in range(n) if self.truncated == "score" or not cut[i]]
         rewards: list[float | None] = [
@@ -168,7 +221,6 @@ class RewardFunction:
             for place, value in zip(scored, self._transformed(scores), strict=True):
                 rewards[place] = float(value) if math.isfinite(value) else None
             self._count(scores.reasons)
-        self.counts["truncated"] += sum(cut)
         if log_metric is not None:
             log_metric(f"{self.__name__}/truncated", sum(cut) / max(n, 1))
             log_metric(f"{self.__name__}/without_reward", rewards.count(None) / max(n, 1))
@@ -184,10 +236,76 @@ class RewardFunction:
 
     def _count(self, reasons: Sequence[str | None]) -> None:
         bad = Counter(reason for reason in reasons if reason is not None)
-        for reason in bad:
-            if reason not in self.counts:
-                logger.warning(f"{self.__name__}: completions without a reward: {reason}")
-        self.counts += Counter({"scored": len(reasons) - bad.total()}) + bad
+        with _COUNTING:
+            new = [reason for reason in bad if reason not in self.counts]
+            self.counts.update({"scored": len(reasons) - bad.total(), **bad})
+        for reason in new:
+            logger.warning(f"{self.__name__}: completions without a reward: {reason}")
+
+    # ------------------------------------------------------------------ where completions end
+
+    def _cut_off(self, completions: Sequence[Any], ids: Sequence[Sequence[int]]) -> list[bool]:
+        """Which completions were cut off; counts them, and says once what looks wrong."""
+        found = None if self._told else self._new_end(completions, ids)
+        last = [int(own[-1]) if len(own) else None for own in ids]
+        with _COUNTING:
+            new = found is not None and found not in self._assumed
+            if found is not None:
+                self._assumed |= {found}
+            assumed = sum(end in self._assumed for end in last)
+            cut = [end not in self.eos_token_ids | self._assumed for end in last]
+            self.counts["truncated"] += sum(cut)
+            if assumed:
+                self.counts["assumed_end"] += assumed
+            self._cut_in_a_row = self._cut_in_a_row + len(cut) if all(cut) else 0
+            none_ends = self._cut_in_a_row >= _ENOUGH and not self._warned_of_cuts
+            self._warned_of_cuts |= none_ends
+        named = "eos_token_ids=[…] with its ids, or policy= with its folder or tokenizer"
+        if new:
+            logger.warning(
+                f"{self.__name__}: completions end with the token {found}, which is no known end "
+                f"and stands nowhere else in them: it is taken for the policy's end of turn. Say "
+                f"so by {named}"
+            )
+        if none_ends:
+            often = Counter(end for end in last if end is not None).most_common(1)
+            most = f" (most end with {often[0][0]})" if often else ""
+            ends = ", ".join(map(str, sorted(self.eos_token_ids)))
+            logger.warning(
+                f"{self.__name__}: {self._cut_in_a_row} completions in a row seem cut off, since "
+                f"none ends with the token {ends}{most}. If the policy ends its turns with another "
+                f"token, give {named}; if they are cut off, raise max_completion_length"
+            )
+        return cut
+
+    def _new_end(self, completions: Sequence[Any], ids: Sequence[Sequence[int]]) -> int | None:
+        """A token that must be the end of a turn, though nobody has named it; see the class."""
+        ends = self.eos_token_ids | self._assumed
+        # one that is the whole completion says nothing: it may be its text
+        last = [int(own[-1]) if len(own) > 1 else None for own in ids]
+        often = Counter(end for end in last if end is not None and end not in ends)
+        for token, n in often.items():
+            if n < _ENOUGH:
+                continue
+            own = [i for i, end in enumerate(last) if end == token]
+            if len({len(ids[i]) for i in own}) == 1 and n < len(ids):
+                continue
+            if any(int(x) == token for some in ids for x in some[:-1]):
+                continue
+            if not any(self._is_text(completions[i], ids[i]) for i in own):
+                return token
+        return None
+
+    def _is_text(self, completion: Any, ids: Sequence[int]) -> bool:
+        """Whether the reward model's tokenizer reads the completion, its last token included."""
+        if not isinstance(completion, str):
+            completion = completion[-1].get("content") if completion else None
+        decode = self.scorer.tokenizer.decode
+        try:
+            last, whole = (decode(x, skip_special_tokens=True) for x in (list(ids[-1:]), list(ids)))
+        except (OverflowError, IndexError, TypeError, ValueError):  # an id beyond its vocabulary
+            return False
+        return bool(last) and isinstance(completion, str) and whole.strip() == completion.strip()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without its scorer, if that can be made anew."""

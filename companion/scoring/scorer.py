@@ -22,6 +22,7 @@ from companion.formatting import Encoded, Overlong, RewardFormatter, Row
 from companion.formatting.steps import EncodedSteps
 from companion.functional.reduction import How
 from companion.models.checkpoint import find_file, model_fingerprint, resolve
+from companion.models.ends import end_token_ids, turn_end_ids
 from companion.models.loading import load_reward_model
 from companion.models.manifest import MANIFEST_FILE, ReferenceStats, RewardManifest
 from companion.models.readout import Readout, ScalarReadout, TokenReadout
@@ -79,6 +80,16 @@ class Scorer(ABC, Generic[ScoresT]):
     def notes(self) -> list[str]:
         """What was repaired or assumed while loading."""
         return self._about.notes
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Tokens that end a completion of the model's own family.
+
+        Its EOS, those of its configuration, and what its chat template writes behind an answer.
+        """
+        said = getattr(getattr(self._about.model, "config", None), "eos_token_id", None)
+        ends = turn_end_ids(self.tokenizer, self.formatter.template_override)
+        return sorted({*end_token_ids(self.tokenizer, said), *ends})
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -171,7 +182,7 @@ class Scorer(ABC, Generic[ScoresT]):
         ----------
         **settings
             Those of :class:`companion.scoring.RewardFunction`: ``transform``,
-            ``clip``, ``truncated``, ``eos_token_ids``, ``name``.
+            ``clip``, ``truncated``, ``eos_token_ids``, ``policy``, ``name``.
         """
         return RewardFunction(self, **settings)
 

@@ -92,7 +92,21 @@ _LOADED_HERE = "models are loaded by companion.models.load_base, which chooses p
 
 
 @dataclass
-class PairwiseRewardConfig(RewardConfig):
+class HubArguments:
+    """What of a run goes to the hub: the finished model, by :mod:`companion.models.hub`."""
+
+    push_to_hub: bool = setting(
+        False,
+        "Upload the finished model to the hub (--hub_model_id, --hub_private_repo, …), with all"
+        " that it needs and a card. The hub is asked before the run.",
+    )
+    hub_strategy: str = setting(
+        "end", "Checkpoints have no manifest: the finished model alone.", choices=["end"]
+    )
+
+
+@dataclass
+class PairwiseRewardConfig(HubArguments, RewardConfig):
     """TRL's ``RewardConfig`` with the defaults of a reward model, and two fields more.
 
     What differs from TRL's defaults, and why:
@@ -113,6 +127,7 @@ class PairwiseRewardConfig(RewardConfig):
     ddp_find_unused_parameters     off (on)             all are used; the search costs time at
                                                         every step
     ddp_broadcast_buffers          off (on)             buffers (positions) never change
+    hub_strategy                   end (every_save)     a checkpoint has no manifest
     =============================  ===================  ==========================================
 
     ``label_smoothing_factor`` is the probability with which a label is taken to be flipped.

@@ -19,6 +19,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from companion.data.loading import load_rows, load_rows_with_report
 from companion.data.splits import dataset_fingerprint, overlap_report, prompt_key, split_by_prompt
 from companion.errors import CompanionError, DataError
+from companion.models.card import write_card
+from companion.models.hub import open_destination
 from companion.models.loading import load_base, load_reward_model
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
 from companion.models.readout import readout_from_dict
@@ -113,7 +115,8 @@ def train(
     kind : Kind
     config : PairwiseRewardConfig
         Of the kind's own class. ``output_dir`` becomes a plain Hugging Face checkpoint with
-        ``reward_manifest.json``; training checkpoints lie in it as ``checkpoint-N``.
+        ``reward_manifest.json``; training checkpoints lie in it as ``checkpoint-N``. With
+        ``push_to_hub`` it is uploaded when all is done.
     model : ModelArguments
         The base, and whether to train a LoRA adapter.
     data : RowArguments
@@ -125,13 +128,14 @@ def train(
     Raises
     ------
     CompanionError
-        For settings, rows or a base that cannot be used, with the cure.
+        For settings, rows, a base or a hub that cannot be used, with the cure.
     """
     main = config.process_index == 0
     tell: Say = (say or print) if main else (lambda line: None)
     if not main:
         disable_progress_bars()
     _check_arguments(model, data)
+    destination, config = open_destination(config)
     resume = checkpoint_of(config)
     sets, sources, notes = load_sets(data, kind.rows)
     held_out = sets["held_out"]
@@ -199,6 +203,10 @@ def train(
         }
         manifest.data["held_out"] |= {"calibration": len(calibration), "test": len(test)}
     reward_model = _save(trainer, start, manifest)
+    if destination is not None:
+        folder, repo_id = str(config.output_dir), destination.repo_id
+        write_card(folder, manifest, reward_model.formatter, model_id=repo_id)
+        tell(f"uploaded to {destination.upload(folder)}")
     return TrainingResult(
         output_dir=Path(str(config.output_dir)),
         calibration=calibration,

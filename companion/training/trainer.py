@@ -43,12 +43,15 @@ from companion.engine.attention import packing_obstacle
 from companion.errors import CompanionError, DataError, ModelError
 from companion.formatting import RewardFormatter
 from companion.functional.reduction import SumCount, all_reduce_metrics
+from companion.models.card import write_card
 from companion.models.guards import check_head, check_tokenizer_and_config, prepare_token_head
 from companion.models.head import find_head, install_head
 from companion.models.loading import load_base
 from companion.models.lora import apply_lora
+from companion.models.manifest import RewardManifest
 from companion.models.readout import Readout, ScalarReadout
 from companion.models.reward_model import RewardModel
+from companion.models.saving import package_versions
 from companion.training.batches import Collator, ItemTables
 from companion.training.config import ModelArguments, PairwiseRewardConfig
 from companion.training.evaluation_loop import ExactEvaluation
@@ -425,6 +428,20 @@ class ExactTrainer(ExactEvaluation):
             notes=self._notes,
             readout=self.readout(self.args),
         )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """A card with what is known by now, in place of TRL's; the run's own follows at its end."""
+        if not self.is_world_process_zero():
+            return
+        model: Any = self.model
+        manifest = RewardManifest(
+            base_model=model.config.name_or_path or None,
+            readout=self.readout(self.args).to_dict(),
+            versions=package_versions(),
+        )
+        manifest.describe(self.formatter)
+        folder = str(self.args.output_dir)
+        write_card(folder, manifest, self.formatter, model_id=self.hub_model_id)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -27,6 +27,13 @@ from companion.tutor import TUTOR_BASE, make_rows
 COMMANDS_ON_PAGES = all_commands()
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.MULTILINE))
+#: the environment that `make` makes, which holds `companion`
+VENV = re.findall(r"^VENV \?= (.*)$", MAKEFILE, re.MULTILINE)[0]
+#: where readers start: what they type works in a shell that has just been opened
+START_PAGES = [
+    ROOT / name
+    for name in ("README.md", "book/how_to_use.md", "exercises/README.md", "recipes/README.md")
+]
 #: what a page leaves to the reader, and what stands for it here
 ELLIPSIS = "recipes/pairwise/tutor.yaml"
 
@@ -77,11 +84,20 @@ def test_command_of_a_page_is_accepted(command, tmp_path, monkeypatch):
     elif words[0] == "make":
         for target in words[1:]:
             assert target in TARGETS, target
+    elif words[0] == "source":
+        assert words[1:] == [f"{VENV}/bin/activate"]
     elif words[0] == "sbatch":
         assert all(Path(word).is_file() for word in words[1:])
         subprocess.run(["bash", "-n", words[1]], check=True)
     else:
         pytest.fail(f"nothing here knows how to check {words[0]!r}")
+
+
+@pytest.mark.parametrize("page", START_PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_environment_is_activated_before_its_commands(page):
+    commands = [command.words for command in commands_of(page.read_text(encoding="utf-8"))]
+    ours = [n for n, words in enumerate(commands) if companion_arguments(words) is not None]
+    assert ("source", f"{VENV}/bin/activate") in commands[: ours[0]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
