@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from example_kinds import RUNS, SEPARATOR, outcomes, rankings, solutions
+from huggingface_hub import ModelCard
 
 from companion import (
     RewardManifest,
@@ -144,3 +145,26 @@ def test_steps(whole_runs: Callable[[str], Any], name: str) -> None:
     np.testing.assert_allclose(scorer.score([text]).values[0], scores.values[2], atol=1e-6)
     prefix = {**rows[2], "completions": rows[2]["completions"][:2], "terminated": False}
     np.testing.assert_allclose(scorer.score([prefix]).values[0], scores.values[2][:2], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["pairwise", "kwise", "outcome, LoRA", "process"])
+def test_each_kind_has_a_card_made_from_its_manifest(kind: str, whole_runs: Any) -> None:
+    result = whole_runs(kind)
+    card = ModelCard.load(result.output_dir / "README.md")
+    assert "None" not in card.content
+    manifest = result.manifest
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == (
+        "text-classification" if manifest.kind == "scalar" else "token-classification"
+    )
+    for part in ("train", "held_out"):
+        assert str(manifest.data[part]["sha256"])[:16] in card.text
+    name = "step_accuracy" if kind == "process" else "accuracy"
+    if isinstance(manifest.metrics.get(name), float):
+        low, high = manifest.metrics[f"{name}_interval"]
+        assert f"| {manifest.metrics[name]:.3f} | [{low:.3f}, {high:.3f}] |" in card.text
+    if kind == "kwise":
+        assert "| favourite is the best | " in card.text
+    assert f"transformers {manifest.versions['transformers']}" in card.text
+    assert Path(str(manifest.base_model)).name in card.text
+    assert str(Path(str(manifest.base_model)).parent) not in card.content, "paths stay private"
