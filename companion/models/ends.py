@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from companion.errors import DataError
 from companion.models.checkpoint import load_config, load_tokenizer, resolve
 
 _ANSWER = "Oslo"
@@ -62,10 +63,14 @@ def policy_end_ids(
 
     Raises
     ------
-    ModelError
-        For a folder that is no model.
+    ModelError, DataError
+        For a folder that is no model, or something else than these.
     """
     said: Any = None
+    if not isinstance(policy, (str, os.PathLike)) and not hasattr(policy, "apply_chat_template"):
+        raise DataError(
+            f"policy is a {type(policy).__name__}", "give its folder, its hub id or its tokenizer"
+        )
     if isinstance(policy, (str, os.PathLike)):
         from transformers import GenerationConfig
 

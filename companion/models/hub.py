@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from companion.errors import CompanionError, ServiceError
 
@@ -89,12 +90,21 @@ def open_destination(
     Raises
     ------
     CompanionError
-        If the hub cannot be reached, knows no such user, or lets them not write there.
+        If checkpoints are to be uploaded too, or the hub cannot be reached, knows no such user, or
+        does not let them write there.
     """
     if not config.push_to_hub:
         return None, config
     own = copy.copy(config)
     own.push_to_hub, own.hub_token = False, None  # (the trainer would pickle the token)
+    if config.process_index != 0:  # whose machine need not be logged in
+        return None, own
+    if HubStrategy(config.hub_strategy) is not HubStrategy.END:
+        raise CompanionError(
+            f"--push_to_hub with --hub_strategy {HubStrategy(config.hub_strategy).value}: a "
+            "checkpoint has no manifest",
+            "leave out --hub_strategy: the finished model is uploaded",
+        )
     if is_offline_mode():
         raise CompanionError(
             "--push_to_hub, and HF_HUB_OFFLINE is set", f"unset HF_HUB_OFFLINE, {_LATER}"
@@ -105,8 +115,6 @@ def open_destination(
             "--push_to_hub, and nobody is logged in to the hub",
             f"run 'hf auth login', set HF_TOKEN, {_LATER}",
         )
-    if config.process_index != 0:
-        return None, own
     api = HfApi(endpoint=endpoint, token=token)
     name = config.hub_model_id or Path(str(config.output_dir)).resolve().name
     try:

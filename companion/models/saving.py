@@ -103,7 +103,7 @@ def save_reward_model(
             raise ModelError("save_adapter=True, but the model has no LoRA adapter")
         model.save_pretrained(folder / "adapter")
         reward_model.formatter.save_pretrained(folder / "adapter")
-    write_card(folder, manifest, reward_model.formatter)
     manifest.save(folder)
+    write_card(folder, manifest, reward_model.formatter)
     reward_model.manifest, reward_model.readout = manifest, readout
     return manifest

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from companion import RewardFunction, RewardScorer, load_base, load_reward_model
 from companion.errors import DataError, ModelError
@@ -195,6 +196,8 @@ def test_the_reward_function_asks_the_policy_or_its_own_family(
     assert RewardFunction(scorer).eos_token_ids == {2, 3, 6}
     assert RewardFunction(scorer, policy=make_tokenizer()).eos_token_ids == {2}
     assert scorer.as_reward_func(policy=base).eos_token_ids == {2, 3, 6}
+    with pytest.raises(DataError, match="policy is a Linear"):
+        scorer.as_reward_func(policy=torch.nn.Linear(1, 1))
     with pytest.raises(DataError, match="both given"):
         scorer.as_reward_func(policy=base, eos_token_ids=[3])
 

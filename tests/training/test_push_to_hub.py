@@ -156,6 +156,10 @@ def test_checkpoints_are_not_offered(tmp_path: Path) -> None:
             parse(["--output_dir", str(tmp_path), "--hub_strategy", "checkpoint"], kind)
     with pytest.raises(CompanionError, match="hub_strategy"):
         PairwiseRewardConfig(str(tmp_path), hub_strategy="every_save")
+    (tmp_path / "run.yaml").write_text("push_to_hub: true\nhub_strategy: all_checkpoints\n")
+    flags = ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path)]
+    with pytest.raises(CompanionError, match="all_checkpoints: a checkpoint has no manifest"):
+        open_destination(parse(flags, "grpo")[2])
 
 
 @pytest.mark.slow
