@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from companion.scoring import Scorer
 
 
+#: a temperature that was fitted on fewer says more of these pairs than of the model
+FEWEST_PAIRS = 50
+
+
 @dataclass
 class PairEvaluation(Evaluation):
     """Pairs with the scores of a model, and their figures.
@@ -97,15 +101,24 @@ class PairEvaluation(Evaluation):
         return self
 
     def calibrate(self, manifest: RewardManifest, source: str) -> list[str]:
-        """Fit the temperature of the margins, and take the statistics of all scores."""
+        """Fit the temperature of the margins, and take the statistics of all scores.
+
+        On fewer than 50 pairs no temperature is fitted: it would be off by a third and more (on 50
+        calibrated pairs of accuracy 0.8 the standard error of log T is about 0.3).
+        """
         scored = np.isfinite(self.margins)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            manifest.temperature = float(fit_temperature(self.margins[scored]))
         manifest.reference = ReferenceStats.from_scores(
             np.concatenate([self.chosen[scored], self.rejected[scored]]),
             f"{len(self):,} held-out pairs of {source}",
         )
+        if scored.sum() < FEWEST_PAIRS:
+            return [
+                f"no temperature: {scored.sum()} pairs to fit it on are fewer than {FEWEST_PAIRS} "
+                "(hold out more: --eval_fraction, --eval_dataset_name)"
+            ]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            manifest.temperature = float(fit_temperature(self.margins[scored]))
         return [str(warning.message) for warning in caught]
 
     def table(self) -> str:
@@ -122,8 +135,11 @@ class PairEvaluation(Evaluation):
         lines = [
             format_table(("held-out figure", "ours", "best possible"), summary_rows(figures)),
             "",
-            f"temperature {self.temperature:.3f}, fitted on {len(calibration):,} pairs",
         ]
+        if self.temperature is not None:
+            lines.append(
+                f"temperature {self.temperature:.3f}, fitted on {len(calibration):,} pairs"
+            )
         floor = figures.get("longer_wins")
         if floor:
             better = figures["accuracy"] > floor["accuracy"]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         ModelArguments as ModelArguments,
         PairwiseRewardConfig as PairwiseRewardConfig,
         RowArguments as RowArguments,
+        default_learning_rate as default_learning_rate,
     )
     from companion.training.kind import KINDS as KINDS, Kind as Kind, load_kind as load_kind
     from companion.training.kwise import (

@@ -114,6 +114,8 @@ class PairwiseRewardConfig(HubArguments, RewardConfig):
     =============================  ===================  ==========================================
     field                          here (TRL)           why
     =============================  ===================  ==========================================
+    learning_rate                  1e-4 with LoRA,      TRL's is a rate for LoRA;
+                                   else 1e-5 (1e-4)     :func:`default_learning_rate`
     num_train_epochs               1 (3)                reward models overfit beyond one epoch
     center_rewards_coefficient     0.01 (none)          else the scores drift: Bradley–Terry sees
                                                         differences only (arXiv 2312.09244)
@@ -134,6 +136,9 @@ class PairwiseRewardConfig(HubArguments, RewardConfig):
     Raises :class:`companion.errors.CompanionError` for settings that cannot be honoured.
     """
 
+    learning_rate: float | None = setting(
+        None, "Peak of the learning rate. Default: 1e-4 with LoRA, 1e-5 for all weights."
+    )  # type: ignore[assignment]
     num_train_epochs: float = setting(
         1.0, "Passes over the data; reward models overfit beyond one."
     )
@@ -222,6 +227,16 @@ class PairwiseRewardConfig(HubArguments, RewardConfig):
                 "train_sampling_strategy 'batch_rebalance' is not supported",
                 "take 'group_by_length', which also saves padding",
             )
+
+
+def default_learning_rate(lora: bool) -> float:
+    """The rate of a run that names none: 1e-4 for a LoRA adapter, 1e-5 for all weights.
+
+    Llama 2's reward models were trained at 1e-5, the largest at 5e-6 (Touvron et al. 2023,
+    arXiv 2307.09288, section 3.2.2); an adapter wants about ten times the rate of all weights
+    (Schulman et al. 2025, "LoRA Without Regret"). A very small model wants more: the tutor 1e-3.
+    """
+    return 1e-4 if lora else 1e-5
 
 
 @dataclass

@@ -166,6 +166,7 @@ def train(
         )
         tell(f"note: {notes[-1]}")
 
+    named = config.learning_rate
     trainer: Any = kind.trainer(
         start,
         config,
@@ -173,6 +174,8 @@ def train(
         eval_dataset=rows.select(calibration_rows),
         callbacks=callbacks,
     )
+    if named is None:
+        tell(f"learning rate {config.learning_rate:g}: the default of what is trained")
     reported = trainer.train(resume_from_checkpoint=resume).metrics
     predictions = trainer.predict(rows, metric_key_prefix="held_out").predictions
 

@@ -53,7 +53,11 @@ from companion.models.readout import Readout, ScalarReadout
 from companion.models.reward_model import RewardModel
 from companion.models.saving import package_versions
 from companion.training.batches import Collator, ItemTables
-from companion.training.config import ModelArguments, PairwiseRewardConfig
+from companion.training.config import (
+    ModelArguments,
+    PairwiseRewardConfig,
+    default_learning_rate,
+)
 from companion.training.evaluation_loop import ExactEvaluation
 from companion.training.forward import (
     forward_scores,
@@ -158,6 +162,13 @@ class ExactTrainer(ExactEvaluation):
         self._notes = list(getattr(model, "notes", ()))
         model, processing_class, self.formatter = _unpack(model, args, processing_class, formatter)
         self.format_reports: dict[str, FormatReport] = {}
+        if args.learning_rate is None:
+            lora = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
+            args.learning_rate = default_learning_rate(lora)
+            self._notes.append(
+                f"learning rate {args.learning_rate:g}, the default "
+                + ("with LoRA" if lora else "for all weights")
+            )
         if eval_dataset is None and args.eval_strategy != "no":
             logger.info(f"no held-out {self.items} were given: no evaluation during training")
             args.eval_strategy = type(args.eval_strategy)("no")  # type: ignore[operator]

@@ -68,7 +68,7 @@ def train(folder: Path, base: Path, rows: list[dict[str, Any]], *more: str) -> R
 def test_margins_and_ratings_train_and_the_temperature_is_fitted(
     tiny_base: Path, tmp_path: Path
 ) -> None:
-    rows = pairs(144)
+    rows = pairs(150)
     found = {
         "none": train(tmp_path / "none", tiny_base, rows, "--margins", "none"),
         "margin": train(tmp_path / "margin", tiny_base, [with_margin(row) for row in rows]),
@@ -103,5 +103,5 @@ def test_margins_and_ratings_train_and_the_temperature_is_fitted(
 def test_ratings_that_are_not_used_are_said(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tmp_path / "given", tiny_base, pairs(144))
+    train(tmp_path / "given", tiny_base, pairs(150))
     assert "margins='ratings' makes margins of them" in capsys.readouterr().out
