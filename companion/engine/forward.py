@@ -136,7 +136,8 @@ def packed_scores(model: Any, batch: PackedBatch) -> Tensor:
     """
     inner = without_adapter(model)
     if prunable(inner):
-        hidden = packed_hidden(inner, batch, LastLayer(batch.segments, batch.readout))[0]
+        last_layer = LastLayer(batch.segments, batch.readout, batch.ends)
+        hidden = packed_hidden(inner, batch, last_layer)[0]
     else:
         hidden = packed_hidden(inner, batch)[0, batch.readout]
     return apply_head(find_head(inner), as_float("hidden states", hidden))

@@ -42,12 +42,15 @@ class LastLayer:
         Of the packed row.
     places : Tensor
         ``[N]`` int64: the tokens that are read out.
+    ends : tuple of int, optional
+        The same for the host; without them they are read from `places`.
     key, value : Tensor, optional
         ``[1, H_kv, T, D]``, of all tokens; the hook of the last layer fills them in.
     """
 
     segments: Segments
     places: Tensor
+    ends: tuple[int, ...] | None = None
     key: Tensor | None = None
     value: Tensor | None = None
 
@@ -255,7 +258,7 @@ class _Seen(NamedTuple):
 def _seen(wanted: LastLayer, window: int | None, device: torch.device) -> _Seen:
     items = wanted.segments.items
     starts = [item.start for item in items]
-    places = wanted.places.tolist()
+    places = wanted.places.tolist() if wanted.ends is None else list(wanted.ends)
     start, _, prefix_start, prefix = torch.tensor(
         [items[bisect_right(starts, place) - 1] for place in places]
     ).T[:, :, None]

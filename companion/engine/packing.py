@@ -151,6 +151,8 @@ class PackedBatch:
     segments : Segments
     needed : int
         Tokens of the texts one by one; ``T`` is less by what is shared.
+    ends : tuple of int
+        ``readout`` once more, for the host: to read it back from a GPU would wait for the GPU.
     """
 
     input_ids: Tensor
@@ -159,6 +161,7 @@ class PackedBatch:
     rows: tuple[int, ...]
     segments: Segments
     needed: int
+    ends: tuple[int, ...]
 
     @property
     def computed(self) -> int:
@@ -173,7 +176,7 @@ class PackedBatch:
         """
         starts = {item.start + item.length - 1: item for item in self.segments.items}
         places = []
-        for end in self.readout.tolist():
+        for end in self.ends:
             item = starts[end]
             trunk = range(item.prefix_start, item.prefix_start + item.prefix)
             places.append([*trunk, *range(item.start, item.start + item.length)])
@@ -189,6 +192,7 @@ class PackedBatch:
             self.rows,
             self.segments,
             self.needed,
+            self.ends,
         )
 
 
@@ -235,11 +239,13 @@ def pack(ids: Sequence[Sequence[int]], trees: Sequence[Tree]) -> PackedBatch:
             last[row] = len(tokens) - 1
             needed += len(ids[row])
     rows = tuple(sorted(last))
+    ends = tuple(last[row] for row in rows)
     return PackedBatch(
         torch.tensor([tokens], dtype=torch.int64),
         torch.tensor([positions], dtype=torch.int64),
-        torch.tensor([last[row] for row in rows], dtype=torch.int64),
+        torch.tensor(ends, dtype=torch.int64),
         rows,
         Segments(tuple(segments)),
         needed,
+        ends,
     )

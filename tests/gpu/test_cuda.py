@@ -90,7 +90,7 @@ def test_the_last_layer_by_the_varlen_kernel(window):
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = (x.to(dtype) for x in (query, key, value))
         read = (x[:, :, places] for x in (q, k, v))
-        wanted = LastLayer(batch.segments, places, k, v)
+        wanted = LastLayer(batch.segments, places, key=k, value=v)
         options = {"packed_segments": wanted, "sliding_window": window}
         found.append(packed_attention(torch.nn.Identity(), *read, None, **options)[0])
     whole, _ = packed_attention(

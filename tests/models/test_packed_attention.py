@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
@@ -453,6 +454,29 @@ def test_the_path_of_cuda_with_its_kernel_emulated(
     for found, reference in cases:
         for ours, theirs in zip(off(found), off(reference), strict=True):
             assert ours < 3 * theirs + 1e-3
+
+
+# (transformers' GPT-2 reads the ids back itself, to warn of padding)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma"])
+@pytest.mark.parametrize("half", [True, False])
+def test_nothing_is_read_back_from_the_device(
+    kind: str, half: bool, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On ``meta``, in the place of the GPU, whatever reads a value raises."""
+    from torch.nn.attention import varlen
+
+    model = make(kind).to("meta")
+    batch = packed(rows())
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(packing, "_half_dtype", lambda query: query.dtype if half else None)
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, *_, **__: query * 1)
+    for module in (packing, last_layer):
+        monkeypatch.setattr(module, "fits_varlen", lambda query: True)
+    scores = packed_scores(model, batch.to("meta"))
+    assert (scores.shape, scores.device.type) == ((len(rows()),), "meta")
+    scores.sum().backward()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        scores.tolist()
 
 
 def test_the_kernel_takes_what_it_is_given() -> None:
