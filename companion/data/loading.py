@@ -14,6 +14,7 @@ from contextlib import suppress
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final
 
+from companion.data.columns import array_of, exact_dataset, json_fields, reader_of
 from companion.data.formats import (
     Conversion,
     Row,
@@ -266,7 +267,7 @@ class _TableBuilder:
         for column in dict.fromkeys(key for row in self._rows for key in row):
             values = [row.get(column) for row in self._rows]
             try:
-                arrays[column] = pa.array(values)
+                arrays[column] = array_of(values)
             except (pa.ArrowException, OverflowError) as error:
                 place, detail = _odd_one(values, self._places)
                 raise DataError(
@@ -279,9 +280,9 @@ class _TableBuilder:
 
     def dataset(self) -> Dataset:
         import pyarrow as pa  # type: ignore[import-untyped]
-        from datasets import Dataset
 
         self._flush()
+        self._agree()
         try:
             # Permissive: a column that is null in one chunk takes its type from another.
             table = pa.concat_tables(self._tables, promote_options="permissive")
@@ -291,7 +292,24 @@ class _TableBuilder:
                 f"do not fit together ({error})",
                 "give each column one type in all rows, or remove it",
             ) from error
-        return Dataset(table)
+        return exact_dataset(table)
+
+    def _agree(self) -> None:
+        """A field that is JSON in one chunk is JSON in all."""
+        import pyarrow as pa  # type: ignore[import-untyped]
+
+        found: dict[str, set[str]] = {}
+        for table in self._tables:
+            for field in table.schema:
+                found.setdefault(field.name, set()).update(json_fields(field.type))
+        for at, table in enumerate(self._tables):
+            for place, field in enumerate(table.schema):
+                missing = found[field.name] - json_fields(field.type)
+                if missing and not pa.types.is_null(field.type):
+                    values = map(reader_of(field.type), table.column(place).to_pylist())
+                    array = array_of(list(values), found[field.name])
+                    table = table.set_column(place, field.name, array)
+            self._tables[at] = table
 
 
 def _odd_one(values: list[Any], places: list[str]) -> tuple[str, str]:

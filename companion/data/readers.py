@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TextIO
 
+from companion.data.columns import reader_of
 from companion.data.problems import RowError, RowProblem
 from companion.errors import DataError
 
@@ -262,9 +263,11 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
-        batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
+        file = pq.ParquetFile(path)
+        read = {field.name: reader_of(field.type) for field in file.schema_arrow}
+        batches = file.iter_batches(batch_size=1024)
         for index, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-            yield f"{path.name}, row {index}", row
+            yield f"{path.name}, row {index}", {k: read[k](v) for k, v in row.items()}
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path.name}: no readable Parquet file ({error})", "copy it again"
