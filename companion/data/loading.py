@@ -27,6 +27,7 @@ from companion.data.problems import SHOWN, LoadReport, RowError, RowProblem
 from companion.data.readers import Record
 from companion.data.sources import open_source, split_name
 from companion.errors import DataError
+from companion.layouts import has_turns, rename_columns
 
 if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]
@@ -68,7 +69,8 @@ def load_rows(
     limit : int, optional
         Stop after this many rows of the result. What follows is not read, nor checked.
     columns : mapping of str to str, optional
-        Old to new column names.
+        Old to new column names; an empty new name leaves the column out. Known layouts need none
+        (:mod:`companion.layouts`).
     margins : {"given", "ratings", "none"}
         For pairs: keep a ``margin`` column, make it from ratings, or drop it.
     on_error : {"raise", "skip"}
@@ -120,21 +122,23 @@ def load_rows_with_report(
         raise DataError(f"limit={limit} keeps no rows", "give a positive number, or None for all")
     rename = dict(columns or {})
     label, raw = open_source(source, split=split, name=name, revision=revision, rename=rename)
-    records = ((where, _renamed(row, rename, where)) for where, row in raw)
+    given: set[str] = set()
+    records = ((where, _renamed(row, rename, where, given)) for where, row in raw)
     # The first rows show the columns and the usual form, so that an odd first row is the odd one.
     probe = list(islice(records, _PROBE))
     usable = [row for _, row in probe if isinstance(row, dict)]
     if not probe:
         raise DataError(f"{label}: empty dataset, no rows", "check the file and the split")
     names = {column for row in usable for column in row}
-    if missing := [old for old, new in rename.items() if new not in names]:
+    if missing := [old for old in rename if old not in given]:
         raise DataError(
             f"{label}: no column {missing[0]!r} to rename",
-            f"there are: {', '.join(sorted(names))}",
+            f"there are: {', '.join(sorted(given))}",
         )
     if usable:
         kind = detect_kind(names) if kind == "auto" else kind
         how = find_conversion(names, kind, margins)
+        how.chat = any(has_turns(row) for row in usable)
     else:
         how = Conversion(kind, "unreadable rows", margins)
     usual = _usual_signature(usable, how)
@@ -164,19 +168,13 @@ def load_rows_with_report(
     return dataset, report
 
 
-def _renamed(given: Row | RowError, rename: Mapping[str, str], where: str) -> Row | RowError:
+def _renamed(
+    given: Row | RowError, rename: Mapping[str, str], where: str, seen: set[str]
+) -> Row | RowError:
     if isinstance(given, RowError) or not rename:
         return given
-    row: Row = {}
-    for key, value in given.items():
-        new = rename.get(key, key)
-        if new in row or (new != key and new in given and new not in rename):
-            raise DataError(
-                f"{where}: renaming {key!r} to {new!r} meets a column of that name",
-                f"rename that one too, e.g. columns={{{new!r}: 'old_{new}'}}",
-            )
-        row[new] = value
-    return row
+    seen.update(given)
+    return rename_columns(given, rename, where)
 
 
 def _usual_signature(rows: list[Row], how: Conversion) -> dict[str, str]:

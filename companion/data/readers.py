@@ -33,6 +33,7 @@ FORMATS: Final = {
     ".parquet": "parquet",
 }
 
+_MESSAGES: Final = re.compile(r"""\s*\[?\s*\{\s*"(role|content|from|value)"\s*:""")
 _NUMBER: Final = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 
 
@@ -156,7 +157,9 @@ def _read_json(handle: TextIO, name: str) -> Iterator[Record]:
         ) from error
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
-        if {"prompt", "chosen", "completion", "instruction", "a"} & set(value):
+        if {"prompt", "chosen", "rejected", "completion", "instruction", "question", "a"} & set(
+            value
+        ):
             value = [value]
         elif len(lists) == 1:
             value = lists[0]
@@ -224,7 +227,7 @@ def _from_json(cell: str) -> Any:
 
 
 def _text_or_messages(cell: str) -> Any:
-    return _from_json(cell) if cell.startswith("[{") and '"role"' in cell else cell
+    return _from_json(cell) if _MESSAGES.match(cell) else cell
 
 
 def _number(cell: str) -> float | str | None:
@@ -237,11 +240,19 @@ def _number(cell: str) -> float | str | None:
 #: How the cells of a field are read; those of another column are guessed from the whole column.
 _CELLS: Final[dict[str, Callable[[str], Any]]] = {
     **dict.fromkeys(
-        ("prompt", "chosen", "rejected", "completion", "a", "b", "instruction"), _text_or_messages
+        (
+            *("prompt", "chosen", "rejected", "completion", "a", "b", "instruction", "input"),
+            *("question", "query", "context", "messages", "conversations", "output"),
+            *("rejected_response", "rejected_messages", "chosen_response"),
+        ),
+        _text_or_messages,
     ),
-    **dict.fromkeys(("id", "subset", "source", "licence", "preference", "winner"), str),
+    **dict.fromkeys(("id", "subset", "source", "licence", "preference", "winner", "system"), str),
     **dict.fromkeys(
-        ("completions", "labels", "ranks", "ratings", "scores", "rest"),
+        (
+            *("completions", "labels", "ranks", "ratings", "scores", "rest", "history"),
+            *("tools", "chat_template_kwargs"),
+        ),
         lambda cell: _from_json(cell) if cell.strip() else None,
     ),
     "margin": _number,

@@ -70,8 +70,8 @@ def open_source(
 def _rows(dataset: Iterable[Mapping[str, Any]], label: str) -> Iterator[Record]:
     read: dict[str, Callable[[Any], Any]] = {}
     if isinstance(dataset, Dataset):
-        dataset = exact(dataset)
-        schema = dataset.features.arrow_schema
+        dataset = read_exactly = exact(dataset)
+        schema = read_exactly.features.arrow_schema
         read = {field.name: reader_of(field.type, decode=False) for field in schema}
     for index, row in enumerate(dataset):
         if isinstance(row, Mapping):

@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from companion.data.loading import load_rows, load_rows_with_report
 from companion.data.splits import dataset_fingerprint, overlap_report, prompt_key, split_by_prompt
 from companion.errors import CompanionError, DataError
+from companion.layouts import columns_of
 from companion.models.loading import load_base, load_reward_model
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
 from companion.models.readout import readout_from_dict
@@ -255,6 +256,7 @@ def load_given(
         For rows that cannot be used.
     """
     settings |= {"kind": kind, "on_error": data.on_error}
+    settings["columns"] = columns_of(data.columns or ())
     where: Any = {"name": data.dataset_config, "revision": data.dataset_revision}
     rows, report = load_rows_with_report(
         data.dataset_name,
