@@ -260,7 +260,8 @@ def _score_chunk(
     good = [place for place, row in enumerate(rows) if not isinstance(row, DataError)]
     given = [rows[place] for place in good]
     if columns:
-        _check_columns(given, columns, source)
+        if not chunk[0][0]:
+            _check_columns(given, columns, source)
         named = zip(given, good, strict=True)
         given = [
             rename_columns(row, columns, f"{source} line {chunk[place][1][0]}")
@@ -294,7 +295,7 @@ def _score_chunk(
 
 
 def _check_columns(rows: Sequence[Any], columns: Mapping[str, str], source: Path) -> None:
-    """Refuse an old name that no row of a chunk has: it is misspelt."""
+    """Refuse an old name that none of the first rows has: it is misspelt."""
     names = {key for row in rows if isinstance(row, dict) for key in row}
     if missing := [old for old in columns if old not in names]:
         raise DataError(
