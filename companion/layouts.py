@@ -275,7 +275,7 @@ def _is_copy(row: Row, name: str, held: Iterable[str]) -> bool:
 def _add_history(row: Row, notes: Counter[str]) -> None:
     """Earlier turns before the prompt, in place."""
     history, prompt = row.get("history"), row.get("prompt")
-    if prompt is None or not isinstance(history, (list, tuple)) or not history:
+    if not _conversation(prompt) or not isinstance(history, (list, tuple)) or not history:
         return
     if is_turns(history):
         turns = as_messages(history)
@@ -307,6 +307,8 @@ def _add_system(row: Row, held: Sequence[str], notes: Counter[str], chat: bool) 
             if isinstance(row[place], str) and row[place].startswith("\n\nHuman:"):
                 raise RowError("may hold the prompt", name, "a transcript has no place for it")
             turns = _conversation(row[place])
+            if not turns:
+                continue  # neither text nor messages: whoever reads it says so
             if turns[0].get("role") in ("system", "developer"):
                 if _collapsed(turns[0].get("content")) != _collapsed(text):
                     raise RowError("two system messages", name, f"{place!r} has another one")
@@ -487,7 +489,7 @@ def _renamed(message: Mapping[str, Any]) -> Message:
 def _conversation(prompt: Any) -> list[Any]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    return as_messages(prompt) if is_turns(prompt) else list(prompt)
+    return as_messages(prompt) if is_turns(prompt) else []
 
 
 def _reply(answer: Any) -> Any:

@@ -196,8 +196,9 @@ def signature(row: Mapping[str, Any]) -> dict[str, str]:
     out.setdefault("prompt", "none")
     if "chosen" in row:
         out["margin"] = "number" if "margin" in row else "none"
-    if "ranks" in row and "chosen" not in row:
-        out["completions"] = form(row["completions"][0])
+    completions = row.get("completions")
+    if "ranks" in row and completions and not row.keys() & {"chosen", "completion"}:
+        out["completions"] = form(completions[0])
         out["ratings"] = "numbers" if "ratings" in row else "none"
     return out
 

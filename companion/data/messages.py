@@ -18,10 +18,17 @@ Text = str | list[Message]
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 
-#: How a list of messages begins that was printed, or is JSON inside a text.
-_PRINTED: Final = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
-
+_PRINTED: Final = re.compile(
+    r"""["'](role|from)["']\s*:\s*["'](system|developer|user|assistant|tool|human|gpt)["']"""
+)
 _TURN: Final = re.compile(r"\n\n(Human|Assistant):")
+
+
+def is_printed(text: str) -> bool:
+    """Whether a text is a list of messages that was printed, by Python or as JSON."""
+    return (
+        text.lstrip()[:1] == "[" and text.lstrip("[ \n")[:1] == "{" and bool(_PRINTED.search(text))
+    )
 
 
 def form(value: Any) -> str:
@@ -52,7 +59,7 @@ def clean_text(value: Any, name: str, *, empty: str) -> Text:
     if isinstance(value, str):
         if not value.strip():
             raise RowError(empty, name)
-        if _PRINTED.match(value):
+        if is_printed(value):
             raise RowError("printed messages", name, f"{value.strip()[:30]!r}…")
         return value
     if not isinstance(value, Sequence) or isinstance(value, bytes):

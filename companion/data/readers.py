@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, TextIO
 
 from companion.data.columns import reader_of
+from companion.data.messages import is_printed
 from companion.data.problems import RowError, RowProblem
 from companion.errors import DataError
 
@@ -33,7 +34,6 @@ FORMATS: Final = {
     ".parquet": "parquet",
 }
 
-_MESSAGES: Final = re.compile(r"""\s*\[?\s*\{\s*"(role|content|from|value)"\s*:""")
 _NUMBER: Final = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 
 
@@ -227,7 +227,7 @@ def _from_json(cell: str) -> Any:
 
 
 def _text_or_messages(cell: str) -> Any:
-    return _from_json(cell) if _MESSAGES.match(cell) else cell
+    return _from_json(cell) if is_printed(cell) else cell
 
 
 def _number(cell: str) -> float | str | None:

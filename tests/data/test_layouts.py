@@ -403,6 +403,9 @@ def test_printed_lists_and_missing_values_of_csv(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("}]", ""))
     with pytest.raises(DataError, match="printed messages"):
         load_rows(file)
+    # an answer may be JSON
+    answer = {"prompt": "Who?", "chosen": '[{"role": "admin"}]', "rejected": '[{"value": 1}]'}
+    assert only(load_rows([answer])[0]) == answer
     file.write_text("question,chosen,rejected\n3,4,NA\n5,nan,6\n7,8,None\n9,10,11\n")
     dataset, report = load_rows_with_report(file)
     assert dataset["rejected"][:] == ["NA", "6", "None", "11"]
