@@ -42,8 +42,10 @@ _SUSPECTS: Final = (
     *(*_TURNS, *_TEXTS, "input", "history", "context", "problem", "passage", "document"),
     *("article", "dialogue", "dialog", "post"),
 )
+#: the same, where there is no prompt
+_ALONE: Final = ("text", "user", "human")
 _REPLIES: Final = ("rejected_response", "rejected_messages", "chosen_response", "output")
-_NAMES: Final = frozenset((*_SUSPECTS, *_SYSTEM, *_REPLIES))
+_NAMES: Final = frozenset((*_SUSPECTS, *_ALONE, *_SYSTEM, *_REPLIES))
 #: columns that hold what is scored
 ANSWERS: Final = (
     *("chosen", "rejected", "completion", "completions", "a", "b", "response_a", "response_b"),
@@ -298,6 +300,8 @@ def _add_system(row: Row, held: Sequence[str], notes: Counter[str], chat: bool) 
     """A system message before the prompt, in place."""
     for name in _SYSTEM:
         text = row.get(name)
+        if isinstance(text, (list, tuple, Mapping)) and text:
+            raise RowError("may hold the prompt", name, f"{type(text).__name__}, no text")
         if not _is_text(text):
             continue
         places = ["prompt"] if row.get("prompt") is not None else held
@@ -327,8 +331,10 @@ def _whole(row: Row, notes: Counter[str]) -> Row:
     if row.get("messages") is None and turns:
         row["messages"] = as_messages(row.pop(turns[0]))
         notes[f"conversation taken from {turns[0]!r}"] += 1
-    if is_turns(row.get("messages")):
-        _add_system(row, ["messages"], notes, chat=False)
+    held = "messages" if row.get("messages") is not None else "text"
+    if row.get("prompt") is None and row.get(held) is not None:
+        _add_system(row, [held], notes, chat=False)
+        _check_left(row, [held])
     return row
 
 
@@ -348,12 +354,12 @@ def _check_null(row: Mapping[str, Any], held: Iterable[str]) -> None:
 
 def _check_left(row: Row, held: Sequence[str]) -> None:
     """Refuse a column that could be a part of the prompt: whatever stands in the text is none."""
-    for name in _SUSPECTS:
+    prompt = row.get("prompt")
+    for name in (*_SUSPECTS, *(_ALONE if prompt is None else ())):
         value = row.get(name)
         could_be = _is_text(value) or is_turns(value) or (name == "history" and bool(value))
         if name in held or not could_be:
             continue
-        prompt = row.get("prompt")
         scored = [_text(row[n]) for n in held]
         texts = scored if prompt is None else [_text(prompt)]
         parts: list[Any] = [value]

@@ -333,7 +333,8 @@ class RewardFormatter:
             try:
                 notes: Counter[str] = Counter()
                 changed = change(read_row(row, where, fields, notes), where)
-                self.counts.add(prompts_found=bool(notes))
+                if notes:
+                    self.counts.add(prompts_found=1)
                 drafts.append([self._draft_row(changed, f, terminated, where) for f in fields])
             except CompanionError as error:
                 drafts.append(error)

@@ -111,7 +111,8 @@ class TokenReading:
             try:
                 row = read_row(row, name, (field,), notes)
                 found.append(self._solution(row, name, field, terminated))
-                formatter.counts.add(prompts_found=bool(notes))
+                if notes:
+                    formatter.counts.add(prompts_found=1)
             except CompanionError as error:
                 found.append(error)
         good = [i for i, item in enumerate(found) if not isinstance(item, CompanionError)]

@@ -151,6 +151,8 @@ def test_a_system_message_in_some_rows_makes_all_of_them_conversations() -> None
         ({"prompt": ASK, "messages": EARLIER, **TEXT}, "messages"),
         ({"messages": [USER, said("assistant", "Five.")], **TEXT}, "messages"),
         ({"system": "Be brief.", **TEXT}, "system"),
+        ({"prompt": ASK, "system": ["Be brief."], **TEXT}, "system"),
+        ({"text": ASK, **TEXT}, "text"),
         ({"prompt": [SYSTEM, USER], "system": "Be a pirate.", **TEXT}, "system"),
         ({"prompt": None, **TEXT}, "prompt"),
     ],
@@ -211,6 +213,12 @@ def test_direct_rows_of_one_text(tiny_tokenizer: Any) -> None:
         assert formatter.encode_row(row) == want
     answer = {"question": ASK, "answer": "It is 4."}
     assert formatter.encode_row(answer, "answer") == formatter.encode(ASK, "It is 4.")
+    for row, field in (
+        ({"text": f"{ASK} It is 4.", "system": "Be brief."}, "system"),
+        ({"messages": [USER, GOOD], "context": "Ana has 3 pens."}, "context"),
+    ):
+        with pytest.raises(DataError, match=f"field '{field}': may hold the prompt"):
+            formatter.encode_row(row)
     for empty in (None, "", []):
         with pytest.raises(DataError, match=r"field 'prompt': (null|empty prompt)"):
             formatter.encode_row({"prompt": empty, "completion": "It is 4."})
