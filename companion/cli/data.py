@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from companion.cli.shared import add_fields, add_flags, picked
 from companion.data.formats import KINDS, MARGINS
 from companion.errors import DataError
+from companion.layouts import columns_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,6 +39,14 @@ class _ActionParser(argparse.ArgumentParser):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Layouts that are known, besides prompt with chosen and rejected, completion and label, or "
+        "completions: Alpaca and LLaMA-Factory (instruction, input, system, history; or "
+        "conversations with one message each in chosen and rejected), ms-swift (messages or query, "
+        "with rejected_response or rejected_messages), ShareGPT (conversations), axolotl (system, "
+        "question), transcripts of hh-rlhf, UltraFeedback. A column that may hold the prompt and "
+        "is not read is an error; --columns says what it is."
+    )
     actions = parser.add_subparsers(
         dest="action", metavar="ACTION", required=True, parser_class=_ActionParser
     )
@@ -86,8 +95,7 @@ def _source_arguments(parser: argparse.ArgumentParser, on_error: bool = False) -
     add("--kind", choices=kinds, default="auto", help=text)
     add("--split", default="train", help="split of a folder or hub dataset; train[:100] works too")
     add("--name", help="configuration of a hub dataset")
-    add_flags(parser, "limit", limit="only the first rows")
-    add("--columns", nargs="+", metavar="OLD=NEW", help="rename columns")
+    add_flags(parser, "limit", "columns", limit="only the first rows")
     text = "margins: as given, from ratings, none"
     add("--margins", choices=MARGINS, default="given", help=text)
     if on_error:
@@ -146,15 +154,9 @@ def _number(value: Any) -> str:
 def _load(args: argparse.Namespace, on_error: str, shown: int = 5) -> tuple[Dataset, LoadReport]:
     from companion.data.loading import load_rows_with_report
 
-    columns: dict[str, str] = {}
-    for item in args.columns or []:
-        old, equals, new = item.partition("=")
-        if not (old and equals and new):
-            raise DataError(f"--columns {item}", "write OLD=NEW, e.g. instruction=prompt")
-        columns[old] = new
     return load_rows_with_report(
         args.source,
-        columns=columns,
+        columns=columns_of(args.columns),
         on_error=on_error,
         max_problems=shown,
         **picked(args, "kind", "split", "name", "limit", "margins"),

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_config", help="configuration of a hub dataset")
     add_flags(
         parser,
-        *("limit", "device", "max_tokens_per_batch", "packing", "max_length", "dtype"),
+        *("columns", "limit", "device", "max_tokens_per_batch", "packing", "max_length", "dtype"),
         *("revision", "trust_remote_code"),
         device="cpu, cuda, …; a GPU is taken if there is one",
         max_tokens_per_batch="tokens computed in a batch; the scorer's own choice if not given",
@@ -85,6 +85,7 @@ def _load(args: argparse.Namespace, kind: str) -> tuple[Any, str]:
     """The rows, and of which kind they are."""
     from companion.data.loading import load_rows_with_report
     from companion.evaluation.tokens import ROWS
+    from companion.layouts import columns_of
 
     rows, report = load_rows_with_report(
         args.dataset_name,
@@ -92,6 +93,7 @@ def _load(args: argparse.Namespace, kind: str) -> tuple[Any, str]:
         split=args.dataset_split,
         name=args.dataset_config,
         limit=args.limit,
+        columns=columns_of(args.columns),
     )
     if kind == "scalar" and report.kind not in ("pairs", "rankings"):
         raise DataError(

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         required=True,
         help=".jsonl or .jsonl.gz; each line a text, a list of messages, or an object with "
-        "prompt and completion, messages, or text",
+        "prompt and completion (or a known layout: instruction, question, …), messages, or text",
     )
     add("--output", required=True, help=".jsonl, one line for each row, in order")
     add("--fields", nargs="*", default=[], help="fields to copy besides 'id'; '*' copies all")
@@ -28,7 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_flags(
         parser,
-        *("on_error", "overwrite", "max_length", "overlong", "max_tokens_per_batch", "packing"),
+        *(
+            "columns",
+            "on_error",
+            "overwrite",
+            "max_length",
+            "overlong",
+            "max_tokens_per_batch",
+            "packing",
+        ),
         on_error="a bad row stops the run, or gets an 'error' in place of a score",
     )
     add(
@@ -44,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score the file; 0 if at least one row has a score, or there was nothing left to do."""
     from companion.engine import compile_parts
+    from companion.layouts import columns_of
     from companion.scoring import score_file
 
     scorer = open_scorer(args)
@@ -54,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
             scorer,
             args.input,
             args.output,
+            columns=columns_of(args.columns),
             terminated=False if args.unterminated else None,
             **picked(args, "fields", "completion_field", "on_error", "overwrite", "chunk_rows"),
             **moved,
@@ -67,5 +77,7 @@ def run(args: argparse.Namespace) -> int:
     counts = scorer.formatter.counts
     if counts.truncated:
         parts.append(f"{counts.truncated} cut by {counts.tokens_cut} tokens of prompt in all")
+    if counts.prompts_found:
+        parts.append(f"{counts.prompts_found} with the prompt, or parts of it, in other columns")
     print(f"{args.output}: {', '.join(parts)}", file=sys.stderr)
     return 1 if report.without_score and not report.scored else 0

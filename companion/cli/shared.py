@@ -14,6 +14,13 @@ from companion.errors import DataError
 
 #: flag -> its declaration; a command may give it a text of its own
 _FLAGS: Final[dict[str, dict[str, Any]]] = {
+    "columns": {
+        "nargs": "+",
+        "default": [],
+        "metavar": "OLD=NEW",
+        "help": "rename columns (question=prompt), or leave one out (context=); a known layout "
+        "needs none",
+    },
     "limit": {"type": int, "help": "take the first rows only"},
     "on_error": {"choices": ("raise", "skip"), "default": "raise"},
     "overwrite": {"action": "store_true", "help": "begin anew"},

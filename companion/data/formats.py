@@ -12,6 +12,10 @@ steps        ``prompt``, ``completions`` (the steps, text), ``labels`` (+1, 0, â
 prompts      ``prompt``
 ===========  ======================================================================================
 
+A prompt under another name (``instruction`` and ``input``, ``question``, ``messages``,
+``conversations``, â€¦) with ``system`` and ``history`` is read by :mod:`companion.layouts`, whose
+table lists the known layouts; a column that may hold it and is not read is an error.
+
 A prompt or completion is text or a list of messages, and the same in all rows of a file. Other
 columns (``id``, ``subset``, gold columns) are kept as they are. Chapter 4.
 """
@@ -41,6 +45,7 @@ from companion.data.messages import (
 )
 from companion.data.problems import RowError
 from companion.errors import DataError
+from companion.layouts import take_out, with_prompt
 
 Row = dict[str, Any]
 
@@ -69,6 +74,8 @@ SIDE_COLUMNS: Final = (
     ("completion_a", "completion_b"),
     ("conversation_a", "conversation_b"),
 )
+#: columns that hold the prompt in some files, if one knows that they hold prompts
+_PROMPTS: Final = ("question", "query", "input", "messages", "conversations")
 VERDICT_COLUMNS: Final = ("preference", "winner")
 _VERDICTS: Final = {
     **dict.fromkeys(("a", "model_a", "response_a", "completion_a"), "a"),
@@ -76,6 +83,9 @@ _VERDICTS: Final = {
     **dict.fromkeys(("tie", "tie (bothbad)", "both", "neither", "equal"), "tie"),
     "none": "none",  # a judge whose answer could not be read
 }
+
+#: what a missing value becomes when it is printed
+_MISSING: Final = frozenset(("na", "n/a", "nan", "none", "null"))
 
 #: kind -> fields that a file of that kind has; for the message when none fits
 _FIELDS: Final = {
@@ -95,6 +105,8 @@ class Conversion:
     ----------
     kind, layout : str
         What comes out, what goes in.
+    chat : bool
+        Prompts of text become conversations, since some rows have a system message or a history.
     left_out, notes : Counter
         As in :class:`companion.data.LoadReport`.
     """
@@ -102,16 +114,24 @@ class Conversion:
     kind: str
     layout: str
     margins: str = "given"
+    chat: bool = False
     left_out: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
 
     def afresh(self) -> Conversion:
         """The same without its counts."""
-        return Conversion(self.kind, self.layout, self.margins)
+        return Conversion(self.kind, self.layout, self.margins, self.chat)
 
     def __call__(self, row: Mapping[str, Any]) -> list[Row]:
         """One row of the source to a list of rows. Raises RowError."""
-        return _CONVERTERS[self.kind, self.layout](row, self)
+        row = with_prompt(row, self.notes, alone=self.kind == "prompts", chat=self.chat)
+        rows = _CONVERTERS[self.kind, self.layout](row, self)
+        for name in ("prompt", "chosen", "rejected", "completion"):
+            if any(
+                str(out.get(name)).strip().lower() in _MISSING and out.get(name) for out in rows
+            ):
+                self.notes[f"{name!r} is NA, NaN, None or null: a missing value, printed?"] += 1
+        return rows
 
 
 def detect_kind(columns: Iterable[str]) -> str:
@@ -134,15 +154,15 @@ def detect_kind(columns: Iterable[str]) -> str:
     )
 
 
-def _layout(names: set[str], kind: str) -> str | None:
+def _layout(names: set[str], kind: str, asked: bool = False) -> str | None:
     judged = names & set(VERDICT_COLUMNS) and any(set(s) <= names for s in SIDE_COLUMNS)
     fits = {
-        "preferences": names & {"chosen", "rejected"},
+        "preferences": names & {"chosen", "rejected", "rejected_response", "rejected_messages"},
         "judgements": judged,
         "rankings": "completions" in names and "labels" not in names,
         "outcomes": names & {"completion", "label"} and "chosen" not in names,
         "steps": "labels" in names,
-        "prompts": names & {"prompt", "instruction"},
+        "prompts": names & {"prompt", "instruction", *(_PROMPTS if asked else ())},
     }
     return next((layout for of, layout in _CONVERTERS if of == kind and fits[layout]), None)
 
@@ -160,7 +180,7 @@ def find_conversion(columns: Iterable[str], kind: str, margins: str = "given") -
     if margins not in MARGINS:
         raise DataError(f"no margins {margins!r}", f"take one of: {', '.join(MARGINS)}")
     names = set(columns)
-    layout = _layout(names, kind)
+    layout = _layout(names, kind, asked=True)
     if layout is None:
         cure = f"{kind} need {_FIELDS[kind]}; rename columns with columns={{'old': 'new'}}"
         with contextlib.suppress(DataError):
@@ -176,8 +196,9 @@ def signature(row: Mapping[str, Any]) -> dict[str, str]:
     out.setdefault("prompt", "none")
     if "chosen" in row:
         out["margin"] = "number" if "margin" in row else "none"
-    if "ranks" in row:
-        out["completions"] = form(row["completions"][0])
+    completions = row.get("completions")
+    if "ranks" in row and completions and not row.keys() & {"chosen", "completion"}:
+        out["completions"] = form(completions[0])
         out["ratings"] = "numbers" if "ratings" in row else "none"
     return out
 
@@ -241,7 +262,10 @@ def preference_pair(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     notes = how.notes
     chosen, rejected = require(row, "chosen"), require(row, "rejected")
     prompt: Any = row.get("prompt")
+    _check_verdict(row, chosen, rejected)
     if is_transcript(chosen) and is_transcript(rejected):
+        if isinstance(prompt, str) and " ".join(prompt.split()) not in " ".join(chosen.split()):
+            raise RowError("prompt is another", "prompt")
         chosen = parse_transcript(chosen, "chosen")
         rejected = parse_transcript(rejected, "rejected")
         prompt = None
@@ -253,7 +277,11 @@ def preference_pair(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     chosen = clean_text(chosen, "chosen", empty="empty completion")
     rejected = clean_text(rejected, "rejected", empty="empty completion")
     if form(chosen) != form(rejected):
-        raise RowError("mixed types", "rejected", f"{form(rejected)}; chosen is {form(chosen)}")
+        whole = isinstance(prompt, list) and any(
+            isinstance(side, list) and side[0]["role"] != "assistant" for side in (chosen, rejected)
+        )
+        reason = "prompt in one side only" if whole else "mixed types"
+        raise RowError(reason, "rejected", f"{form(rejected)}; chosen is {form(chosen)}")
     if same_text(chosen, rejected):
         raise RowError("chosen equals rejected", "chosen")
     if prompt is not None:
@@ -263,6 +291,17 @@ def preference_pair(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     pair |= {"chosen": chosen, "rejected": rejected}
     pair |= _margin(row, how)
     return [pair | without(row, "prompt", "chosen", "rejected", "margin")]
+
+
+def _check_verdict(row: Mapping[str, Any], chosen: Any, rejected: Any) -> None:
+    """Refuse a row that chooses one side and says that the other won."""
+    sides, name = side_columns(row), verdict_column(row)
+    if row.get(name) is None or any(row.get(side) is None for side in sides):
+        return
+    if [row[side] for side in sides] in ([chosen, rejected], [rejected, chosen]):
+        said = _VERDICTS.get(str(row[name]).strip().lower())
+        if said == ("b" if chosen == row[sides[0]] else "a"):
+            raise RowError("verdicts disagree", name, f"{row[name]!r}, but chosen is the other one")
 
 
 def _reply(text: str) -> list[Message]:
@@ -277,17 +316,15 @@ def _fit_forms(
         if isinstance(prompt, list):
             notes["completion text made an assistant message"] += 1
             return prompt, _reply(plain(chosen)), _reply(plain(rejected))
+        if prompt is not None:
+            prompt, (chosen, rejected) = take_out(prompt, (chosen, rejected), notes)
         return prompt, chosen, rejected
     whole = chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant"
     if isinstance(prompt, str) and not whole:
         notes["prompt text made a user message"] += 1
-        return [{"role": "user", "content": prompt}], chosen, rejected
+        prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
-        n = len(prompt)
-        if chosen[:n] == prompt == rejected[:n] and min(len(chosen), len(rejected)) > n:
-            # Otherwise the template would write the prompt twice.
-            notes["prompt stood in both completions too"] += 1
-            return prompt, chosen[n:], rejected[n:]
+        prompt, (chosen, rejected) = take_out(prompt, (chosen, rejected), notes)
         return prompt, chosen, rejected
     from trl.data_utils import extract_prompt  # heavy, and few files need it
 
@@ -295,6 +332,10 @@ def _fit_forms(
     parts: Any = extract_prompt({"chosen": chosen, "rejected": rejected})
     if not parts["prompt"]:
         raise RowError("no shared prompt", "chosen", "the first messages differ")
+    if prompt is not None and " ".join(prompt.split()) not in " ".join(
+        plain(parts["prompt"]).split()
+    ):
+        raise RowError("prompt is another", "prompt")
     return parts["prompt"], parts["chosen"], parts["rejected"]
 
 
@@ -308,11 +349,23 @@ def _margin(row: Mapping[str, Any], how: Conversion) -> dict[str, float]:
         if high < low:
             notes["the rejected one is rated higher: the margin is negative"] += 1
         return {"margin": high - low}
+    for names in SCORE_COLUMNS:
+        if _rises(*(row.get(name) for name in names)):
+            notes["the rejected one is rated higher than the chosen one"] += 1
     if margins == "given" and row.get("margin") is not None:
-        return {"margin": finite(row["margin"], "margin", "margin not finite")}
+        margin = finite(row["margin"], "margin", "margin not finite")
+        if margin < 0:
+            notes["the margin is negative, as if the rejected one were the better"] += 1
+        return {"margin": margin}
     if margins == "given" and columns is not None:
         notes["ratings kept as columns; margins='ratings' makes margins of them"] += 1
     return {}
+
+
+def _rises(first: Any, second: Any) -> bool:
+    """Whether both are numbers, and the second is the greater."""
+    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (first, second))
+    return numbers and second > first
 
 
 def ranking_pairs(ranking: Mapping[str, Any], margins: str, left_out: Counter[str]) -> list[Row]:
@@ -384,6 +437,13 @@ def _judged_pair(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     """
     sides, name = side_columns(row), verdict_column(row)
     side = verdict_side(require(row, name), name)
+    for other in VERDICT_COLUMNS:
+        if row.get(other) is not None and verdict_side(row[other], other) != side:
+            raise RowError("verdicts disagree", other, f"{row[other]!r}; {name!r} is {row[name]!r}")
+    best, worst = ("a", "b") if side == "a" else ("b", "a")
+    for stem in ("score", "rating"):
+        if side in ("a", "b") and _rises(row.get(f"{stem}_{best}"), row.get(f"{stem}_{worst}")):
+            how.notes["the rejected one is rated higher than the chosen one"] += 1
     texts = {column: require(row, column) for column in sides}
     if side in ("tie", "none"):
         how.left_out["ties" if side == "tie" else "pairs without a verdict"] += 1
@@ -400,16 +460,8 @@ def _judged_pair(row: Mapping[str, Any], how: Conversion) -> list[Row]:
 # ---------------------------------------------------------------------- the other kinds
 
 
-def _with_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """UltraFeedback (Cui et al. 2023) calls the prompt an instruction."""
-    if "instruction" in row and "prompt" not in row:
-        return {"prompt": row["instruction"], **without(row, "instruction")}
-    return row
-
-
 def _ranking(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     """K completions with ranks or ratings, in lists or as items (UltraFeedback's form)."""
-    row = _with_prompt(row)
     prompt = prompt_of(row)
     items = _list(require(row, "completions"), "completions")
     if len(items) < 2:
@@ -448,6 +500,7 @@ def _ranking(row: Mapping[str, Any], how: Conversion) -> list[Row]:
         cleaned.append(clean_text(text, f"completions[{i}]", empty="empty completion"))
     if len({form(text) for text in cleaned}) > 1:
         raise RowError("mixed types", "completions", "text and messages")
+    prompt, cleaned = take_out(prompt, cleaned, how.notes)
     fitted = [_one_form(prompt, text, Counter()) for text in cleaned]
     out: Row = {"prompt": fitted[0][0], "completions": [text for _, text in fitted]}
     if fitted[0] != (prompt, cleaned[0]):
@@ -460,6 +513,13 @@ def _ranking(row: Mapping[str, Any], how: Conversion) -> list[Row]:
         out["ranks"] = [1.0 + sum(other > value for other in values) for value in values]
     if ranks is not None:
         out["ranks"] = _ranks(ranks, len(texts))
+        given = [
+            (rank, rating)
+            for rank, rating in zip(out["ranks"], out.get("ratings", ()), strict=False)
+            if rank is not None
+        ]
+        if any(_rises(a[1], b[1]) for a in given for b in given if a[0] < b[0]):
+            how.notes["ranks and ratings disagree: the ranks are taken"] += 1
     return [out | without(row, *taken)]
 
 
@@ -495,6 +555,7 @@ def _outcome(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     if not isinstance(label, bool):
         raise RowError("label not bool", "label", f"{label!r} is {type(label).__name__}")
     prompt, completion = _one_form(prompt, completion, how.notes)
+    prompt, (completion,) = take_out(prompt, [completion], how.notes)
     rest = without(row, "prompt", "completion", "label")
     return [{"prompt": prompt, "completion": completion, "label": label, **rest}]
 
@@ -558,7 +619,6 @@ def _step_label(label: Any, index: int, *, soft: bool) -> float | None:
 
 
 def _prompt_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:
-    row = _with_prompt(row)
     return [{"prompt": prompt_of(row), **without(row, "prompt")}]
 
 

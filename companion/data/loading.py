@@ -14,6 +14,7 @@ from contextlib import suppress
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final
 
+from companion.data.columns import array_of, exact_dataset, json_fields, reader_of
 from companion.data.formats import (
     Conversion,
     Row,
@@ -26,6 +27,7 @@ from companion.data.problems import SHOWN, LoadReport, RowError, RowProblem
 from companion.data.readers import Record
 from companion.data.sources import open_source, split_name
 from companion.errors import DataError
+from companion.layouts import has_turns, rename_columns
 
 if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]
@@ -67,7 +69,8 @@ def load_rows(
     limit : int, optional
         Stop after this many rows of the result. What follows is not read, nor checked.
     columns : mapping of str to str, optional
-        Old to new column names.
+        Old to new column names; an empty new name leaves the column out. Known layouts need none
+        (:mod:`companion.layouts`).
     margins : {"given", "ratings", "none"}
         For pairs: keep a ``margin`` column, make it from ratings, or drop it.
     on_error : {"raise", "skip"}
@@ -119,21 +122,23 @@ def load_rows_with_report(
         raise DataError(f"limit={limit} keeps no rows", "give a positive number, or None for all")
     rename = dict(columns or {})
     label, raw = open_source(source, split=split, name=name, revision=revision, rename=rename)
-    records = ((where, _renamed(row, rename, where)) for where, row in raw)
+    given: set[str] = set()
+    records = ((where, _renamed(row, rename, where, given)) for where, row in raw)
     # The first rows show the columns and the usual form, so that an odd first row is the odd one.
     probe = list(islice(records, _PROBE))
     usable = [row for _, row in probe if isinstance(row, dict)]
     if not probe:
         raise DataError(f"{label}: empty dataset, no rows", "check the file and the split")
     names = {column for row in usable for column in row}
-    if missing := [old for old, new in rename.items() if new not in names]:
+    if missing := [old for old in rename if old not in given]:
         raise DataError(
             f"{label}: no column {missing[0]!r} to rename",
-            f"there are: {', '.join(sorted(names))}",
+            f"there are: {', '.join(sorted(given))}",
         )
     if usable:
         kind = detect_kind(names) if kind == "auto" else kind
         how = find_conversion(names, kind, margins)
+        how.chat = any(has_turns(row) for row in usable)
     else:
         how = Conversion(kind, "unreadable rows", margins)
     usual = _usual_signature(usable, how)
@@ -163,19 +168,13 @@ def load_rows_with_report(
     return dataset, report
 
 
-def _renamed(given: Row | RowError, rename: Mapping[str, str], where: str) -> Row | RowError:
+def _renamed(
+    given: Row | RowError, rename: Mapping[str, str], where: str, seen: set[str]
+) -> Row | RowError:
     if isinstance(given, RowError) or not rename:
         return given
-    row: Row = {}
-    for key, value in given.items():
-        new = rename.get(key, key)
-        if new in row or (new != key and new in given and new not in rename):
-            raise DataError(
-                f"{where}: renaming {key!r} to {new!r} meets a column of that name",
-                f"rename that one too, e.g. columns={{{new!r}: 'old_{new}'}}",
-            )
-        row[new] = value
-    return row
+    seen.update(given)
+    return rename_columns(given, rename, where)
 
 
 def _usual_signature(rows: list[Row], how: Conversion) -> dict[str, str]:
@@ -266,7 +265,7 @@ class _TableBuilder:
         for column in dict.fromkeys(key for row in self._rows for key in row):
             values = [row.get(column) for row in self._rows]
             try:
-                arrays[column] = pa.array(values)
+                arrays[column] = array_of(values)
             except (pa.ArrowException, OverflowError) as error:
                 place, detail = _odd_one(values, self._places)
                 raise DataError(
@@ -279,9 +278,9 @@ class _TableBuilder:
 
     def dataset(self) -> Dataset:
         import pyarrow as pa  # type: ignore[import-untyped]
-        from datasets import Dataset
 
         self._flush()
+        self._agree()
         try:
             # Permissive: a column that is null in one chunk takes its type from another.
             table = pa.concat_tables(self._tables, promote_options="permissive")
@@ -291,7 +290,24 @@ class _TableBuilder:
                 f"do not fit together ({error})",
                 "give each column one type in all rows, or remove it",
             ) from error
-        return Dataset(table)
+        return exact_dataset(table)
+
+    def _agree(self) -> None:
+        """A field that is JSON in one chunk is JSON in all."""
+        import pyarrow as pa  # type: ignore[import-untyped]
+
+        found: dict[str, set[str]] = {}
+        for table in self._tables:
+            for field in table.schema:
+                found.setdefault(field.name, set()).update(json_fields(field.type))
+        for at, table in enumerate(self._tables):
+            for place, field in enumerate(table.schema):
+                missing = found[field.name] - json_fields(field.type)
+                if missing and not pa.types.is_null(field.type):
+                    values = map(reader_of(field.type), table.column(place).to_pylist())
+                    array = array_of(list(values), found[field.name])
+                    table = table.set_column(place, field.name, array)
+            self._tables[at] = table
 
 
 def _odd_one(values: list[Any], places: list[str]) -> tuple[str, str]:

@@ -11,16 +11,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from companion.data.problems import RowError
+from companion.layouts import as_messages
 
 Message = dict[str, Any]
 Text = str | list[Message]
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 
-#: ShareGPT's names for the roles (``from`` and ``value`` in place of ``role`` and ``content``).
-_ALIASES: Final = {"human": "user", "gpt": "assistant"}
-
+_PRINTED: Final = re.compile(
+    r"""["'](role|from)["']\s*:\s*["'](system|developer|user|assistant|tool|human|gpt)["']"""
+)
 _TURN: Final = re.compile(r"\n\n(Human|Assistant):")
+
+
+def is_printed(text: str) -> bool:
+    """Whether a text is a list of messages that was printed, by Python or as JSON."""
+    return (
+        text.lstrip()[:1] == "[" and text.lstrip("[ \n")[:1] == "{" and bool(_PRINTED.search(text))
+    )
 
 
 def form(value: Any) -> str:
@@ -51,6 +59,8 @@ def clean_text(value: Any, name: str, *, empty: str) -> Text:
     if isinstance(value, str):
         if not value.strip():
             raise RowError(empty, name)
+        if is_printed(value):
+            raise RowError("printed messages", name, f"{value.strip()[:30]!r}…")
         return value
     if not isinstance(value, Sequence) or isinstance(value, bytes):
         raise RowError("wrong type", name, f"{type(value).__name__}")
@@ -82,14 +92,10 @@ def _clean_message(message: Any, name: str, index: int) -> Message:
     # Arrow gives every message the keys of all messages and fills them with null: a chat template
     # must not see those (`tool_calls` that is defined but null changes what some templates write).
     clean = {key: value for key, value in message.items() if value is not None}
-    if "from" in clean and "role" not in clean:
-        clean["role"] = clean.pop("from")
-    if "value" in clean and "content" not in clean:
-        clean["content"] = clean.pop("value")
+    (clean,) = as_messages([clean])
     role = clean.get("role")
     if role is None:
         raise RowError("missing field", name, f"message {index} has no role")
-    role = _ALIASES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise RowError("unknown role", name, f"message {index} has role {role!r}")
     if "content" not in clean and not clean.get("tool_calls"):

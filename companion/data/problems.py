@@ -12,22 +12,23 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from companion.errors import DataError
+from companion.layouts import LAYOUT_CURES, RowError as RowError
 
 #: How many problems one error message shows; all are counted.
 SHOWN: Final = 5
 
 #: reason -> cure. The keys are the reasons there are; reports count by them.
 CURES: Final[dict[str, str]] = {
+    **LAYOUT_CURES,
     "malformed JSON": "mend the line; each line of a JSONL file is one complete JSON object",
     "malformed CSV": "quote cells that hold commas or line breaks; as many cells as the header has",
     "not a row": "write each row as an object with named fields",
-    "missing field": "add the field, or rename a column to it (columns={'old': 'new'})",
-    "null": "fill the field in, or leave the row out",
+    "missing field": "add the field, or rename a column to it (--columns old=new, in Python "
+    "columns={'old': 'new'})",
     "wrong type": "write text as a string, or as a list of {role, content} messages",
     "mixed types": "give all rows of a file the same form: all text or all messages",
     "unknown role": "use the roles system, developer, user, assistant, tool",
     "empty completion": "leave the row out: an empty text has nothing to score",
-    "empty prompt": "fill the prompt in, or leave the field out of all rows",
     "chosen equals rejected": "leave the row out: equal texts hold no preference",
     "no shared prompt": "chosen and rejected must begin with the same messages, or add a prompt",
     "margin not finite": "give a finite number, or leave the field out of all rows",
@@ -37,15 +38,9 @@ CURES: Final[dict[str, str]] = {
     "unknown preference": "write a, b or tie",
     "lengths differ": "give as many of the one as of the other",
     "too few completions": "give at least two completions to rank",
+    "printed messages": "write messages as JSON (pandas' to_json does); to_csv prints Python",
+    "verdicts disagree": "leave out the column that is wrong (--columns winner=)",
 }
-
-
-class RowError(Exception):
-    """One row that cannot be used. Caught by the loader, never seen by users."""
-
-    def __init__(self, reason: str, field: str | None = None, detail: str = "") -> None:
-        self.reason, self.field, self.detail = reason, field, detail
-        super().__init__(reason)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TextIO
 
+from companion.data.columns import reader_of
+from companion.data.messages import is_printed
 from companion.data.problems import RowError, RowProblem
 from companion.errors import DataError
 
@@ -155,7 +157,9 @@ def _read_json(handle: TextIO, name: str) -> Iterator[Record]:
         ) from error
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
-        if {"prompt", "chosen", "completion", "instruction", "a"} & set(value):
+        if {"prompt", "chosen", "rejected", "completion", "instruction", "question", "a"} & set(
+            value
+        ):
             value = [value]
         elif len(lists) == 1:
             value = lists[0]
@@ -223,7 +227,7 @@ def _from_json(cell: str) -> Any:
 
 
 def _text_or_messages(cell: str) -> Any:
-    return _from_json(cell) if cell.startswith("[{") and '"role"' in cell else cell
+    return _from_json(cell) if is_printed(cell) else cell
 
 
 def _number(cell: str) -> float | str | None:
@@ -236,11 +240,19 @@ def _number(cell: str) -> float | str | None:
 #: How the cells of a field are read; those of another column are guessed from the whole column.
 _CELLS: Final[dict[str, Callable[[str], Any]]] = {
     **dict.fromkeys(
-        ("prompt", "chosen", "rejected", "completion", "a", "b", "instruction"), _text_or_messages
+        (
+            *("prompt", "chosen", "rejected", "completion", "a", "b", "instruction", "input"),
+            *("question", "query", "context", "messages", "conversations", "output"),
+            *("rejected_response", "rejected_messages", "chosen_response"),
+        ),
+        _text_or_messages,
     ),
-    **dict.fromkeys(("id", "subset", "source", "licence", "preference", "winner"), str),
+    **dict.fromkeys(("id", "subset", "source", "licence", "preference", "winner", "system"), str),
     **dict.fromkeys(
-        ("completions", "labels", "ranks", "ratings", "scores", "rest"),
+        (
+            *("completions", "labels", "ranks", "ratings", "scores", "rest", "history"),
+            *("tools", "chat_template_kwargs"),
+        ),
         lambda cell: _from_json(cell) if cell.strip() else None,
     ),
     "margin": _number,
@@ -262,9 +274,11 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
-        batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
+        file = pq.ParquetFile(path)
+        read = {field.name: reader_of(field.type) for field in file.schema_arrow}
+        batches = file.iter_batches(batch_size=1024)
         for index, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-            yield f"{path.name}, row {index}", row
+            yield f"{path.name}, row {index}", {k: read[k](v) for k, v in row.items()}
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path.name}: no readable Parquet file ({error})", "copy it again"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from datasets import Dataset
+
+from companion.data.columns import exact, reader_of
 from companion.data.readers import Record, file_format, read_file
 from companion.errors import DataError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
@@ -68,9 +68,17 @@ def open_source(
 
 
 def _rows(dataset: Iterable[Mapping[str, Any]], label: str) -> Iterator[Record]:
+    read: dict[str, Callable[[Any], Any]] = {}
+    if isinstance(dataset, Dataset):
+        dataset = read_exactly = exact(dataset)
+        schema = read_exactly.features.arrow_schema
+        read = {field.name: reader_of(field.type, decode=False) for field in schema}
     for index, row in enumerate(dataset):
         if isinstance(row, Mapping):
-            yield f"{label}, row {index}", dict(row)
+            yield (
+                f"{label}, row {index}",
+                {k: read[k](v) if k in read else v for k, v in row.items()},
+            )
         else:
             raise DataError(f"{label}, row {index}: {type(row).__name__} in place of a mapping")
 

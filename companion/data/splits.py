@@ -147,7 +147,15 @@ def _texts(row: Mapping[str, Any]) -> tuple[str, ...]:
     """The normalised completions of a row, in their order."""
     values = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
     values += row.get("completions") or []
-    return tuple(normalise(plain(value)) for value in values)
+    return tuple(_said(value) for value in values)
+
+
+def _said(value: Any) -> str:
+    text = normalise(plain(value))
+    calls = (
+        [] if isinstance(value, str) else [m["tool_calls"] for m in value if m.get("tool_calls")]
+    )
+    return text + json.dumps(calls, sort_keys=True, default=str) if calls else text
 
 
 def _shown(row: Mapping[str, Any]) -> str:
@@ -190,6 +198,18 @@ class DuplicateReport(_Printable):
     without_prompt: int
     examples: list[tuple[str, int]] = field(default_factory=list)
 
+    def notes(self, noun: str = "rows") -> list[str]:
+        """What a run of training should say of it; nothing if nothing repeats."""
+        found = []
+        if self.repeated_rows:
+            found.append(f"{self.repeated_rows:,} of {self.rows:,} {noun} repeat an earlier one")
+        if self.contradictions:
+            found.append(
+                f"{self.contradictions:,} of {self.rows:,} pairs contradict an earlier pair (the "
+                "same two, the other way round): no model can be right on both"
+            )
+        return found
+
     def __str__(self) -> str:
         lines = [
             f"{self.rows:,} rows, {self.prompts:,} different prompts, "
@@ -207,10 +227,11 @@ def duplicate_report(rows: Iterable[Mapping[str, Any]], *, n_examples: int = 3) 
     """Count prompts and rows that repeat, and pairs that contradict each other."""
     counts: Counter[str] = Counter()
     shown: dict[str, str] = {}
-    seen: set[tuple[str, tuple[str, ...]]] = set()
+    seen: set[tuple[str, tuple[bytes, ...]]] = set()  # hashes: the texts may fill the memory
     repeated = contradictions = without = 0
     for row in rows:
-        key, texts = prompt_key(row), _texts(row)
+        key = prompt_key(row)
+        texts = tuple(hashlib.sha256(text.encode()).digest()[:16] for text in _texts(row))
         counts[key] += 1
         shown.setdefault(key, _shown(row))
         without += row.get("prompt") is None

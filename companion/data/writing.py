@@ -12,21 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from companion.data.columns import array_of
 from companion.data.readers import file_format
 from companion.errors import DataError
 
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row without the null keys that Arrow adds to messages."""
+    """The row without the null keys that Arrow adds to messages; what is in them stays."""
     return {key: _plain(value) for key, value in row.items()}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+        return {k: v for k, v in value.items() if v is not None} if "role" in value else value
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def to_json(value: Any) -> str:
@@ -101,7 +100,7 @@ def _write_parquet(rows: list[dict[str, Any]], part: Path) -> None:
 
     columns = dict.fromkeys(key for row in rows for key in row)
     try:
-        table = pa.table({key: [row.get(key) for row in rows] for key in columns})
+        table = pa.table({key: array_of([row.get(key) for row in rows]) for key in columns})
     except pa.ArrowException as error:
         raise DataError(f"Parquet cannot hold these rows ({error})", "write .jsonl") from error
     pq.write_table(table, part)

@@ -40,7 +40,11 @@ class Encoded:
 
 @dataclass
 class FormatCounts:
-    """What a formatter did. ``rows`` counts calls (a pair is one row), the rest as named."""
+    """What a formatter did. ``rows`` counts calls (a pair is one row), the rest as named.
+
+    ``prompts_found`` are rows whose prompt stood under another name, or with a system message or a
+    history beside it (:mod:`companion.layouts`).
+    """
 
     rows: int = 0
     sequences: int = 0
@@ -48,6 +52,7 @@ class FormatCounts:
     truncated: int = 0
     tokens_cut: int = 0
     unterminated: int = 0
+    prompts_found: int = 0
 
     def add(self, **counts: int) -> None:
         """Add to some of the counts; many threads may."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from companion.formatting.recipe import (
     recipe_fingerprint,
     tokenizer_recipe,
 )
+from companion.layouts import read_row
 
 Text = str | Sequence[Mapping[str, Any]]
 Row = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
@@ -252,8 +254,9 @@ class RewardFormatter:
         Parameters
         ----------
         rows : sequence
-            Each a string, a list of messages, or a mapping with ``prompt`` and ``field``, with
-            ``field`` alone, with ``messages``, or with ``text``; optionally ``tools``,
+            Each a string, a list of messages, or a mapping with ``prompt`` (or as one of the
+            layouts of :mod:`companion.layouts` has it) and ``field``, with ``field`` alone, with
+            ``messages``, or with ``text``; optionally ``tools``,
             ``chat_template_kwargs``, and ``terminated`` or ``<field>_terminated``.
         field : str
             The field that holds the completion.
@@ -328,7 +331,10 @@ class RewardFormatter:
         for number, row in enumerate(rows):
             where = names[number] if names is not None else f"row {number}"
             try:
-                changed = change(row, where)
+                notes: Counter[str] = Counter()
+                changed = change(read_row(row, where, fields, notes), where)
+                if notes:
+                    self.counts.add(prompts_found=1)
                 drafts.append([self._draft_row(changed, f, terminated, where) for f in fields])
             except CompanionError as error:
                 drafts.append(error)

@@ -23,6 +23,7 @@ from typing import IO, Any, TypedDict, Unpack
 from filelock import FileLock, Timeout
 
 from companion.errors import DataError
+from companion.layouts import rename_columns
 from companion.scoring.scorer import OnError, Progress, Scorer
 
 _STATE_VERSION = 1
@@ -76,6 +77,7 @@ def score_file(
     *,
     fields: Sequence[str] = (),
     completion_field: str = "completion",
+    columns: Mapping[str, str] | None = None,
     terminated: bool | None = None,
     on_error: OnError = "raise",
     **writing: Unpack[Writing],
@@ -90,6 +92,9 @@ def score_file(
     fields : sequence of str
         Fields to copy from the input, besides ``id``; ``("*",)`` copies all. One that has the
         name of an output field (``score``) is called ``input_score``.
+    columns : mapping of str to str, optional
+        Old to new names of the rows' fields, for what is scored; an empty new name leaves the field
+        out. ``fields`` and ``completion_field`` are old and new ones.
     completion_field, terminated, on_error
         As in :meth:`RewardScorer.score`; with ``on_error="skip"`` a bad row gets an ``error``.
     **writing
@@ -112,6 +117,8 @@ def score_file(
         "terminated": terminated,
         "on_error": on_error,
     }
+    if columns:  # (a run that was begun without them has no such option)
+        options["columns"] = dict(columns)
     state = {
         "model": scorer.fingerprint(),
         "formatter": scorer.formatter.fingerprint(),
@@ -240,6 +247,7 @@ def _score_chunk(
     completion_field: str,
     terminated: bool | None,
     on_error: OnError,
+    columns: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     rows: list[Any] = []
     for _, (number, line) in chunk:
@@ -250,8 +258,19 @@ def _score_chunk(
                 raise
             rows.append(error)
     good = [place for place, row in enumerate(rows) if not isinstance(row, DataError)]
+    given = [rows[place] for place in good]
+    if columns:
+        if not chunk[0][0]:
+            _check_columns(given, columns, source)
+        named = zip(given, good, strict=True)
+        given = [
+            rename_columns(row, columns, f"{source} line {chunk[place][1][0]}")
+            if isinstance(row, dict)
+            else row
+            for row, place in named
+        ]
     scores = scorer.score(
-        [rows[place] for place in good],
+        given,
         terminated=terminated,
         field=completion_field,
         on_error=on_error,
@@ -273,6 +292,16 @@ def _score_chunk(
         record |= scores.record(i) if reason is None else {"score": None, "error": reason}
         records.append(record)
     return records
+
+
+def _check_columns(rows: Sequence[Any], columns: Mapping[str, str], source: Path) -> None:
+    """Refuse an old name that none of the first rows has: it is misspelt."""
+    names = {key for row in rows if isinstance(row, dict) for key in row}
+    if missing := [old for old in columns if old not in names]:
+        raise DataError(
+            f"{source}: no column {missing[0]!r} to rename",
+            f"there are: {', '.join(sorted(names))}",
+        )
 
 
 def _to_json(record: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ scorer has the one that its read-out asks for, wherever its model runs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from companion.errors import CompanionError, DataError
 from companion.formatting import Encoded, RewardFormatter, Row
 from companion.formatting.steps import EncodedSteps, as_conversation, encode_steps, split_steps
 from companion.functional.reduction import aggregate
+from companion.layouts import read_row
 from companion.models.readout import Readout, ScalarReadout, TokenReadout
 from companion.scoring.results import Scores, TokenScores
 
@@ -105,8 +107,12 @@ class TokenReading:
     ) -> list[Any]:
         found: list[Any] = []
         for row, name in zip(rows, names, strict=True):
+            notes: Counter[str] = Counter()
             try:
+                row = read_row(row, name, (field,), notes)
                 found.append(self._solution(row, name, field, terminated))
+                if notes:
+                    formatter.counts.add(prompts_found=1)
             except CompanionError as error:
                 found.append(error)
         good = [i for i, item in enumerate(found) if not isinstance(item, CompanionError)]

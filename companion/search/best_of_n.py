@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from companion.formatting.conversation import as_reply, check_messages, has_text
 from companion.functional.resampling import Interval, bootstrap_interval
 from companion.functional.selection import best_of_n_kl, measured_best_of_n_kl
 from companion.generation.policy import Policy
+from companion.layouts import read_row
 from companion.models.checkpoint import model_fingerprint
 from companion.scoring.files import Line, parse_line, write_in_chunks
 from companion.scoring.scorer import OnError, Progress, Scorer
@@ -217,6 +219,7 @@ def _chunk_records(
 
 def _row(row: Any, where: str, policy: Policy | None) -> dict[str, Any]:
     """Prompt, completions and whether each was ended; checked."""
+    row = read_row(row, where, (), Counter(), alone=policy is not None)
     if not isinstance(row, dict) or row.get("prompt") is None:
         raise DataError(f"{where}: the field 'prompt' is missing or null")
     prompt, completions = row["prompt"], row.get("completions")

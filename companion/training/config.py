@@ -74,6 +74,11 @@ class SourceArguments:
         None, "Split to hold out. Default: a part of the prompts of the train split."
     )
     eval_dataset_name: str | None = setting(None, "Held-out rows from another source.")
+    columns: list[str] | None = setting(
+        None,
+        "Rename columns, OLD=NEW (question=prompt), or leave one out, OLD=; of the held-out rows "
+        "too. A known layout (Alpaca, LLaMA-Factory, ms-swift, ShareGPT, axolotl) needs none.",
+    )
     split_seed: int = setting(0, "Another seed, another split.")
     limit: int | None = setting(None, "Take this many rows at most.")
     on_error: str = setting(

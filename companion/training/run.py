@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypedDict
 
@@ -17,8 +18,15 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from companion.data.loading import load_rows, load_rows_with_report
-from companion.data.splits import dataset_fingerprint, overlap_report, prompt_key, split_by_prompt
+from companion.data.splits import (
+    dataset_fingerprint,
+    duplicate_report,
+    overlap_report,
+    prompt_key,
+    split_by_prompt,
+)
 from companion.errors import CompanionError, DataError
+from companion.layouts import columns_of
 from companion.models.card import write_card
 from companion.models.hub import open_destination
 from companion.models.loading import load_base, load_reward_model
@@ -139,6 +147,9 @@ def train(
     resume = checkpoint_of(config)
     sets, sources, notes = load_sets(data, kind.rows)
     held_out = sets["held_out"]
+    if main:
+        own = [part for name, part in sets.items() if sources[name] == sources["train"]]
+        notes += duplicate_report(chain.from_iterable(own)).notes(kind.rows)
     if main and sources["train"] != sources["held_out"]:
         overlap = overlap_report(sets["train"], held_out)
         if not overlap.clean:
@@ -266,6 +277,7 @@ def load_given(
         For rows that cannot be used.
     """
     settings |= {"kind": kind, "on_error": data.on_error}
+    settings["columns"] = columns_of(data.columns or ())
     where: Any = {"name": data.dataset_config, "revision": data.dataset_revision}
     rows, report = load_rows_with_report(
         data.dataset_name,

@@ -176,6 +176,7 @@ def rows_digest(dataset: Dataset) -> str:
 _CODE: Final = (
     "formatting/*.py",
     "functional/labels.py",
+    "layouts.py",
     "training/rows.py",
 )
 
