@@ -56,6 +56,10 @@ _CANDIDATES = (
     "<|endoftext|>",  # Qwen instruct models, whose EOS is <|im_end|>
 )
 NEW_PAD = "<|pad|>"
+#: The output layer of a causal LM, which a reward model has no use for.
+LANGUAGE_HEAD = r"(lm_head|embed_out|output_projection)\."
+#: Heads that a fresh one replaces; what a run of PPO leaves among them.
+_OLD_HEADS = rf"({LANGUAGE_HEAD}|score\.|classifier\.|v_head\.)"
 
 
 def load_base(
@@ -149,6 +153,7 @@ def load_base(
         dtype,
         auto_class=_BY_TOKEN if by_token else _SCALAR,
         attn_implementation=attn_implementation,
+        left_out=LANGUAGE_HEAD if keep_head else _OLD_HEADS,
         **shared,
     )
     own = f"{head_name(model)}.weight"
@@ -376,6 +381,13 @@ def _refuse_token_level(name: str, config: Any) -> None:
 
 
 def _refuse_headless(name: str, config: Any) -> None:
+    own = (getattr(config, "auto_map", None) or {}).get(_SCALAR)
+    if own is not None:
+        raise ModelError(
+            f"{name}: the head of its own class {own} is not the one linear layer {_HEAD!r}",
+            "rename the layer to 'score' in its code and its weights, if it is one linear layer; "
+            "another kind of head cannot be scored with the companion",
+        )
     kind = ", ".join(config.architectures or ["unknown"])
     raise ModelError(
         f"{name}: the checkpoint has no head ({_HEAD} is missing; architecture {kind}). "
