@@ -250,17 +250,17 @@ def check_code(name: str, config: Any, auto_class: str, trusted: bool) -> None:
     ------
     ModelError
     """
-    from transformers.models.auto import configuration_auto, modeling_auto
+    from transformers.models.auto import configuration_auto, modeling_auto as auto
 
     own = {k: v for k, v in (getattr(config, "auto_map", None) or {}).items() if isinstance(v, str)}
     if trusted and auto_class in own:
         return
-    stock = {
+    stock: dict[str, Any] = {
         "AutoConfig": configuration_auto.CONFIG_MAPPING_NAMES,
-        "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
-        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        _SEQUENCE: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModel": auto.MODEL_MAPPING_NAMES,
+        "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        _SEQUENCE: auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForTokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     }
     foreign = [
         ref

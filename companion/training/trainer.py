@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from companion.engine.agreement import check_trainable
 from companion.engine.attention import packing_obstacle
 from companion.errors import CompanionError, DataError, ModelError
 from companion.formatting import RewardFormatter
@@ -175,6 +176,7 @@ class ExactTrainer(ExactEvaluation):
             processing_class=processing_class,
             **kwargs,
         )
+        check_trainable(self.model, processing_class.pad_token_id)
         own.packing = _use_packing(self.model, args)
         if type(self.pop_callback(ProgressCallback)) is ProgressCallback:
             self.add_callback(TrainingProgress())
