@@ -15,11 +15,13 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from companion.engine.attention import class_name, is_proved, is_stock
-from companion.engine.forward import own_logits, reward_scores, token_logits
+from companion.engine.attention import class_name, is_proved, is_stock, packing_obstacle
+from companion.engine.forward import own_logits, packed_hidden, reward_scores, token_logits
+from companion.engine.packing import pack
 from companion.engine.padded import pad_batch
+from companion.engine.plan import plan_trees
 from companion.engine.positions import length_classes
 from companion.errors import CompanionError, ModelError
 from companion.models.head import head_name, without_adapter
@@ -33,6 +35,7 @@ Forward = Literal["ours", "own", "alone"]
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 #: Of texts that are given, so many are tried, none of them longer than this.
 _TRIED, _LONGEST = 4, 512
+_CALLED: WeakKeyDictionary[Any, list[str | None]] = WeakKeyDictionary()
 _FOUND: WeakKeyDictionary[Any, dict[str, Forward]] = WeakKeyDictionary()
 
 
@@ -118,6 +121,33 @@ def _groups(config: Any, texts: Sequence[Sequence[int]]) -> list[list[int]]:
     return list(groups.values())
 
 
+def packing_fault(model: Any, pad_token_id: int, *, training: bool | None = None) -> str | None:
+    """:func:`companion.engine.packing_obstacle`, and whether every layer calls the function.
+
+    A layer with an attention of its own would mix the texts. It is tried once for a model.
+    """
+    why = packing_obstacle(model, training=training)
+    inner = without_adapter(model)
+    if why is not None or _is_spread(inner):
+        return why
+    known = _CALLED.setdefault(inner, [])
+    if not known:
+        ids = _trial_texts(inner.config, pad_token_id, ())
+        batch = pack(ids, plan_trees(ids)).to(next(inner.parameters()).device)
+        with torch.inference_mode(), inference_of(model):
+            try:
+                packed_hidden(inner, batch)
+                known.append(None)
+            except ModelError as error:
+                known.append(error.what)
+    return known[0]
+
+
+def _is_spread(inner: nn.Module) -> bool:
+    """Whether the weights are not here (ZeRO-3, not materialised), so that nothing can be tried."""
+    return any(p.is_meta or hasattr(p, "ds_id") for p in inner.parameters())
+
+
 def check_trainable(model: Any, pad_token_id: int) -> None:
     """Refuse to train a model whose own forward is another than backbone, read-out and head.
 
@@ -130,7 +160,7 @@ def check_trainable(model: Any, pad_token_id: int) -> None:
     inner = without_adapter(model)
     if is_proved(inner):
         return
-    if any(p.is_meta or hasattr(p, "ds_id") for p in inner.parameters()):
+    if _is_spread(inner):
         if is_stock(inner):
             return  # the tests have tried those
         raise ModelError(

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from companion.engine.agreement import Forward, forward_of
-from companion.engine.attention import packing_obstacle
+from companion.engine.agreement import Forward, forward_of, packing_fault
 from companion.engine.budget import cuda_token_budget
 from companion.engine.forward import (
     check_texts,
@@ -216,7 +215,7 @@ class BatchRunner:
         return found
 
     def _can_pack(self) -> bool:
-        why = packing_obstacle(self.model, training=False)
+        why = packing_fault(self.model, self.pad_token_id, training=False)
         if why is not None and why != self._said:
             logger.warning(f"texts are padded, not packed: {why}")
             self._said = why

@@ -25,6 +25,10 @@ from companion.models.head import find_head, without_adapter
 PathLike = str | os.PathLike[str]
 _SEQUENCE = "AutoModelForSequenceClassification"
 _TRUST = "read the folder's .py files; if you trust them, --trust_remote_code runs them"
+#: The output layer of a causal LM, which a reward model has no use for.
+LANGUAGE_HEAD = r"(lm_head|embed_out|output_projection)\."
+#: Heads that a fresh one replaces; what a run of PPO leaves among them.
+OLD_HEADS = rf"({LANGUAGE_HEAD}|score\.|classifier\.|v_head\.)"
 #: Constants that older checkpoints stored beside the weights; the models of today compute them.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(bias|masked_bias)$")
 _INDEX = "model.safetensors.index.json"
@@ -190,12 +194,13 @@ def load_weights(
     auto_class: str,
     attn_implementation: str | None,
     left_out: str | None = None,
+    notes: list[str] | None = None,
     **shared: Any,
 ) -> tuple[Any, set[str]]:
     """The model and the names of the weights that the checkpoint lacked.
 
     Weights of the checkpoint that the model has no place for are refused, but for those whose name
-    begins with the pattern `left_out`.
+    begins with the pattern `left_out`; `notes` then say so.
     """
     import transformers
     from safetensors import SafetensorError
@@ -215,11 +220,11 @@ def load_weights(
         ) from error
     if auto_class != "AutoModelForCausalLM":
         find_head(model)  # an encoder has other faults than those of its weights
-    surplus = [
-        key
-        for key in sorted(info["unexpected_keys"])
-        if not _BUFFERS.search(key) and not (left_out and re.match(left_out, key))
-    ]
+    surplus = [key for key in sorted(info["unexpected_keys"]) if not _BUFFERS.search(key)]
+    known = [key for key in surplus if left_out is not None and re.match(left_out, key)]
+    if known and notes is not None:
+        notes.append(f"the checkpoint's {listed(known)} have no part in a score: left out")
+    surplus = [key for key in surplus if key not in known]
     if surplus:
         raise ModelError(
             f"{name}: {type(model).__name__} has no place for {listed(surplus)} of the "

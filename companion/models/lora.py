@@ -16,6 +16,7 @@ import torch
 
 from companion.errors import ModelError
 from companion.models.checkpoint import (
+    OLD_HEADS,
     add_rows,
     disable_dropout,
     find_file,
@@ -166,7 +167,7 @@ def load_adapter(
         dtype,
         auto_class="AutoModelForSequenceClassification",
         attn_implementation=attn_implementation,
-        left_out=r"(lm_head|embed_out|output_projection|score|classifier|v_head)\.",
+        left_out=OLD_HEADS,
         **shared,
     )
     refuse_missing(
