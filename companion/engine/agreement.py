@@ -31,8 +31,9 @@ logger = logging.getLogger(__name__)
 
 #: "ours"; the model's "own" forward, padded; or its own, "alone": one text at a time
 Forward = Literal["ours", "own", "alone"]
-#: How far two ways may be apart, in units of the largest value (at least 1).
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+#: How far two ways may be apart, in units of the largest value (at least 1): what rounding explains
+#: (on a random qwen3_next, one unit in the last place of the embeddings moves a value by 1e-4).
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 #: Of texts that are given, so many are tried, none of them longer than this.
 _TRIED, _LONGEST = 4, 512
 _CALLED: WeakKeyDictionary[Any, list[str | None]] = WeakKeyDictionary()
@@ -86,7 +87,7 @@ def _agreeing(
     by_token = type(inner).__name__.endswith("ForTokenClassification")
     ours = token_logits if by_token else _score_column
     device = next(inner.parameters()).device
-    with torch.inference_mode(), inference_of(model):
+    with torch.no_grad(), inference_of(model):
         tried = _trial_texts(inner.config, pad_token_id, texts)
         rows = [torch.tensor([text], device=device) for text in tried]
         alone = [own_logits(model, row, torch.ones_like(row))[0].cpu() for row in rows]
@@ -134,7 +135,7 @@ def packing_fault(model: Any, pad_token_id: int, *, training: bool | None = None
     if not known:
         ids = _trial_texts(inner.config, pad_token_id, ())
         batch = pack(ids, plan_trees(ids)).to(next(inner.parameters()).device)
-        with torch.inference_mode(), inference_of(model):
+        with torch.no_grad(), inference_of(model):
             try:
                 packed_hidden(inner, batch)
                 known.append(None)
@@ -179,7 +180,7 @@ def check_trainable(model: Any, pad_token_id: int) -> None:
 
 def _agree(inner: Any, alone: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
     dtypes = {p.dtype for p in inner.parameters() if p.is_floating_point() and p.dim() > 1}
-    tolerance = max(_TOLERANCE.get(dtype, 3e-2) for dtype in dtypes)
+    tolerance = max(_TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
     scale = max(1.0, *(float(value.abs().max()) for value in alone))
     return all(
         bool(torch.isfinite(one).all())

@@ -59,7 +59,11 @@ def reward_scores(
     -----
     A right-padded batch goes through the backbone without its mask: a causal model's real tokens
     cannot see what follows them, and the attention kernels without a mask are faster. A left-padded
-    one gets the mask and positions that count real tokens only.
+    one gets the mask and positions that count real tokens only. Rows whose positions would depend
+    on each other's lengths (LongRoPE, dynamic NTK) run apart.
+
+    This is backbone, last token and head, whatever the class's own forward would do; scorers and
+    trainers ask :mod:`companion.engine.agreement` first whether that is the same.
     """
     inner, hidden, mask = _padded_hidden(
         model, input_ids, attention_mask, check, **backbone_arguments

@@ -75,7 +75,8 @@ class BatchRunner:
         Most rows of a batch.
     packing : {"auto", "off"}
         "auto" packs where :func:`companion.engine.packing_obstacle` finds no
-        obstacle, and pads elsewhere with a line in the log that says why.
+        obstacle, and pads elsewhere with a line in the log that says why. A class with code of its
+        own is never packed, and scored by its own forward.
     padding_side : {"right", "left"}
         Of padded batches.
 

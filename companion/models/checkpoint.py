@@ -22,6 +22,8 @@ from torch import Tensor
 from companion.errors import ModelError
 from companion.models.head import find_head, without_adapter
 
+logger = logging.getLogger(__name__)
+
 PathLike = str | os.PathLike[str]
 _SEQUENCE = "AutoModelForSequenceClassification"
 _TRUST = "read the folder's .py files; if you trust them, --trust_remote_code runs them"
@@ -249,7 +251,8 @@ def check_code(name: str, config: Any, auto_class: str, trusted: bool) -> None:
 
     transformers takes its own class where it knows the ``model_type`` and nobody trusts the code,
     and, trusted or not, where ``auto_map`` has no entry for the class that is loaded. A class of
-    the same name as transformers' own (the usual case of a model that was merged into it) passes.
+    the same name as transformers' own (usual for a model that was merged into it) passes, with a
+    line in the log.
 
     Raises
     ------
@@ -273,6 +276,11 @@ def check_code(name: str, config: Any, auto_class: str, trusted: bool) -> None:
         if key in stock and ref.rsplit(".", 1)[-1] != stock[key].get(config.model_type)
     ]
     if not foreign:
+        if own:
+            logger.warning(
+                f"{name}: its own code ({', '.join(own.values())}) is not run: transformers' "
+                "classes of the same names are used"
+            )
         return
     if auto_class in own or not trusted:
         what, cure = "was saved with code of its own", _TRUST

@@ -18,7 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-from companion import RewardScorer, load_base, load_reward_model
+from companion import (
+    PairwiseRewardConfig,
+    PairwiseRewardTrainer,
+    RewardScorer,
+    load_base,
+    load_reward_model,
+)
 from companion.engine import BatchRunner, packed_scores, reward_scores
 from companion.engine.agreement import check_trainable, forward_of, packing_fault
 from companion.engine.forward import own_logits
@@ -51,6 +57,7 @@ MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope
 MLA |= {"qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4}
 HYBRID |= {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+HYBRID |= {"initializer_range": 0.1}  # with more, its recurrence makes 1e-4 of rounding
 FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 5.0, 9.0]}
 LONGROPE = {
     "rope_parameters": {
@@ -242,6 +249,35 @@ def test_lengths_are_not_mixed_across_the_border(
         torch.testing.assert_close(parameter.grad, together[name], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        "phi3 longrope",
+        *(
+            pytest.param(k, marks=pytest.mark.slow)
+            for k in ("llama", "gpt2", "gemma2", "qwen3_next")
+        ),
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("bloom", "falcon", "llama dynamic")),
+    ],
+)
+def test_values_of_tokens(case: str, tmp_path: Path, make_tokenizer: Callable[..., Any]) -> None:
+    """Of token classifiers, every value in every batch is that of the text alone."""
+    from transformers import AutoModelForTokenClassification
+
+    tokenizer = make_tokenizer()
+    config = save_stock(case, tmp_path, tokenizer).config
+    config.num_labels, config.classifier_dropout = 3, 0.0
+    stock = AutoModelForTokenClassification.from_config(config).eval()
+    ids = texts(len(tokenizer))
+    for settings in ({}, {"packing": "off", "padding_side": "left"}, {"max_tokens": 64}):
+        runner = BatchRunner(copy.deepcopy(stock), tokenizer.pad_token_id, **settings)
+        found = runner.run_tokens(ids, [range(len(row)) for row in ids])
+        for row, values in zip(ids, found, strict=True):
+            with torch.no_grad():
+                want = copy.deepcopy(stock)(torch.tensor([row])).logits[0]
+            torch.testing.assert_close(values, want, atol=1e-5, rtol=0)
+
+
 def test_classes_of_lengths(make_config: Any, tiny_tokenizer: Any) -> None:
     lengths = [3, 16, 17, 30]
     plain = make_config("llama", tiny_tokenizer)
@@ -385,7 +421,7 @@ def test_a_folders_own_code_scores_by_its_own_forward(
 
 
 def test_code_for_another_class_is_no_licence_to_take_the_stock_one(
-    own_folder: Callable[..., Path],
+    own_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = own_folder("own attention", key="AutoModelForCausalLM")
     with pytest.raises(ModelError, match="code of its own"):
@@ -396,7 +432,21 @@ def test_code_for_another_class_is_no_licence_to_take_the_stock_one(
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}
     (folder / "config.json").write_text(json.dumps(config))
-    load_base(folder)
+    with caplog.at_level(logging.WARNING):
+        load_base(folder)
+    assert "is not run: transformers' classes of the same names" in caplog.text
+
+
+def test_a_class_that_scores_otherwise_is_not_trained(
+    own_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    from datasets import Dataset
+
+    loaded = load_base(own_folder("capped head"), trust_remote_code=True)
+    row = {"prompt": "Ana buys", "chosen": " 3 pens", "rejected": " 4 pens"}
+    args = PairwiseRewardConfig(str(tmp_path / "run"), report_to="none", use_cpu=True)
+    with pytest.raises(ModelError, match="its own forward gives other scores"):
+        PairwiseRewardTrainer(model=loaded, args=args, train_dataset=Dataset.from_list([row] * 4))
 
 
 def test_layers_that_do_not_call_the_packed_attention_are_found(

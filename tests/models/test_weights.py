@@ -55,7 +55,7 @@ def test_weights_without_a_place_are_refused(tiny_reward: Path, tmp_path: Path) 
     load_base(biased)  # a fresh head takes its place
     short = changed(tiny_reward, tmp_path / "short", num_hidden_layers=1, layer_types=None)
     for load in (load_reward_model, load_base):
-        with pytest.raises(ModelError, match=r"(?s)no place for 11 weights \(model.layers.1.*too few"):
+        with pytest.raises(ModelError, match=r"(?s)place for 11 weights \(model.layers.1.*too few"):
             load(short)
     long = changed(tiny_reward, tmp_path / "long", num_hidden_layers=3, layer_types=None)
     for load in (load_reward_model, load_base):
@@ -145,6 +145,24 @@ def test_an_adapter_is_whole_and_so_is_its_base(adapter: Path, tmp_path: Path) -
     save_file(without("layers.0.mlp")(load_file(base)), base, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks 3 weights.*layers.0.mlp"):
         load_reward_model(adapter)
+
+
+def test_an_adapter_of_a_base_that_was_given_a_pad_token(
+    make_causal: Callable[..., Path], make_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """peft then keeps the grown embeddings beside the adapter's own weights."""
+    pytest.importorskip("peft")
+    base = make_causal("qwen3", make_tokenizer(pad=False), tmp_path / "base")
+    loaded = apply_lora(load_base(base), r=2)
+    save_reward_model(loaded, tmp_path / "model", save_adapter=True)
+    stored = load_file(tmp_path / "model" / "adapter" / "adapter_model.safetensors")
+    assert any("embed_tokens" in key for key in stored)
+    ids = [[1, 9, 10, 11, 2], [1, 12, 2]]
+    one, two = (
+        RewardScorer(load_reward_model(tmp_path / name)).score_encoded(ids)
+        for name in ("model", "model/adapter")
+    )
+    np.testing.assert_allclose(one, two, atol=1e-5)
 
 
 # ---------------------------------------------------------------------- fingerprints
