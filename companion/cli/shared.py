@@ -43,7 +43,10 @@ _FLAGS: Final[dict[str, dict[str, Any]]] = {
         "help": "of the weights",
     },
     "revision": {"help": "of a hub id"},
-    "trust_remote_code": {"action": "store_true", "help": "run the hub's model code"},
+    "trust_remote_code": {
+        "action": "store_true",
+        "help": "run the model's code (read it first)",
+    },
 }
 #: those that loading a model takes
 _LOADING: Final = (

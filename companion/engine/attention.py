@@ -21,6 +21,7 @@ from companion.engine.devices import fits_varlen
 from companion.engine.grouping import AttentionGroups, attention_groups
 from companion.engine.last_layer import LastLayer, last_layer_attention, restore_last_layer
 from companion.engine.packing import Segments
+from companion.engine.positions import length_borders
 from companion.errors import ModelError
 from companion.models.head import without_adapter
 from companion.models.locking import lock_of
@@ -91,6 +92,7 @@ def packed_attention(
         last_layer, packed_segments = packed_segments, packed_segments.segments
         if last_layer.key is None:  # not there yet
             last_layer = None
+    packed_segments.callers.add(id(module))
     total = packed_segments.total if last_layer is None else len(last_layer.places)
     if total != query.shape[2] or query.shape[0] != 1:
         raise ModelError(
@@ -304,6 +306,10 @@ def restore_attention(model: Any) -> None:
 
 #: Architectures whose packed scores and gradients the tests compare with texts one by one.
 PROVED = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2"})
+#: Whose modules may stand in such a model. (A folder's own code is in `transformers_modules`.)
+_LIBRARIES = frozenset(
+    {"torch", "transformers", "peft", "companion", "accelerate", "deepspeed", "bitsandbytes"}
+)
 #: Attention that this one may stand in for; any other was chosen for a reason.
 _REPLACES = frozenset({"sdpa", "flash_attention_2", "flash_attention_3", PACKED})
 #: Fields of configurations that soften or shift the attention's logits.
@@ -337,16 +343,16 @@ def packing_obstacle(model: Any, *, training: bool | None = None) -> str | None:
         return f"it has layers of the kind {', '.join(mixing)}, which mix along the whole row"
     if any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.RNNBase)) for m in inner.modules()):
         return "it has convolutions or recurrent layers, which mix along the whole row"
-    rope = getattr(text, "rope_parameters", None)
-    kind = rope.get("rope_type") if isinstance(rope, dict) else None
-    if kind in ("dynamic", "longrope"):
-        return f"its positions (rope_type {kind}) depend on the longest text of a batch"
+    if length_borders(text):
+        kinds = {"dynamic" if each else "longrope" for _, each in length_borders(text)}
+        names = ", ".join(sorted(kinds))
+        return f"its positions (rope_type {names}) depend on the longest text of a batch"
     if getattr(text, "is_causal", True) is False or getattr(
         text, "use_bidirectional_attention", False
     ):
         return "it attends both ways"
-    if text.model_type not in PROVED:
-        return f"packing has not been proved for {text.model_type}"
+    if not is_proved(inner):
+        return f"packing has not been proved for {class_name(inner)}"
     if inner.config._attn_implementation not in _REPLACES:
         return f"the attention {inner.config._attn_implementation!r} was asked for"
     adapters = getattr(model, "peft_config", {})
@@ -356,6 +362,28 @@ def packing_obstacle(model: Any, *, training: bool | None = None) -> str | None:
     if training and _has_dropout(inner, text):
         return "dropout is active, and would drop for all branches what they share"
     return None
+
+
+def class_name(model: Any) -> str:
+    """The class of a model with the module that it is of."""
+    return f"{type(model).__module__}.{type(model).__name__}"
+
+
+def is_proved(inner: nn.Module) -> bool:
+    """Whether it is one of the classes that the tests prove, with nothing foreign in it.
+
+    The ``model_type`` says nothing: a folder's own code, or a subclass, may have that of Llama and
+    compute something else.
+    """
+    known = {f"transformers.models.{kind}.modeling_{kind}" for kind in PROVED}
+    return type(inner).__module__ in known and is_stock(inner)
+
+
+def is_stock(inner: nn.Module) -> bool:
+    """Whether a model is of transformers' classes, down to its last module."""
+    if not type(inner).__module__.startswith("transformers.models."):
+        return False
+    return all(type(m).__module__.split(".")[0] in _LIBRARIES for m in inner.modules())
 
 
 def _has_dropout(model: nn.Module, config: Any) -> bool:

@@ -19,7 +19,8 @@ from companion.engine.attention import packed_mode, plain_mode
 from companion.engine.last_layer import LastLayer, prunable, pruned_last_layer
 from companion.engine.packing import PackedBatch
 from companion.engine.padded import pad_batch
-from companion.errors import ShapeError
+from companion.engine.positions import forget_lengths, length_borders, length_classes
+from companion.errors import ModelError, ShapeError
 from companion.functional.checks import as_float
 from companion.functional.readout import last_token_readout, position_ids_from_mask
 from companion.models.guards import check_batch, check_positions
@@ -58,7 +59,11 @@ def reward_scores(
     -----
     A right-padded batch goes through the backbone without its mask: a causal model's real tokens
     cannot see what follows them, and the attention kernels without a mask are faster. A left-padded
-    one gets the mask and positions that count real tokens only.
+    one gets the mask and positions that count real tokens only. Rows whose positions would depend
+    on each other's lengths (LongRoPE, dynamic NTK) run apart.
+
+    This is backbone, last token and head, whatever the class's own forward would do; scorers and
+    trainers ask :mod:`companion.engine.agreement` first whether that is the same.
     """
     inner, hidden, mask = _padded_hidden(
         model, input_ids, attention_mask, check, **backbone_arguments
@@ -102,15 +107,59 @@ def _padded_hidden(
     if check:
         check_batch(input_ids, attention_mask, model.config)
     inner = without_adapter(model)
+    with plain_mode(inner):
+        if not length_borders(inner.config):
+            hidden = _hidden(inner, input_ids, attention_mask, **backbone_arguments)
+            return inner, hidden, attention_mask
+        classes = length_classes(inner.config, attention_mask.sum(dim=1).tolist())
+        if len(set(classes)) > 1 and (backbone_arguments or _is_sharded(inner)):
+            raise ModelError(
+                "a batch holds texts of lengths for which the model's positions differ (LongRoPE "
+                f"or dynamic NTK, borders {length_borders(inner.config)}), and they cannot run "
+                "apart here",
+                "set max_length to the border, or train without FSDP and ZeRO-3",
+            )
+        return inner, _hidden_by_class(inner, input_ids, attention_mask, classes), attention_mask
+
+
+def _hidden(
+    inner: Any, input_ids: Tensor, attention_mask: Tensor, **backbone_arguments: Any
+) -> Tensor:
     backbone = getattr(inner, inner.base_model_prefix)
     arguments: dict[str, Any] = {"use_cache": False}
     if not (is_causal(inner.config) and bool(attention_mask[:, 0].bool().all())):
         arguments["attention_mask"] = attention_mask
         if "position_ids" in inspect.signature(backbone.forward).parameters:
             arguments["position_ids"] = position_ids_from_mask(attention_mask)
-    with plain_mode(inner):
-        output = backbone(input_ids, **{**arguments, **backbone_arguments})
-    return inner, output.last_hidden_state, attention_mask
+    forget_lengths(inner)
+    hidden: Tensor = backbone(input_ids, **{**arguments, **backbone_arguments}).last_hidden_state
+    return hidden
+
+
+def _hidden_by_class(
+    inner: Any, input_ids: Tensor, attention_mask: Tensor, classes: Sequence[Any]
+) -> Tensor:
+    """``[B, T, D]``; rows of each class run by themselves, padded to the longest of them alone."""
+    parts: list[Tensor] = []
+    order: list[int] = []
+    width = input_ids.shape[1]
+    for each in dict.fromkeys(classes):
+        rows = [row for row, own in enumerate(classes) if own == each]
+        mask = attention_mask[rows]
+        used = mask.any(dim=0).nonzero()
+        begin, end = int(used[0]), int(used[-1]) + 1
+        hidden = _hidden(inner, input_ids[rows, begin:end], mask[:, begin:end])
+        parts.append(nn.functional.pad(hidden, (0, 0, begin, width - end)))
+        order += rows
+    return torch.cat(parts)[torch.tensor(order, device=input_ids.device).argsort()]
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether each run of the backbone is an exchange among ranks (FSDP, ZeRO-3)."""
+    return any(
+        hasattr(parameter, "ds_id") or type(parameter.data).__name__ == "DTensor"
+        for parameter in model.parameters()
+    ) or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 
 
 def packed_scores(model: Any, batch: PackedBatch) -> Tensor:
@@ -132,7 +181,7 @@ def packed_scores(model: Any, batch: PackedBatch) -> Tensor:
     Raises
     ------
     ModelError
-        If the attention meets something that it cannot pack.
+        If the attention meets something that it cannot pack, or a layer has another attention.
     """
     inner = without_adapter(model)
     if prunable(inner):
@@ -176,11 +225,20 @@ def packed_hidden(inner: Any, batch: PackedBatch, last_layer: LastLayer | None =
         stack.enter_context(packed_mode(inner, keep=computed_again))
         if last_layer is not None:
             stack.enter_context(pruned_last_layer(inner, keep=computed_again))
+        batch.segments.callers.clear()  # under the model's lock: threads may share a batch
         output = backbone(
             batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
             packed_segments=batch.segments if last_layer is None else last_layer,
+        )
+        called = len(batch.segments.callers)
+    layers = inner.config.get_text_config().num_hidden_layers
+    if called != layers:
+        raise ModelError(
+            f"{called} of the {layers} layers of {type(inner).__name__} called the packed "
+            "attention; the others mixed the texts of the row",
+            "set packing to 'off'",
         )
     hidden: Tensor = output.last_hidden_state
     return hidden
@@ -224,6 +282,36 @@ def stock_scores(
     extra = {} if position_ids is None else {"position_ids": position_ids}
     logits = model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits
     return logits.squeeze(-1)
+
+
+def own_logits(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Logits by the full forward that the model's class has, as its author wrote it.
+
+    Returns
+    -------
+    Tensor
+        ``[B, 1]``, or ``[B, T, labels]`` of a token classifier, in float32.
+
+    Raises
+    ------
+    ModelError
+        If the forward gives something else.
+    """
+    check_batch(input_ids, attention_mask, model.config)
+    inner = without_adapter(model)
+    with plain_mode(inner):
+        forget_lengths(inner)
+        # of the class: a trainer puts one of the companion's in its place
+        output = type(inner).forward(inner, input_ids=input_ids, attention_mask=attention_mask)
+    logits: Tensor = output.logits
+    rows, width = input_ids.shape
+    if logits.shape[:1] != (rows,) or logits.shape[1:] not in {(), (1,), (width, logits.shape[-1])}:
+        raise ModelError(
+            f"{type(inner).__name__}: its forward gives logits {list(logits.shape)} for "
+            f"{rows} texts of {width} tokens",
+            "a reward model gives one value a text, or values for each token",
+        )
+    return as_float("logits", logits.reshape(rows, 1) if logits.dim() == 1 else logits)
 
 
 def check_texts(ids: Sequence[Sequence[int]], config: Any) -> None:

@@ -56,6 +56,8 @@ class Segments:
     """
 
     items: tuple[Segment, ...]
+    #: the modules that have called the attention with these segments, by id
+    callers: set[int] = field(default_factory=set, repr=False, compare=False)
     _made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property

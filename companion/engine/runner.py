@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from companion.engine.attention import packing_obstacle
+from companion.engine.agreement import Forward, forward_of, packing_fault
 from companion.engine.budget import cuda_token_budget
 from companion.engine.devices import is_out_of_memory
 from companion.engine.forward import (
     check_texts,
+    own_logits,
     packed_scores,
     packed_token_logits,
     reward_scores,
@@ -27,6 +28,7 @@ from companion.engine.forward import (
 from companion.engine.packing import PackedBatch, pack
 from companion.engine.padded import pad_batch, token_budget_batches
 from companion.engine.plan import plan_batches
+from companion.engine.positions import length_classes
 from companion.errors import DataError, ModelError
 from companion.models.locking import inference_of
 
@@ -74,7 +76,8 @@ class BatchRunner:
         Most rows of a batch.
     packing : {"auto", "off"}
         "auto" packs where :func:`companion.engine.packing_obstacle` finds no
-        obstacle, and pads elsewhere with a line in the log that says why.
+        obstacle, and pads elsewhere with a line in the log that says why. A class with code of its
+        own is never packed, and scored by its own forward.
     padding_side : {"right", "left"}
         Of padded batches.
 
@@ -168,6 +171,9 @@ class BatchRunner:
             return found
         check_texts(ids, self.model.config)
         packed = self.packing == "auto" and self._can_pack()
+        way: Forward = "ours"
+        if not packed:
+            way = forward_of(self.model, self.pad_token_id, ids, self.padding_side)
         device = next(self.model.parameters()).device
         budget = self.max_tokens or default_token_budget(self.model)
         by_speed = self.max_tokens is None and device.type == "cpu" and self._most is None
@@ -183,14 +189,15 @@ class BatchRunner:
         waiting = list(copies)
         while waiting:
             done: set[int] = set()
-            for rows, tokens, batch in self._plan(ids, waiting, packed, budget, tree_tokens):
+            most = 1 if way == "alone" else self.max_rows
+            for rows, tokens, batch in self._plan(ids, waiting, packed, budget, tree_tokens, most):
                 try:
                     with (
                         torch.inference_mode(),
                         torch.autocast(device.type, enabled=False),
                         inference_of(self.model),
                     ):
-                        values = self._forward(batch, device, rows, places)
+                        values = self._forward(batch, device, rows, places, way)
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
                         raise
@@ -218,7 +225,7 @@ class BatchRunner:
         return found
 
     def _can_pack(self) -> bool:
-        why = packing_obstacle(self.model, training=False)
+        why = packing_fault(self.model, self.pad_token_id, training=False)
         if why is not None and why != self._said:
             logger.warning(f"texts are padded, not packed: {why}")
             self._said = why
@@ -231,17 +238,24 @@ class BatchRunner:
         packed: bool,
         budget: int,
         tree_tokens: int | None,
+        max_rows: int | None,
     ) -> Iterator[tuple[list[int], int, PackedBatch | dict[str, Tensor]]]:
         """Batches of the waiting rows: which rows, tokens to compute, and what the model gets."""
         left = [ids[row] for row in waiting]
         if packed:
-            for trees in plan_batches(left, budget, self.max_rows, tree_tokens=tree_tokens):
+            for trees in plan_batches(left, budget, max_rows, tree_tokens=tree_tokens):
                 tree_batch = pack(left, trees)
                 yield [waiting[i] for i in tree_batch.rows], tree_batch.computed, tree_batch
             return
-        for chosen in token_budget_batches([len(item) for item in left], budget, self.max_rows):
-            batch = pad_batch([left[i] for i in chosen], self.pad_token_id, self.padding_side)
-            yield [waiting[i] for i in chosen], batch["input_ids"].numel(), batch
+        lengths = [len(item) for item in left]
+        alike: dict[Any, list[int]] = {}  # whose positions do not depend on each other's lengths
+        for i, each in enumerate(length_classes(self.model.config, lengths)):
+            alike.setdefault(each, []).append(i)
+        for members in alike.values():
+            for chosen in token_budget_batches([lengths[i] for i in members], budget, max_rows):
+                own = [members[i] for i in chosen]
+                batch = pad_batch([left[i] for i in own], self.pad_token_id, self.padding_side)
+                yield [waiting[i] for i in own], batch["input_ids"].numel(), batch
 
     def _forward(
         self,
@@ -249,6 +263,7 @@ class BatchRunner:
         device: torch.device,
         rows: Sequence[int],
         places: Sequence[Sequence[int]] | None,
+        way: Forward,
     ) -> Sequence[Any]:
         """Of each row of a batch its score, or its logits at its places; on the CPU."""
         if isinstance(batch, PackedBatch):
@@ -260,7 +275,10 @@ class BatchRunner:
             return [logits[texts[i, list(places[row])]] for i, row in enumerate(rows)]
         input_ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         if places is None:
+            if way != "ours":
+                return own_logits(self.model, input_ids, mask)[:, 0].tolist()  # type: ignore[no-any-return]
             return reward_scores(self.model, input_ids, mask).tolist()  # type: ignore[no-any-return]
-        logits = token_logits(self.model, input_ids, mask).cpu()
+        of_tokens = token_logits if way == "ours" else own_logits
+        logits = of_tokens(self.model, input_ids, mask).cpu()
         first = mask.long().argmax(dim=1).tolist()  # 0 unless padding stands left
         return [logits[i, [first[i] + at for at in places[row]]] for i, row in enumerate(rows)]

@@ -63,11 +63,12 @@ class LocalBackend:
         return cls(policy, name=os.fspath(path_or_id), chat_template_kwargs=chat_template_kwargs)
 
     def identity(self) -> dict[str, Any]:
-        """The weights themselves, not the folder's name: a model that was trained on is another."""
+        """The weights and the configuration, not the folder's name: trained on, it is another."""
         if self._fingerprint is None:
             self._fingerprint = model_fingerprint(self.policy.model)
         return {
             "weights": self._fingerprint,
+            "end_tokens": self.policy.eos_token_ids,
             "dtype": str(next(self.policy.model.parameters()).dtype),
             "formatter": self.policy.formatter.fingerprint(),
             "chat_template_kwargs": self.chat_template_kwargs,

@@ -14,6 +14,8 @@ import torch
 from companion.errors import ModelError, ReadoutError
 from companion.formatting import RECIPE_FILE, Overlong, RewardFormatter
 from companion.models.checkpoint import (
+    LANGUAGE_HEAD,
+    OLD_HEADS,
     PathLike,
     add_rows,
     checkpoint_keys,
@@ -56,6 +58,10 @@ _CANDIDATES = (
     "<|endoftext|>",  # Qwen instruct models, whose EOS is <|im_end|>
 )
 NEW_PAD = "<|pad|>"
+#: What else heads are called, which nothing here reads.
+_OTHER_HEADS = frozenset(
+    {"classifier", "v_head", "value_head", "reward_head", "regression_head", "rm_head"}
+)
 
 
 def load_base(
@@ -149,6 +155,7 @@ def load_base(
         dtype,
         auto_class=_BY_TOKEN if by_token else _SCALAR,
         attn_implementation=attn_implementation,
+        left_out=LANGUAGE_HEAD if keep_head else OLD_HEADS,
         **shared,
     )
     own = f"{head_name(model)}.weight"
@@ -216,15 +223,15 @@ def load_reward_model(
     readout = (
         ScalarReadout() if manifest is None else readout_from_dict(manifest.readout, str(described))
     )
+    notes: list[str] = []
     if is_adapter(name, revision):
         from companion.models.lora import load_adapter
 
         model, tokenizer = load_adapter(name, dtype, attn_implementation, **shared)
     else:
         model, tokenizer = _load_checkpoint(
-            name, readout.kind, dtype, attn_implementation, **shared
+            name, readout.kind, dtype, attn_implementation, notes, **shared
         )
-    notes: list[str] = []
     if readout.kind == "scalar":
         if model.config.problem_type != "regression":
             notes.append(
@@ -323,6 +330,7 @@ def _load_checkpoint(
     kind: str,
     dtype: torch.dtype | str,
     attn_implementation: str | None,
+    notes: list[str],
     **shared: Any,
 ) -> tuple[Any, Any]:
     """Model and tokenizer of a plain checkpoint, its head whole and in fp32."""
@@ -331,7 +339,7 @@ def _load_checkpoint(
         _refuse_token_level(name, config)
         keys = checkpoint_keys(name, shared["revision"])
         if keys is not None and _HEAD not in keys:
-            _refuse_headless(name, config)
+            _refuse_headless(name, config, keys)
         if config.num_labels != 1:
             raise ModelError(
                 f"{name}: num_labels is {config.num_labels}; a reward model has one scalar",
@@ -345,6 +353,8 @@ def _load_checkpoint(
         dtype,
         auto_class=_SCALAR if kind == "scalar" else _BY_TOKEN,
         attn_implementation=attn_implementation,
+        left_out=LANGUAGE_HEAD,
+        notes=notes,
         **shared,
     )
     if _HEAD in missing:
@@ -375,8 +385,22 @@ def _refuse_token_level(name: str, config: Any) -> None:
         )
 
 
-def _refuse_headless(name: str, config: Any) -> None:
+def _refuse_headless(name: str, config: Any, keys: set[str] | None = None) -> None:
+    own = (getattr(config, "auto_map", None) or {}).get(_SCALAR)
+    if own is not None:
+        raise ModelError(
+            f"{name}: the head of its own class {own} is not the one linear layer {_HEAD!r}",
+            "rename the layer to 'score' in its code and its weights, if it is one linear layer; "
+            "another kind of head cannot be scored with the companion",
+        )
     kind = ", ".join(config.architectures or ["unknown"])
+    others = sorted({key.split(".")[0] for key in keys or ()} & _OTHER_HEADS)
+    if others:
+        raise ModelError(
+            f"{name}: its head is called {others[0]!r}, not 'score' (architecture {kind})",
+            "take a model whose head is one linear layer 'score', as those of Llama, Qwen, "
+            "Mistral, Gemma and GPT-2 have it, or train one: 'companion train pairwise'",
+        )
     raise ModelError(
         f"{name}: the checkpoint has no head ({_HEAD} is missing; architecture {kind}). "
         "transformers would load it with a random head and score without a word",

@@ -7,6 +7,7 @@ loads later on a random one. Chapter 4.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ import torch
 
 from companion.errors import ModelError
 from companion.models.checkpoint import (
+    OLD_HEADS,
     add_rows,
     disable_dropout,
     find_file,
+    listed,
     load_config,
     load_tokenizer,
     load_weights,
     read_json,
+    refuse_missing,
     resolve,
     set_pad,
 )
@@ -117,11 +121,11 @@ def load_adapter(
     Raises
     ------
     ModelError
-        If the adapter has no head or one for every token, its base is not found, or peft is
-        missing.
+        If the adapter has no head or one for every token, its base is not found or lacks weights,
+        a weight of the adapter is missing or fits no layer, or peft is missing.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ModelError("the folder holds a LoRA adapter, which needs peft", _CURE) from error
     from safetensors import safe_open
@@ -157,13 +161,17 @@ def load_adapter(
     disable_dropout(config)
     has_own = find_file(name, "tokenizer_config.json", revision) is not None
     tokenizer = load_tokenizer(name if has_own else base_name, **shared)
-    model, _ = load_weights(
+    model, missing = load_weights(
         base_name,
         config,
         dtype,
         auto_class="AutoModelForSequenceClassification",
         attn_implementation=attn_implementation,
+        left_out=OLD_HEADS,
         **shared,
+    )
+    refuse_missing(
+        base_name, {key for key in missing if not key.startswith(f"{head_name(model)}.")}
     )
     pad = tokenizer.pad_token_id
     if pad is not None:
@@ -171,5 +179,22 @@ def load_adapter(
             add_rows(model, pad + 1)
         set_pad(model, pad)
     install_head(model).to(torch.float32)
-    model = PeftModel.from_pretrained(model, name).merge_and_unload(safe_merge=True)
-    return model, tokenizer
+    try:
+        with warnings.catch_warnings():  # of missing keys, which are an error below
+            warnings.simplefilter("ignore")
+            wrapped = PeftModel.from_pretrained(model, name)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"{name}: the adapter does not fit its base {base!r}: {error}",
+            "set base_model_name_or_path in adapter_config.json to the base it was trained from",
+        ) from error
+    wanted = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    lacking, surplus = wanted - set(keys), set(keys) - wanted - set(wrapped.state_dict())
+    for found, what in ((lacking, "lacks"), (surplus, "has, for layers that its base has not,")):
+        if found:
+            raise ModelError(
+                f"{name}: the adapter {what} {listed(found)}; peft would go on without a word",
+                "fetch or save the adapter again, and check base_model_name_or_path and "
+                "target_modules in its adapter_config.json",
+            )
+    return wrapped.merge_and_unload(safe_merge=True), tokenizer

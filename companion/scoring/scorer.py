@@ -411,7 +411,7 @@ class LocalScorer(Scorer[ScoresT]):
         return self._runner.tokens
 
     def fingerprint(self) -> str:
-        """Of the weights; see :func:`companion.models.checkpoint.model_fingerprint`."""
+        """Of the model; see :func:`companion.models.checkpoint.model_fingerprint`."""
         return model_fingerprint(self.reward_model.model)
 
     def _values(

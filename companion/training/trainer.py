@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from companion.engine.attention import packing_obstacle
+from companion.engine.agreement import check_trainable, packing_fault
 from companion.errors import CompanionError, DataError, ModelError
 from companion.formatting import RewardFormatter
 from companion.functional.reduction import SumCount, all_reduce_metrics
@@ -189,7 +189,8 @@ class ExactTrainer(ExactEvaluation):
             processing_class=processing_class,
             **kwargs,
         )
-        own.packing = _use_packing(self.model, args)
+        check_trainable(self.model, processing_class.pad_token_id)
+        own.packing = _use_packing(self.model, args, processing_class.pad_token_id)
         if type(self.pop_callback(ProgressCallback)) is ProgressCallback:
             self.add_callback(TrainingProgress())
         _refuse_shared_rows(self)
@@ -597,11 +598,11 @@ def _refuse_shared_rows(trainer: Any) -> None:
         )
 
 
-def _use_packing(model: Any, args: Any) -> bool:
+def _use_packing(model: Any, args: Any, pad_token_id: int) -> bool:
     """Whether batches are packed; if not although they were to be, the log says why."""
     if args.packing == "off":
         return False
-    why = packing_obstacle(model, training=True)
+    why = packing_fault(model, pad_token_id, training=True)
     if args.torch_compile:
         why = "torch_compile would compile anew for every batch"
     if why is not None and args.process_index == 0:

@@ -1,0 +1,477 @@
+"""Models of many architectures, folders with code of their own among them.
+
+The score of a text is what the model's own forward gives it alone, in whatever batch it is scored;
+or the model is refused. Nothing is silently wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from companion import (
+    PairwiseRewardConfig,
+    PairwiseRewardTrainer,
+    RewardScorer,
+    load_base,
+    load_reward_model,
+)
+from companion.engine import BatchRunner, packed_scores, reward_scores
+from companion.engine.agreement import check_trainable, forward_of, packing_fault
+from companion.engine.forward import own_logits
+from companion.engine.padded import pad_batch
+from companion.engine.positions import length_classes
+from companion.errors import ModelError
+
+SEED = 11
+LENGTHS = (5, 40, 3, 17, 25, 9, 60, 33, 4, 16)
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "initializer_range": 0.3,
+}
+MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8}
+MLA |= {"qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4}
+HYBRID |= {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+HYBRID |= {"initializer_range": 0.1}  # with more, its recurrence makes 1e-4 of rounding
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 5.0, 9.0]}
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 16,
+        "partial_rotary_factor": 1.0,
+        **FACTORS,
+    },
+    "original_max_position_embeddings": 16,
+}
+DYNAMIC = {
+    "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    "max_position_embeddings": 16,
+}
+WINDOW = {"sliding_window": 6}
+SWITCHED = {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}
+#: name of the case -> kind and what is set besides SIZES
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        kind: (kind, {})
+        for kind in (
+            *("arcee", "biogpt", "bloom", "ctrl", "diffllama", "doge", "exaone4", "falcon"),
+            *("gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox"),
+            *("gpt_oss", "gptj", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jetmoe"),
+            *("llama", "minimax", "ministral", "ministral3", "mistral", "mixtral"),
+            *("modernbert-decoder", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "openai-gpt"),
+            *("opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3"),
+            *("qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+        )
+    },
+    "falcon alibi": ("falcon", {"alibi": True}),
+    "gptj": ("gptj", {"rotary_dim": 4}),
+    "jamba": ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4}),
+    "qwen3_next": ("qwen3_next", HYBRID),
+    "qwen3_5_text": ("qwen3_5_text", HYBRID),
+    "deepseek_v2": ("deepseek_v2", MLA),
+    "deepseek_v3": ("deepseek_v3", MLA | {"n_group": 1, "topk_group": 1}),
+    "minicpm3": ("minicpm3", MLA),
+    "gpt_neo": ("gpt_neo", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}),
+    "mistral window": ("mistral", WINDOW),
+    "qwen3 window": ("qwen3", SWITCHED),
+    "gemma2 window": ("gemma2", WINDOW),
+    "gemma3 window": ("gemma3_text", WINDOW),
+    "olmo3 window": ("olmo3", WINDOW),
+    "gpt_neo window": (
+        "gpt_neo",
+        {"num_layers": 2, "attention_types": [[["local"], 2]], "window_size": 6},
+    ),
+    "phi3 longrope": ("phi3", LONGROPE),
+    "llama longrope": ("llama", LONGROPE),
+    "phimoe longrope": (
+        "phimoe",
+        {
+            "rope_parameters": LONGROPE["rope_parameters"]
+            | {"short_mscale": 1.1, "long_mscale": 1.4}
+        },
+    ),
+    "llama dynamic": ("llama", DYNAMIC),
+    "qwen3 dynamic": ("qwen3", DYNAMIC),
+    "llama yarn": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+}
+#: those of `make test`; two with code of their own are below
+FAST = ("llama", "gpt2", "gemma2", "phi3 longrope", "llama dynamic", "jamba")
+
+
+def texts(vocabulary: int, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+    print(f"seed {SEED}")
+    generator = torch.Generator().manual_seed(SEED)
+    drawn = [torch.randint(9, vocabulary, (n,), generator=generator) for n in lengths]
+    return [[*ids.tolist(), 2] for ids in drawn]
+
+
+def save_stock(case: str, folder: Path, tokenizer: Any) -> Any:
+    """A random classifier of one label, made by transformers alone; the model, too."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    kind, extra = CASES[case]
+    blank = AutoConfig.for_model(kind)
+    unset = object()
+    sizes = {}
+    for name, value in SIZES.items():
+        own = getattr(type(blank), name, unset)
+        settable = not isinstance(own, property) or own.fset is not None
+        if settable and hasattr(blank, name):
+            sizes[name] = value
+    if kind == "gpt_neo":  # an alias, which would be set over what the case says
+        sizes.pop("num_hidden_layers", None)
+    config = AutoConfig.for_model(
+        kind,
+        **{**sizes, **extra},
+        num_labels=1,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(SEED)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def one_by_one(model: Any, ids: list[list[int]]) -> np.ndarray:
+    """Each text alone, through a copy of the model that has seen no other."""
+    with torch.no_grad():
+        return np.array(
+            [float(copy.deepcopy(model)(torch.tensor([row])).logits.flatten()[0]) for row in ids]
+        )
+
+
+def check_runs(model: Any, pad: int, ids: list[list[int]], want: np.ndarray) -> None:
+    assert want.std() > 1e-3
+    for settings in (
+        {},
+        {"packing": "off"},
+        {"packing": "off", "padding_side": "left"},
+        {"max_tokens": 64},
+        {"max_rows": 2},
+    ):
+        runner = BatchRunner(model, pad, **settings)
+        for order in (range(len(ids)), range(len(ids) - 1, -1, -1)):
+            found = runner.run([ids[i] for i in order])
+            np.testing.assert_allclose(found, want[list(order)], atol=1e-5, err_msg=str(settings))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case in FAST else [pytest.mark.slow]) for case in CASES],
+)
+def test_a_text_in_any_batch_has_the_score_that_stock_gives_it_alone(
+    case: str, tmp_path: Path, make_tokenizer: Callable[..., Any]
+) -> None:
+    tokenizer = make_tokenizer()
+    stock = save_stock(case, tmp_path, tokenizer)
+    ids = texts(len(tokenizer))
+    want = one_by_one(stock, ids)
+    if case in ("ctrl", "modernbert-decoder"):
+        with pytest.raises(ModelError, match=r"its head is called 'classifier', not 'score'"):
+            load_reward_model(tmp_path)
+        return
+    loaded = load_reward_model(tmp_path)
+    check_runs(loaded.model, loaded.pad_token_id, ids, want)
+    check_trainable(loaded.model, loaded.pad_token_id)
+
+
+def test_enough_architectures_are_swept() -> None:
+    assert len({kind for kind, _ in CASES.values()}) >= 40
+
+
+# ---------------------------------------------------------------------- positions and lengths
+
+
+@pytest.mark.parametrize("case", ["phi3 longrope", "llama dynamic"])
+def test_lengths_are_not_mixed_across_the_border(
+    case: str, tmp_path: Path, make_tokenizer: Callable[..., Any]
+) -> None:
+    tokenizer = make_tokenizer()
+    stock = save_stock(case, tmp_path, tokenizer)
+    ids = texts(len(tokenizer), (15, 16, 3, 30, 17, 16, 30))  # and EOS: 16 is the border
+    want = one_by_one(stock, ids)
+    model = load_reward_model(tmp_path).model
+    batch = pad_batch(ids, tokenizer.pad_token_id)
+    with torch.no_grad():
+        mixed = stock(**batch).logits[:, 0].numpy()  # as transformers would
+        for side in ("right", "left"):
+            padded = pad_batch(ids, tokenizer.pad_token_id, side)  # type: ignore[arg-type]
+            found = reward_scores(model, **padded).numpy()
+            np.testing.assert_allclose(found, want, atol=1e-5)
+    assert np.abs(mixed - want).max() > 1e-2
+    # gradients, too: a training batch is the sum of its texts
+    reward_scores(model, **batch).sum().backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for row in ids:
+        reward_scores(model, torch.tensor([row])).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, together[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "phi3 longrope",
+        *(
+            pytest.param(k, marks=pytest.mark.slow)
+            for k in ("llama", "gpt2", "gemma2", "qwen3_next")
+        ),
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("bloom", "falcon", "llama dynamic")),
+    ],
+)
+def test_values_of_tokens(case: str, tmp_path: Path, make_tokenizer: Callable[..., Any]) -> None:
+    """Of token classifiers, every value in every batch is that of the text alone."""
+    from transformers import AutoModelForTokenClassification
+
+    tokenizer = make_tokenizer()
+    config = save_stock(case, tmp_path, tokenizer).config
+    config.num_labels, config.classifier_dropout = 3, 0.0
+    stock = AutoModelForTokenClassification.from_config(config).eval()
+    ids = texts(len(tokenizer))
+    for settings in ({}, {"packing": "off", "padding_side": "left"}, {"max_tokens": 64}):
+        runner = BatchRunner(copy.deepcopy(stock), tokenizer.pad_token_id, **settings)
+        found = runner.run_tokens(ids, [range(len(row)) for row in ids])
+        for row, values in zip(ids, found, strict=True):
+            with torch.no_grad():
+                want = copy.deepcopy(stock)(torch.tensor([row])).logits[0]
+            torch.testing.assert_close(values, want, atol=1e-5, rtol=0)
+
+
+def test_classes_of_lengths(make_config: Any, tiny_tokenizer: Any) -> None:
+    lengths = [3, 16, 17, 30]
+    plain = make_config("llama", tiny_tokenizer)
+    assert len(set(length_classes(plain, lengths))) == 1
+    dynamic = make_config("llama", tiny_tokenizer, **DYNAMIC)
+    assert [len(set(length_classes(dynamic, lengths[:n]))) for n in (2, 3, 4)] == [1, 2, 3]
+    longrope = make_config("llama", tiny_tokenizer, **LONGROPE)
+    assert [len(set(length_classes(longrope, lengths[:n]))) for n in (2, 3, 4)] == [1, 2, 2]
+    both = make_config("gemma3_text", tiny_tokenizer)
+    both.rope_parameters = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": DYNAMIC["rope_parameters"],
+    }
+    both.max_position_embeddings = 16
+    assert len(set(length_classes(both, lengths))) == 3
+
+
+# ---------------------------------------------------------------------- a folder's own code
+
+HEADER = """
+import torch
+from transformers import LlamaForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast as Output
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+
+
+def last(input_ids, pad):
+    return ((input_ids != pad) * torch.arange(input_ids.shape[1])).argmax(-1)
+
+"""
+OWN_CODE = {
+    "as stock": """
+class Own(LlamaForSequenceClassification):
+    pass
+""",
+    "mean of the text": """
+class Own(LlamaForSequenceClassification):
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        hidden = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask if attention_mask is not None else torch.ones_like(input_ids)
+        mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return Output(logits=self.score(mean))
+""",
+    "capped head": """
+class Own(LlamaForSequenceClassification):
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        logits = super().forward(input_ids, attention_mask=attention_mask).logits
+        return Output(logits=torch.tanh(logits / 2) * 2)
+""",
+    "own attention": """
+class OwnAttention(LlamaAttention):
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (
+            part(hidden_states).view(shape).transpose(1, 2)
+            for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True, scale=2 * self.scaling
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+class Own(LlamaForSequenceClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        for i, layer in enumerate(self.model.layers):
+            layer.self_attn = OwnAttention(config, i)
+""",
+    "looks at the width": """
+class Own(LlamaForSequenceClassification):
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        logits = super().forward(input_ids, attention_mask=attention_mask).logits
+        return Output(logits=logits + 0.1 * input_ids.shape[1])
+""",
+    "positions of its own": """
+class Own(LlamaForSequenceClassification):
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        width = input_ids.shape[1]
+        at = torch.arange(width, 0, -1, device=input_ids.device)[None]
+        hidden = self.model(input_ids, position_ids=at).last_hidden_state
+        rows = torch.arange(len(input_ids))
+        places = last(input_ids, self.config.pad_token_id)
+        return Output(logits=self.score(hidden[rows, places] * at[0, places][:, None] / 9 ))
+""",
+}
+
+
+@pytest.fixture
+def own_folder(
+    tmp_path: Path, tiny_rewards: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """``own_folder(case)``: a Llama reward model with the code of a case beside it."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+    def make(case: str, key: str = "AutoModelForSequenceClassification") -> Path:
+        name = f"own_{abs(hash(case)) % 10**8}"
+        folder = Path(shutil.copytree(tiny_rewards("llama"), tmp_path / name))
+        (folder / "modeling_own.py").write_text(HEADER + OWN_CODE[case], encoding="utf-8")
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"auto_map": {key: "modeling_own.Own"}, "architectures": ["Own"]}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("case", OWN_CODE)
+def test_a_folders_own_code_scores_by_its_own_forward(
+    case: str, own_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = own_folder(case)
+    with pytest.raises(ModelError, match=r"(?s)code of its own .*modeling_own.Own.*--trust_remote"):
+        load_reward_model(folder)
+    scorer = RewardScorer.from_pretrained(folder, trust_remote_code=True)
+    model, pad = scorer.reward_model.model, scorer.reward_model.pad_token_id
+    assert type(model).__name__ == "Own"
+    ids = texts(70)
+    want = one_by_one(model, ids)
+    with caplog.at_level(logging.WARNING):
+        check_runs(model, pad, ids, want)
+    np.testing.assert_allclose(scorer.score_encoded(ids), want, atol=1e-5)
+    assert "not packed" in caplog.text
+    if case in ("as stock", "own attention"):
+        check_trainable(model, pad)
+    else:
+        with pytest.raises(ModelError, match="its own forward gives other scores"):
+            check_trainable(model, pad)
+    batch = pad_batch(ids, pad)
+    with torch.no_grad():  # what would come out if nobody asked the model itself
+        if case not in ("as stock", "own attention"):
+            assert np.abs(reward_scores(model, **batch).numpy() - want).max() > 1e-2
+        else:
+            np.testing.assert_allclose(own_logits(model, **batch)[:, 0], want, atol=1e-5)
+    alone = case in ("looks at the width", "positions of its own")
+    assert forward_of(model, pad) == ("alone" if alone else "own")
+
+
+def test_code_for_another_class_is_no_licence_to_take_the_stock_one(
+    own_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = own_folder("own attention", key="AutoModelForCausalLM")
+    with pytest.raises(ModelError, match="code of its own"):
+        load_base(folder)
+    with pytest.raises(ModelError, match="none for AutoModelForSequenceClassification"):
+        load_base(folder, trust_remote_code=True)
+    # a model that was merged into transformers under the same name: the stock class is it
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with caplog.at_level(logging.WARNING):
+        load_base(folder)
+    assert "is not run: transformers' classes of the same names" in caplog.text
+
+
+def test_a_class_that_scores_otherwise_is_not_trained(
+    own_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    from datasets import Dataset
+
+    loaded = load_base(own_folder("capped head"), trust_remote_code=True)
+    row = {"prompt": "Ana buys", "chosen": " 3 pens", "rejected": " 4 pens"}
+    args = PairwiseRewardConfig(str(tmp_path / "run"), report_to="none", use_cpu=True)
+    with pytest.raises(ModelError, match="its own forward gives other scores"):
+        PairwiseRewardTrainer(model=loaded, args=args, train_dataset=Dataset.from_list([row] * 4))
+
+
+def test_layers_that_do_not_call_the_packed_attention_are_found(
+    tiny_rewards: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A layer whose forward was put in its place by hand: the class says nothing of it."""
+    from companion.engine import pack, plan_trees
+
+    model = load_reward_model(tiny_rewards("llama")).model
+    ids = texts(70)
+    assert packing_fault(model, 8) is None
+    own = copy.deepcopy(model)
+    layer = own.model.layers[0].self_attn
+    plain = type(layer).forward
+
+    def forward(*given: Any, **named: Any) -> Any:
+        layer.config._attn_implementation, before = "sdpa", layer.config._attn_implementation
+        try:
+            return plain(layer, *given, **{**named, "is_causal": True})
+        finally:
+            layer.config._attn_implementation = before
+
+    layer.forward = forward
+    with torch.no_grad(), pytest.raises(ModelError, match="1 of the 2 layers"):
+        packed_scores(own, pack(ids, plan_trees(ids)))
+    with caplog.at_level(logging.WARNING):
+        check_runs(own, 8, ids, one_by_one(model, ids))
+    assert "1 of the 2 layers" in caplog.text
