@@ -24,7 +24,6 @@ A ``system`` (or ``system_prompt``) or a ``history`` makes the prompt a conversa
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -423,11 +422,16 @@ def take_out(prompt: Any, completions: Sequence[Any], notes: Counter[str]) -> tu
 
 def text_after(prompt: str, completion: str) -> str | None:
     """What follows the prompt in a completion that begins with it, up to white space; else None."""
-    words = prompt.split()
-    if not words:
-        return None
-    match = re.match(r"\s*" + r"\s+".join(map(re.escape, words)), completion)
-    if match is None or not (rest := completion[match.end() :]).strip():
+    words, at = prompt.split(), 0
+    for number, word in enumerate(words):
+        start = at
+        while at < len(completion) and completion[at].isspace():
+            at += 1
+        if (number and at == start) or not completion.startswith(word, at):
+            return None
+        at += len(word)
+    rest = completion[at:]
+    if not words or not rest.strip():
         return None
     ends = words[-1][-1], rest[0]
     if all(char.isascii() and char.isalnum() for char in ends):  # 'plus 1' is not in 'plus 12'
