@@ -442,7 +442,13 @@ def own_folder(
     return make
 
 
-@pytest.mark.parametrize("case", OWN_CODE)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] if case in ("as stock", "capped head") else [])
+        for case in OWN_CODE
+    ],
+)
 def test_a_folders_own_code_scores_by_its_own_forward(
     case: str, own_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
