@@ -22,7 +22,7 @@ from companion.engine.forward import own_logits, packed_hidden, reward_scores, t
 from companion.engine.packing import pack
 from companion.engine.padded import pad_batch
 from companion.engine.plan import plan_trees
-from companion.engine.positions import length_classes
+from companion.engine.positions import length_borders, length_classes
 from companion.errors import CompanionError, ModelError
 from companion.models.head import head_name, without_adapter
 from companion.models.locking import inference_of
@@ -58,6 +58,11 @@ def forward_of(
     -------
     {"ours", "own", "alone"}
         Found once for a model and a side.
+
+    Raises
+    ------
+    ModelError
+        If its forward gives no score a text, or keeps something from one text to the next.
     """
     inner = without_adapter(model)
     if is_proved(inner):
@@ -65,6 +70,8 @@ def forward_of(
     known = _FOUND.setdefault(inner, {})
     if side not in known:
         own_code = not is_stock(inner)
+        if any(each for _, each in length_borders(inner.config)):
+            _refuse_kept_lengths(inner)
         # what a folder's own code computes is known to that code alone: it is taken at its word
         ways: list[Forward] = ["own"] if own_code else ["ours", "own"]
         found = _agreeing(model, pad_token_id, texts, side, ways)
@@ -73,6 +80,20 @@ def forward_of(
             how = "padded" if found else "a text at a time: in a batch it gives other scores"
             logger.warning(f"{class_name(inner)}: the model's own forward is used, {how}")
     return known[side]
+
+
+def _refuse_kept_lengths(inner: nn.Module) -> None:
+    """Only transformers' classes of dynamic NTK can be made to begin anew."""
+    for module in inner.modules():
+        if hasattr(module, "max_seq_len_cached") and not class_name(module).startswith(
+            "transformers."
+        ):
+            raise ModelError(
+                f"{class_name(module)} (rope_type dynamic) keeps the frequencies of the longest "
+                "text so far: a text's score would depend on those before it",
+                "take the rope scaling out of config.json, and set max_length to "
+                "max_position_embeddings",
+            )
 
 
 def _agreeing(

@@ -37,11 +37,12 @@ def length_classes(config: Any, lengths: Sequence[int]) -> list[tuple[int, ...]]
 def length_borders(config: Any) -> list[tuple[int, bool]]:
     """Lengths up to which frequencies are one set; True if each length above has one of its own."""
     text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
+    # a configuration of a folder's own code has the older name, and may have the older kinds
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     found = []
     for part in [rope, *(p for p in rope.values() if isinstance(p, dict))]:
-        kind = str(part.get("rope_type", ""))
-        if kind == "longrope":
+        kind = str(part.get("rope_type") or part.get("type") or "")
+        if kind in ("longrope", "su"):
             border = part.get("original_max_position_embeddings") or getattr(
                 text, "original_max_position_embeddings", text.max_position_embeddings
             )

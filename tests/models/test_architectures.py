@@ -24,6 +24,7 @@ from companion import (
     RewardScorer,
     load_base,
     load_reward_model,
+    save_reward_model,
 )
 from companion.engine import BatchRunner, packed_scores, reward_scores
 from companion.engine.agreement import check_trainable, forward_of, packing_fault
@@ -251,6 +252,42 @@ def test_lengths_are_not_mixed_across_the_border(
 
 @pytest.mark.parametrize(
     "case",
+    ["phi3 longrope", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gemma2", "jamba"))],
+)
+def test_training_computes_what_stock_gives_each_text_alone(
+    case: str, tmp_path: Path, make_tokenizer: Callable[..., Any], tiny_texts: list[str]
+) -> None:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = save_stock(case, tmp_path, make_tokenizer()).config
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    pairs = zip(tiny_texts[::2], tiny_texts[1::2], strict=True)
+    rows = [{"prompt": "Ana buys", "chosen": f" {a}", "rejected": f" {b}"} for a, b in pairs]
+    settings: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-3, "disable_tqdm": True}
+    settings |= {"eval_strategy": "no", "save_strategy": "no", "report_to": "none"}
+    trainer = PairwiseRewardTrainer(
+        model=load_base(tmp_path),
+        args=PairwiseRewardConfig(str(tmp_path / "run"), use_cpu=True, **settings),
+        train_dataset=Dataset.from_list(rows),
+    )
+    trainer.train()
+    found = np.asarray(trainer.predict(Dataset.from_list(rows)).predictions).reshape(-1)
+    save_reward_model(trainer.reward_model(), tmp_path / "out")
+    scorer = RewardScorer.from_pretrained(tmp_path / "out")
+    encoded = [
+        scorer.formatter.encode_row({"prompt": row["prompt"], "completion": row[side]})
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+    ids = [item.input_ids for item in encoded if item is not None]
+    assert min(map(len, ids)) < 16 < max(map(len, ids))
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    np.testing.assert_allclose(found, one_by_one(stock, ids), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
     [
         "phi3 longrope",
         *(
@@ -276,6 +313,22 @@ def test_values_of_tokens(case: str, tmp_path: Path, make_tokenizer: Callable[..
             with torch.no_grad():
                 want = copy.deepcopy(stock)(torch.tensor([row])).logits[0]
             torch.testing.assert_close(values, want, atol=1e-5, rtol=0)
+
+
+def test_frequencies_that_a_folders_own_code_keeps_are_refused(
+    make_config: Any, tiny_tokenizer: Any
+) -> None:
+    from transformers import LlamaForSequenceClassification
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    class OwnRotary(LlamaRotaryEmbedding):
+        pass
+
+    config = make_config("llama", tiny_tokenizer, num_labels=1, **DYNAMIC)
+    model = LlamaForSequenceClassification(config).eval()
+    model.model.rotary_emb = OwnRotary(config)
+    with pytest.raises(ModelError, match=r"OwnRotary .* keeps the frequencies"):
+        BatchRunner(model, tiny_tokenizer.pad_token_id).run([[1, 9, 2]])
 
 
 def test_classes_of_lengths(make_config: Any, tiny_tokenizer: Any) -> None:
@@ -389,7 +442,13 @@ def own_folder(
     return make
 
 
-@pytest.mark.parametrize("case", OWN_CODE)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] if case in ("as stock", "capped head") else [])
+        for case in OWN_CODE
+    ],
+)
 def test_a_folders_own_code_scores_by_its_own_forward(
     case: str, own_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
