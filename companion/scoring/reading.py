@@ -106,7 +106,7 @@ class TokenReading:
         found: list[Any] = []
         for row, name in zip(rows, names, strict=True):
             try:
-                found.append(self._solution(row, name, field, terminated))
+                found.append(self._solution(formatter, row, name, field, terminated))
             except CompanionError as error:
                 found.append(error)
         good = [i for i, item in enumerate(found) if not isinstance(item, CompanionError)]
@@ -166,7 +166,14 @@ class TokenReading:
             readout=self.readout,
         )
 
-    def _solution(self, row: Any, name: str, field: str, terminated: bool | None) -> dict[str, Any]:
+    def _solution(
+        self,
+        formatter: RewardFormatter,
+        row: Any,
+        name: str,
+        field: str,
+        terminated: bool | None,
+    ) -> dict[str, Any]:
         """The row as the formatter takes it: the prompt apart, and for a process model the steps.
 
         Without a prompt nothing would say where the completion begins, and its values would be
@@ -193,6 +200,7 @@ class TokenReading:
         if self.readout.kind == "outcome":
             if (
                 self.readout.chat
+                and formatter.text is None
                 and isinstance(given["prompt"], str)
                 and isinstance(completion, str)
             ):
