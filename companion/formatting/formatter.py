@@ -711,12 +711,13 @@ class RewardFormatter:
             )
         from jinja2 import TemplateError
 
+        template = self._template_of_day()
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
                     tools=given.tools,
-                    chat_template=self._template_of_day(),
+                    chat_template=template,
                     tokenize=False,
                     **flags,
                     **(given.template_kwargs or {}),
