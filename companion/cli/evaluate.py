@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from companion.cli.shared import add_flags, check_target, open_scorer, progress_bar
+from companion.cli.shared import add_flags, check_target, open_scorer, progress_bar, say_noticed
 from companion.errors import DataError
 
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(
         parser,
         *("columns", "limit", "device", "max_tokens_per_batch", "packing", "max_length", "dtype"),
-        *("revision", "trust_remote_code"),
+        *("text", "revision", "trust_remote_code"),
         device="cpu, cuda, …; a GPU is taken if there is one",
         max_tokens_per_batch="tokens computed in a batch; the scorer's own choice if not given",
         packing="auto: no padding, and a pair's prompt computed once, where that is exact for the "
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     # The data first: a wrong path is found in a moment, a model may take minutes.
     rows, row_kind = _load(args, kind)
     scorer = open_scorer(args)
+    said = len(scorer.notes)
     from companion import __version__
 
     info = {
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     }
     result = _evaluate(scorer, rows, row_kind, info)
     print(f"{args.model} on {args.dataset_name}\n\n{result.table()}")
+    say_noticed(scorer, said)
     dropped = result.metrics["dropped"]
     noun = "pairs" if row_kind == "rankings" else row_kind
     for reason, count in dropped["reasons"].items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from companion.cli.shared import add_flags, loading, open_scorer, picked, progress_bar
+from companion.cli.shared import add_flags, loading, open_scorer, picked, progress_bar, say_noticed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top_k", type=int, default=1, help="how many of each prompt to write")
     add_flags(
         parser,
-        *("on_error", "overwrite", "max_tokens_per_batch"),
+        *("on_error", "overwrite", "text", "max_tokens_per_batch"),
         on_error="a bad row stops the run, or gets an 'error' in the ranks",
         max_tokens_per_batch="tokens of a batch, of the model and of the policy",
     )
@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
     from companion.search import rank_file
 
     scorer = open_scorer(args)
-    policy = Policy.from_pretrained(args.policy, **loading(args)) if args.policy else None
+    said = len(scorer.notes)
+    settings = {name: value for name, value in loading(args).items() if name != "text"}
+    policy = Policy.from_pretrained(args.policy, **settings) if args.policy else None
     with progress_bar("ranking", "prompts") as moved:
         report = rank_file(
             scorer,
@@ -60,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
             **picked(args, "top_k", "on_error", "overwrite", "chunk_rows"),
             **moved,
         )
+    say_noticed(scorer, said)
     ranked = report.rows - report.failed
     print(
         f"{args.output}: {report.best} rows, the best {args.top_k} of {report.candidates} "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from companion.cli.shared import add_flags, open_scorer, picked, progress_bar
+from companion.cli.shared import add_flags, open_scorer, picked, progress_bar, say_noticed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,15 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_flags(
         parser,
-        *(
-            "columns",
-            "on_error",
-            "overwrite",
-            "max_length",
-            "overlong",
-            "max_tokens_per_batch",
-            "packing",
-        ),
+        *("columns", "on_error", "overwrite", "max_length", "overlong", "text"),
+        *("max_tokens_per_batch", "packing"),
         on_error="a bad row stops the run, or gets an 'error' in place of a score",
     )
     add(
@@ -56,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from companion.scoring import score_file
 
     scorer = open_scorer(args)
+    said = len(scorer.notes)
     if args.compile:
         compile_parts(scorer.reward_model.model)
     with progress_bar("scoring", "rows") as moved:
@@ -79,5 +73,6 @@ def run(args: argparse.Namespace) -> int:
         parts.append(f"{counts.truncated} cut by {counts.tokens_cut} tokens of prompt in all")
     if counts.prompts_found:
         parts.append(f"{counts.prompts_found} with the prompt, or parts of it, in other columns")
+    say_noticed(scorer, said)
     print(f"{args.output}: {', '.join(parts)}", file=sys.stderr)
     return 1 if report.without_score and not report.scored else 0

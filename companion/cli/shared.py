@@ -29,6 +29,11 @@ _FLAGS: Final[dict[str, dict[str, Any]]] = {
         "choices": ("drop", "error", "truncate_prompt"),
         "help": "what to do with longer rows",
     },
+    "text": {
+        "choices": ("chat", "plain"),
+        "help": "how a prompt and completion of text are read, in place of what the model says. "
+        "chat: as a question and its answer, in the chat template; plain: as they are",
+    },
     "max_tokens_per_batch": {"type": int, "help": "tokens of a batch"},
     "packing": {
         "choices": ("auto", "off"),
@@ -50,7 +55,7 @@ _FLAGS: Final[dict[str, dict[str, Any]]] = {
 }
 #: those that loading a model takes
 _LOADING: Final = (
-    *("max_length", "overlong", "max_tokens_per_batch", "packing"),
+    *("max_length", "overlong", "text", "max_tokens_per_batch", "packing"),
     *("device", "dtype", "revision", "trust_remote_code"),
 )
 
@@ -90,6 +95,13 @@ def open_scorer(args: argparse.Namespace) -> Any:
     for note in scorer.notes:
         print(f"note: {note}", file=sys.stderr)
     return scorer
+
+
+def say_noticed(scorer: Any, said: int = 0) -> None:
+    """Say what came up on the way: the notes after the first `said`, and what was counted."""
+    lines = [f"note: {note}" for note in scorer.notes[said:]]
+    for line in [*lines, *scorer.formatter.counts.remarks()]:
+        print(line, file=sys.stderr)
 
 
 @contextlib.contextmanager

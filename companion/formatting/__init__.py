@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
-    from companion.formatting.encoded import Encoded as Encoded, FormatCounts as FormatCounts
+    from companion.formatting.encoded import (
+        REMARKS as REMARKS,
+        Encoded as Encoded,
+        FormatCounts as FormatCounts,
+    )
     from companion.formatting.formatter import (
         Overlong as Overlong,
         RewardFormatter as RewardFormatter,
         Row as Row,
         Text as Text,
+        TextMode as TextMode,
     )
     from companion.formatting.prompts import encode_prompts as encode_prompts
     from companion.formatting.recipe import (

@@ -111,8 +111,27 @@ def check_messages(value: Sequence[Mapping[str, Any]], where: str) -> list[Messa
             raise DataError(
                 f"{where}: the content of message {number} is a {type(content).__name__}, not text"
             )
+        elif not isinstance(content, str):
+            message["content"] = [
+                _check_block(block, f"{where}: message {number} ({role})") for block in content
+            ]
         out.append(message)
     return out
+
+
+def _check_block(block: object, where: str) -> dict[str, Any]:
+    """A block of text as a mapping; a text model would not see another one, without a word."""
+    if isinstance(block, str):
+        return {"type": "text", "text": block}
+    kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
+    if not isinstance(block, Mapping) or kind not in (None, "text"):
+        raise DataError(
+            f"{where} has a block of the type {kind!r}, which a text model does not read",
+            "take the row out; reasoning belongs into 'reasoning_content'",
+        )
+    if not isinstance(block.get("text"), str):
+        raise DataError(f"{where} has a block without 'text'")
+    return {"type": "text", **{key: item for key, item in block.items() if item is not None}}
 
 
 def check_ending(messages: Sequence[Message], where: str) -> None:

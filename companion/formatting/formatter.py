@@ -8,11 +8,13 @@ rows dropped for their length without a word) it does the right thing and counts
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date as Date
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -32,12 +34,26 @@ from companion.formatting.recipe import (
     recipe_fingerprint,
     tokenizer_recipe,
 )
+from companion.formatting.special import PieceTokenizer, Span, SpecialTokens
+from companion.formatting.template import (
+    asks_for_date,
+    content_forms,
+    in_form,
+    is_rendered,
+    left_out,
+    repeats,
+    tools_left_out,
+    turn_headers,
+    with_date,
+)
 from companion.layouts import read_row
 
 Text = str | Sequence[Mapping[str, Any]]
 Row = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 Result = TypeVar("Result")
 Overlong = Literal["drop", "error", "truncate_prompt"]
+#: how a prompt and completion of text are read: as a question and its answer, or as they are
+TextMode = Literal["chat", "plain"]
 #: ids and character spans, as the tokenizer gives them
 Raw = tuple[list[int], list[tuple[int, int]]]
 
@@ -51,6 +67,8 @@ class Given(NamedTuple):
     terminated: bool = True
     tools: Sequence[Any] | None = None
     template_kwargs: Mapping[str, Any] | None = None
+    #: whether a completion that the template does not write whole is an error, or counted
+    strict: bool = True
 
 
 @dataclass(slots=True)
@@ -62,6 +80,8 @@ class Draft:
     chat: bool
     terminated: bool
     where: str
+    remarks: tuple[str, ...] = ()
+    letters: tuple[Span, ...] = ()
 
 
 class _Special(NamedTuple):
@@ -88,6 +108,17 @@ class RewardFormatter:
     chat_template : str, optional
         In place of the tokenizer's own. A tokenizer without any gets the plain transcript of
         :func:`companion.formatting.conversation.transcript_template`, with a line in ``notes``.
+    text : {"chat", "plain"}, optional
+        How a row with a `prompt` of text is read. ``chat``: the prompt as a user's message and the
+        completion as the assistant's; but as they are, and counted, whole texts without a prompt,
+        and prompts that hold turns already. ``plain``: as they are. None: not decided, which
+        training does (:meth:`decide_text`); read as plain until then.
+    date : str, optional
+        The day (ISO) that a chat template writes which asks for one; default today. It is kept in
+        the recipe, so that a text has the same tokens on every day.
+    split_special_tokens : bool
+        Special tokens in what was given are spelt as letters; else they are read as such tokens,
+        as transformers and TRL do, and counted.
 
     Notes
     -----
@@ -105,18 +136,32 @@ class RewardFormatter:
         max_length: int | None = None,
         overlong: Overlong = "drop",
         chat_template: str | None = None,
+        text: TextMode | None = None,
+        date: str | None = None,
+        split_special_tokens: bool = False,
     ) -> None:
         if overlong not in _OVERLONG:
             raise DataError(f"overlong is {overlong!r}", f"use one of: {', '.join(_OVERLONG)}")
         if max_length is not None and max_length < 1:
             raise DataError(f"max_length is {max_length}", "use a positive number or None")
+        if text not in (None, "chat", "plain"):
+            raise DataError(f"text is {text!r}", "use 'chat' or 'plain'")
         self.tokenizer = tokenizer
         self.template_override = chat_template
         self.max_length = max_length
         self.overlong: Overlong = overlong
         self.counts = FormatCounts()
         self.notes: list[str] = []
+        self.text: TextMode | None = text
+        self.split_special_tokens = split_special_tokens
         self._last_opening: tuple[Any, str] | None = None
+        self._of_template: tuple[Any, dict[str, Any]] = None, {}
+        self._special_tokens: SpecialTokens | None = None
+        self._pieces: PieceTokenizer | None = None
+        #: whether the template is the model's own, not the transcript that stands in for one
+        self.has_own_template = (chat_template or tokenizer.chat_template) not in (
+            *(None, transcript_template(True), transcript_template(False)),
+        )
         if chat_template is None and tokenizer.chat_template is None:
             if tokenizer.eos_token is not None:
                 self.template_override = transcript_template(self._adds()[0])
@@ -124,16 +169,36 @@ class RewardFormatter:
                 "the tokenizer has no chat template: messages are written as a plain transcript "
                 "('User: …', blank line, 'Assistant: …', EOS), which is saved with the model"
             )
+        #: the day that the template writes; None: it asks for none
+        self.day: str | None = None
+        self._day_is_saved = True
+        if asks_for_date(self.chat_template):
+            self.day = date or Date.today().isoformat()
+            self.notes.append(
+                f"the chat template writes a date: it is fixed to {self.day} in every text, and "
+                "saved with the model"
+            )
+        if split_special_tokens:
+            self._check_pieces()
 
     # ------------------------------------------------------------------ what it is made of
 
     def recipe(self) -> dict[str, Any]:
-        """All that decides the ids, as plain JSON: two formatters with equal recipes agree."""
+        """All that decides the ids, as plain JSON: two formatters with equal recipes agree.
+
+        What is not decided, asked for or switched on has no key, as in recipes from before.
+        """
+        own: dict[str, Any] = {} if self.text is None else {"text": self.text}
+        if self.day is not None and self._day_is_saved:
+            own["date"] = self.day
+        if self.split_special_tokens:
+            own["split_special_tokens"] = True
         return {
             **tokenizer_recipe(self.tokenizer, *self._adds()),
             "max_length": self.max_length,
             "overlong": self.overlong,
             "chat_template": self.chat_template,
+            **own,
         }
 
     def fingerprint(self) -> str:
@@ -162,7 +227,16 @@ class RewardFormatter:
             max_length=recipe.get("max_length"),
             overlong=recipe.get("overlong", "drop"),
             chat_template=override,
+            text=recipe.get("text"),
+            date=recipe.get("date"),
+            split_special_tokens=recipe.get("split_special_tokens", False),
         )
+        if asks_for_date(template) and recipe.get("date") is None:
+            formatter._day_is_saved = False
+            formatter.notes[-1] = (
+                "the chat template writes the date, and the model was saved without one: today's, "
+                f"{formatter.day}, is written, so scores depend on the day; train it anew to fix it"
+            )
         now = formatter.recipe()
         changed = sorted(key for key in now if now[key] != recipe.get(key))
         if changed:
@@ -188,6 +262,43 @@ class RewardFormatter:
             self.tokenizer.chat_template = before
         text = json.dumps(self.recipe(), ensure_ascii=False, indent=2)
         (folder / RECIPE_FILE).write_text(text + "\n", encoding="utf-8")
+
+    def changed(
+        self,
+        *,
+        max_length: int | None = None,
+        overlong: Overlong | None = None,
+        text: TextMode | None = None,
+    ) -> RewardFormatter:
+        """A formatter like this one, with fresh counts and other settings where they are given."""
+        if overlong is not None and overlong not in _OVERLONG:
+            raise DataError(f"overlong is {overlong!r}", f"use one of: {', '.join(_OVERLONG)}")
+        if max_length is not None and max_length < 1:
+            raise DataError(f"max_length is {max_length}", "use a positive number or None")
+        if text not in (None, "chat", "plain"):
+            raise DataError(f"text is {text!r}", "use 'chat' or 'plain'")
+        other = copy.copy(self)
+        other.counts, other.notes, other._last_opening = FormatCounts(), list(self.notes), None
+        other.max_length = self.max_length if max_length is None else max_length
+        other.overlong = self.overlong if overlong is None else overlong
+        other.text = self.text if text is None else text
+        return other
+
+    def decide_text(self, rows: Sequence[Mapping[str, Any]]) -> TextMode:
+        """How text is to be read by the form of the training rows, and from now on is.
+
+        Chat if the rows hold messages, or a prompt of text under the tokenizer's own template;
+        else plain.
+        """
+        self.text = "plain"
+        for row in rows:
+            fields = [row.get(name) for name in ("prompt", "chosen", "completion", "messages")]
+            if any(field and is_messages(field) for field in fields) or (
+                self.has_own_template and isinstance(fields[0], str) and fields[0].strip()
+            ):
+                self.text = "chat"
+                break
+        return self.text
 
     def reset_counts(self) -> None:
         """Begin to count anew."""
@@ -216,6 +327,10 @@ class RewardFormatter:
         tools, chat_template_kwargs
             Handed to the chat template.
 
+        What the template makes of it is given as it is. Where content of the completion is left
+        out, that is counted and noted; with rows (:meth:`encode_many`) and in scoring it is an
+        error.
+
         Returns
         -------
         Encoded or None
@@ -227,7 +342,7 @@ class RewardFormatter:
             For an empty completion, a bad role, mixed kinds, or a text that is too long
             under ``overlong="error"``.
         """
-        given = Given("the row", terminated, tools, chat_template_kwargs)
+        given = Given("the row", terminated, tools, chat_template_kwargs, strict=False)
         (group,) = self._encode_drafts([[self._draft(prompt, completion, given)]])
         return _raised(group[0] if isinstance(group, list) else group)
 
@@ -366,6 +481,12 @@ class RewardFormatter:
                 tools = json.loads(tools)
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: 'tools' is no valid JSON: {error}") from error
+        if prompt is not None and completion is not None and repeats(prompt, completion):
+            raise DataError(
+                f"{where}, {field!r}: begins with the prompt, which would then stand twice in the "
+                "text",
+                "give the completion alone, or the whole text or conversation without 'prompt'",
+            )
         kwargs = row.get("chat_template_kwargs")
         given = Given(f"{where}, {field!r}", terminated, tools, kwargs)
         return self._draft(prompt, completion, given)
@@ -391,6 +512,50 @@ class RewardFormatter:
         return self._draft_text(prompt or "", completion, given)
 
     def _draft_text(self, prompt: str, completion: str, given: Given) -> Draft:
+        eos = self.tokenizer.eos_token
+        body = self._body(completion, given)
+        remarks: list[str] = []
+        rendered = is_rendered(prompt or body, self._headers()) if self.text == "chat" else None
+        if prompt.strip():
+            if rendered:
+                remarks.append("already_rendered")
+            elif self.text == "chat":
+                return self._draft_messages(
+                    [{"role": "user", "content": prompt}],
+                    [{"role": "assistant", "content": body}],
+                    given,
+                )
+            elif self.text is None and self.has_own_template:
+                self._note(
+                    "rows of text are read as they are, without the chat template: the model does "
+                    "not say how it was trained to read them; --text chat (text='chat') reads "
+                    "prompt and completion as a question and its answer, --text plain as they are"
+                )
+        elif self.text == "chat":
+            remarks.append("whole_texts")
+        letters: tuple[Span, ...] = ()
+        text = prompt + body
+        bos = self.tokenizer.bos_token
+        start = len(bos) if bos and text.startswith(bos) else 0  # its own, that it may begin with
+        if self._special().within(text[start:]):
+            if rendered is None:
+                rendered = is_rendered(prompt or body, self._headers())
+            if rendered:
+                pass
+            elif self.split_special_tokens:
+                remarks.append("special_as_letters")
+                hidden = self._special().hidden(text[start:], given.where)
+                spans = self._special().shown(hidden)[1]
+                letters = tuple((a + start, b + start) for a, b in spans)
+            else:
+                remarks.append("special_in_text")
+        text += eos if given.terminated else ""
+        return Draft(
+            text, len(prompt), False, given.terminated, given.where, tuple(remarks), letters
+        )
+
+    def _body(self, completion: str, given: Given) -> str:
+        """A completion of text without the end token that it may bring."""
         where, terminated, eos = given.where, given.terminated, self.tokenizer.eos_token
         body = completion
         while eos and body.endswith(eos):
@@ -407,8 +572,7 @@ class RewardFormatter:
                 f"{where}: said to be cut off (terminated=false), but it ends with {eos!r}",
                 "set terminated to true, or take the end token off",
             )
-        text = prompt + body + (eos if terminated else "")
-        return Draft(text, len(prompt), False, terminated, where)
+        return body
 
     def _draft_messages(
         self,
@@ -420,7 +584,10 @@ class RewardFormatter:
         if completion is not None and not completion:
             raise DataError(f"{given.where}: the completion has no messages")
         check_ending(whole, given.where)
-        opening = whole[: len(prompt)] if completion is not None else whole[:-1]
+        first = len(prompt) if completion is not None else len(whole) - 1
+        remarks: list[str] = []
+        whole, given = self._spelt(in_form(whole, self._forms()), given, remarks)
+        opening = whole[:first]
         text = self._render(whole, given, continue_final_message=not given.terminated)
         split = 0
         if opening:
@@ -433,7 +600,104 @@ class RewardFormatter:
             split = len(head) if text.startswith(head) else _n_shared(head, text)
         if split == len(text):
             raise DataError(f"{given.where}: the chat template leaves nothing of the completion")
-        return Draft(text, split, True, given.terminated, given.where)
+        for number, what in left_out(whole, text):
+            if number >= first and not given.strict:
+                remarks += ["completion_left_out"] * ("completion_left_out" not in remarks)
+                self._note(f"the chat template leaves out or changes the {what} of a completion")
+            elif number >= first:
+                raise DataError(
+                    f"{given.where}: the chat template leaves out or changes the {what} of the "
+                    f"completion (message {number}), so it would not be scored",
+                    "take a template that keeps it (chat_template=…, --chat_template_path), or "
+                    "take it out of the completion",
+                )
+            elif "earlier_left_out" not in remarks:
+                remarks.append("earlier_left_out")
+        if given.tools and tools_left_out(given.tools, text):
+            remarks.append("tools_left_out")
+        letters: tuple[Span, ...] = ()
+        if "special_as_letters" in remarks:
+            split = len(self._special().shown(text[:split])[0])
+            text, letters = self._special().shown(text)
+        return Draft(text, split, True, given.terminated, given.where, tuple(remarks), letters)
+
+    def _spelt(
+        self, messages: list[Message], given: Given, remarks: list[str]
+    ) -> tuple[list[Message], Given]:
+        """Note special tokens in messages and tools; with stand-ins, if they are to be letters."""
+        special = self._special()
+        for message in messages:
+            content = message["content"]
+            own = content if len(message) == 2 and isinstance(content, str) else _texts(message)
+            if special.within(own) if isinstance(own, str) else any(map(special.within, own)):
+                break
+        else:
+            if not given.tools or not any(map(special.within, _texts(given.tools))):
+                return messages, given
+        if not self.split_special_tokens:
+            remarks.append("special_in_text")
+            return messages, given
+        remarks.append("special_as_letters")
+        tools = special.hidden(given.tools, given.where)
+        return special.hidden(messages, given.where), given._replace(tools=tools)
+
+    def _known(self, name: str, make: Callable[[], Any]) -> Any:
+        """What is known of the template in use; found out when it is first asked for."""
+        template = self.chat_template
+        if self._of_template[0] != template:
+            self._of_template = template, {}
+        found = self._of_template[1]
+        if name not in found:
+            found[name] = make()
+        return found[name]
+
+    def _plainly(self, messages: list[Message]) -> str:
+        return self._render(messages, Given("a probe"))
+
+    def _in_form(self, messages: list[Message]) -> str:
+        return self._plainly(in_form(messages, self._forms()))
+
+    def _headers(self) -> tuple[str, ...]:
+        """What stands before the template's turns, by which a rendered text is known."""
+        if self.chat_template is None:
+            return ()
+        ends = (self.tokenizer.bos_token, self.tokenizer.eos_token)
+        headers: tuple[str, ...] = self._known("headers", lambda: turn_headers(self._in_form, ends))
+        return headers
+
+    def _forms(self) -> tuple[bool, bool]:
+        """Whether the template reads content that is text, and content in blocks."""
+        if self.chat_template is None:
+            return True, True
+        forms: tuple[bool, bool] = self._known("forms", lambda: content_forms(self._plainly))
+        return forms
+
+    def _special(self) -> SpecialTokens:
+        if self._special_tokens is None:
+            self._special_tokens = SpecialTokens(self.tokenizer)
+        return self._special_tokens
+
+    def _piecewise(self) -> PieceTokenizer:
+        if self._pieces is None:
+            self._pieces = PieceTokenizer(self.tokenizer, self._special())
+        return self._pieces
+
+    def _check_pieces(self) -> None:
+        """Refuse a tokenizer whose texts have other ids in pieces than in one."""
+        answer = " It's 3,\n  and 12.5. "
+        messages = [
+            {"role": role, "content": content}
+            for role, content in (("user", "Hello  there,\n 12"), ("assistant", answer)) * 2
+        ]
+        text = self._in_form(messages)
+        eos = self.tokenizer.eos_token or ""
+        for probe in (text, "Hello  there,\n 12" + answer + eos):
+            ids = self.tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]
+            self._piecewise().check(probe, list(ids))
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _render_opening(self, opening: list[Message], given: Given) -> str:
         # Some templates refuse a conversation that ends here (a lone system message); the border
@@ -453,12 +717,13 @@ class RewardFormatter:
             )
         from jinja2 import TemplateError
 
+        template = self._template_of_day()
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
                     tools=given.tools,
-                    chat_template=self.template_override,
+                    chat_template=template,
                     tokenize=False,
                     **flags,
                     **(given.template_kwargs or {}),
@@ -466,6 +731,13 @@ class RewardFormatter:
             )
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"{given.where}: the chat template refuses it: {error}") from error
+
+    def _template_of_day(self) -> str | None:
+        """The template for transformers, with its date; None for the tokenizer's own."""
+        if self.day is None:
+            return self.template_override
+        day = self.day
+        return str(self._known("of day", lambda: with_date(self.chat_template, day)))
 
     # ------------------------------------------------------------------ the ids
 
@@ -523,9 +795,20 @@ class RewardFormatter:
         """Ids and prompt lengths, in order."""
         out: list[Encoded | None] = [None] * len(drafts)
         spans: list[Raw] = [([], [])] * len(drafts)
-        texts = [(draft.text, draft.chat) for draft in drafts]
+        for i, draft in enumerate(drafts):
+            if draft.letters:
+                ids, places = self._piecewise()(draft.text, draft.letters)
+                if not draft.chat and special.bos is not None and self._adds()[0]:
+                    ids, places = [special.bos, *ids], [(0, 0), *places]
+                spans[i] = list(ids), list(places)
+                ends = (end > draft.split for _, end in places)
+                length = next((n for n, beyond in enumerate(ends) if beyond), len(ids))
+                out[i] = self._ended(ids, length, draft, False, special)
+        whole = [i for i, draft in enumerate(drafts) if not draft.letters]
+        texts = [(drafts[i].text, drafts[i].chat) for i in whole]
         calls = self._tokenizer_calls(texts, return_offsets_mapping=raw is not None)
-        for i, ids, batch, at, adds_eos in calls:
+        for place, ids, batch, at, adds_eos in calls:
+            i = whole[place]
             if raw is not None:
                 spans[i] = (list(ids), batch["offset_mapping"][at])
             draft = drafts[i]
@@ -553,7 +836,8 @@ class RewardFormatter:
                     f"token: a finished text ends with the id {ids[-1]} in place of {special.eos}",
                     "register the EOS as a special token of the tokenizer",
                 )
-        return Encoded(ids, max(min(length, len(ids) - 1), 0), draft.terminated)
+        length = max(min(length, len(ids) - 1), 0)
+        return Encoded(ids, length, draft.terminated, remarks=draft.remarks)
 
     def _count_row(
         self, encoded: Sequence[Encoded], drafts: Sequence[Draft], special: _Special
@@ -581,6 +865,9 @@ class RewardFormatter:
             truncated=sum(item.cut_tokens > 0 for item in kept),
             tokens_cut=sum(item.cut_tokens for item in kept),
         )
+        remarks = [remark for item in kept for remark in item.remarks]
+        if remarks:
+            self.counts.add(**{remark: remarks.count(remark) for remark in set(remarks)})
         return kept
 
     def _fit(self, item: Encoded, draft: Draft, special: _Special) -> Encoded | None:
@@ -600,7 +887,19 @@ class RewardFormatter:
         if surplus > item.prompt_length - keep:
             return None
         ids = ids[:keep] + ids[keep + surplus :]
-        return Encoded(ids, item.prompt_length - surplus, item.terminated, surplus)
+        return Encoded(ids, item.prompt_length - surplus, item.terminated, surplus, item.remarks)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts within lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
 
 
 def _n_shared(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -63,7 +63,8 @@ def encode_steps(
     separator : str
         What stands between the steps.
     chat : bool
-        Write a prompt of text as a user's question and the solution as the assistant's answer.
+        Where the formatter's ``text`` is not decided: write a prompt of text as a user's question
+        and the solution as the assistant's answer.
     names : sequence of str, optional
         How to call each row in an error.
 
@@ -86,6 +87,7 @@ def encode_steps(
     if not separator:
         raise DataError("the separator of steps is empty", r"give one, such as '\n'")
     names = names if names is not None else [f"row {i}" for i in range(len(rows))]
+    chat = chat and formatter.text is None
     drafts = formatter._drafts(
         rows, ["completion"], None, names, lambda row, name: _write(row, separator, chat, name)
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from companion.errors import ModelError, ReadoutError
-from companion.formatting import RECIPE_FILE, Overlong, RewardFormatter
+from companion.formatting import RECIPE_FILE, Overlong, RewardFormatter, TextMode
 from companion.models.checkpoint import (
     LANGUAGE_HEAD,
     OLD_HEADS,
@@ -76,6 +76,8 @@ def load_base(
     max_length: int | None = None,
     overlong: Overlong = "drop",
     chat_template: str | None = None,
+    text: TextMode | None = None,
+    split_special_tokens: bool = False,
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -98,7 +100,7 @@ def load_base(
         Of the weights. The head stays in float32.
     device : str, optional
         Where to put the model; default: it stays on the CPU (a trainer moves it).
-    max_length, overlong, chat_template
+    max_length, overlong, chat_template, text, split_special_tokens
         For :class:`companion.formatting.RewardFormatter`.
     attn_implementation, revision, trust_remote_code
         For transformers.
@@ -140,10 +142,10 @@ def load_base(
     if dropout:
         notes.append(f"dropout switched off ({', '.join(dropout)}): a score has no randomness")
 
-    text = config.get_text_config()
-    pad = choose_pad_token(tokenizer, text.pad_token_id, notes)  # refuses one without EOS
-    rows = int(text.vocab_size)
-    text.pad_token_id = pad if pad < rows else None
+    decoder = config.get_text_config()
+    pad = choose_pad_token(tokenizer, decoder.pad_token_id, notes)  # refuses one without EOS
+    rows = int(decoder.vocab_size)
+    decoder.pad_token_id = pad if pad < rows else None
     if has_head and had != config.num_labels:
         raise ModelError(
             f"{name}: is a classifier of {had} labels",
@@ -180,7 +182,12 @@ def load_base(
         model.to(device)
     check_tokenizer_and_config(tokenizer, model.config)
     formatter = RewardFormatter(
-        tokenizer, max_length=max_length, overlong=overlong, chat_template=chat_template
+        tokenizer,
+        max_length=max_length,
+        overlong=overlong,
+        chat_template=chat_template,
+        text=text,
+        split_special_tokens=split_special_tokens,
     )
     notes.extend(formatter.notes)
     notes.extend(precision_notes(model))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from companion.formatting import Overlong, RewardFormatter
+from companion.formatting import Overlong, RewardFormatter, TextMode
 from companion.models.manifest import RewardManifest
 from companion.models.readout import Readout, ScalarReadout
 
@@ -46,14 +46,14 @@ class RewardModel:
         """The id that batches are padded with."""
         return int(self.tokenizer.pad_token_id)
 
-    def limit_texts(self, max_length: int | None, overlong: Overlong | None) -> None:
-        """Take another limit of length, or another way with what is longer, where one is given."""
-        if max_length is None and overlong is None:
-            return
-        before = self.formatter
-        self.formatter = RewardFormatter(
-            self.tokenizer,
-            max_length=max_length if max_length is not None else before.max_length,
-            overlong=overlong if overlong is not None else before.overlong,
-            chat_template=before.template_override,
-        )
+    def read_texts(
+        self,
+        max_length: int | None = None,
+        overlong: Overlong | None = None,
+        text: TextMode | None = None,
+    ) -> None:
+        """Take another limit of length, way with what is longer, or way to read text, if given."""
+        if max_length is not None or overlong is not None or text is not None:
+            self.formatter = self.formatter.changed(
+                max_length=max_length, overlong=overlong, text=text
+            )

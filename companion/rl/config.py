@@ -56,6 +56,12 @@ class GRPORunConfig(HubArguments, GRPOConfig):
         "What servers speak: vLLM's /classify, or the companion's /score.",
         choices=["classify", "companion"],
     )
+    reward_text: str | None = setting(
+        None,
+        "How reward models read prompts of text, in place of what each says: chat, as a question "
+        "and its answer in the chat template, or plain, as they are.",
+        choices=["chat", "plain"],
+    )
     held_out_scorer: str | None = setting(
         None,
         "A scorer that the policy is not trained on, named as a reward is; the run stops when "

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, Literal
 
 from companion.errors import CompanionError, DataError
+from companion.formatting import TextMode
 from companion.scoring.remote import Protocol, RemoteScorer, is_url
 from companion.scoring.reward_function import RewardFunction, Transform
 from companion.scoring.scorer import RewardScorer
@@ -39,6 +40,7 @@ def open_reward(
     truncated: Literal["score"] | float | None = "score",
     eos_token_ids: Sequence[int] | None = None,
     protocol: Protocol = "classify",
+    text: TextMode | None = None,
 ) -> RewardCallable:
     """A reward function, as TRL calls them, from its name.
 
@@ -53,6 +55,8 @@ def open_reward(
         it is.
     protocol : {"classify", "companion"}
         As in :class:`companion.scoring.RemoteScorer`.
+    text : {"chat", "plain"}, optional
+        How prompts of text are read, in place of what the model says.
 
     Returns
     -------
@@ -73,12 +77,12 @@ def open_reward(
                 f"{source}: which model does the server run?",
                 f"give its folder or hub id behind a #: {url}#Org/model",
             )
-        scorer: Any = RemoteScorer.from_pretrained(url, model, protocol=protocol)
+        scorer: Any = RemoteScorer.from_pretrained(url, model, protocol=protocol, text=text)
         name = model
     elif _FUNCTION.fullmatch(source):
         return _function(source)
     else:
-        scorer, name = partial(RewardScorer.from_pretrained, source), source
+        scorer, name = partial(RewardScorer.from_pretrained, source, text=text), source
     last = re.sub(r"\W+", "_", name.rstrip("/").rsplit("/", 1)[-1])
     return RewardFunction(
         scorer,

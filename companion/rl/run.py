@@ -402,7 +402,8 @@ def _scorers(
     """Rewards for TRL, their weighted sum, the held-out scorer, and what is measured besides."""
 
     protocol: Any = config.reward_protocol
-    plain = partial(open_reward, eos_token_ids=eos_token_ids, protocol=protocol)
+    text: Any = config.reward_text
+    plain = partial(open_reward, eos_token_ids=eos_token_ids, protocol=protocol, text=text)
     transform: Any = config.reward_transform
     opened = [
         plain(source, transform=transform, clip=config.reward_clip, truncated=config.truncated)

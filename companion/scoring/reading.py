@@ -110,7 +110,7 @@ class TokenReading:
             notes: Counter[str] = Counter()
             try:
                 row = read_row(row, name, (field,), notes)
-                found.append(self._solution(row, name, field, terminated))
+                found.append(self._solution(formatter, row, name, field, terminated))
                 if notes:
                     formatter.counts.add(prompts_found=1)
             except CompanionError as error:
@@ -172,7 +172,14 @@ class TokenReading:
             readout=self.readout,
         )
 
-    def _solution(self, row: Any, name: str, field: str, terminated: bool | None) -> dict[str, Any]:
+    def _solution(
+        self,
+        formatter: RewardFormatter,
+        row: Any,
+        name: str,
+        field: str,
+        terminated: bool | None,
+    ) -> dict[str, Any]:
         """The row as the formatter takes it: the prompt apart, and for a process model the steps.
 
         Without a prompt nothing would say where the completion begins, and its values would be
@@ -199,6 +206,7 @@ class TokenReading:
         if self.readout.kind == "outcome":
             if (
                 self.readout.chat
+                and formatter.text is None
                 and isinstance(given["prompt"], str)
                 and isinstance(completion, str)
             ):

@@ -24,7 +24,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
 from companion.errors import DataError, ServiceError
-from companion.formatting import RewardFormatter
+from companion.formatting import RewardFormatter, TextMode
 from companion.models.checkpoint import is_adapter, load_config, resolve
 from companion.models.loading import load_formatter
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
@@ -150,12 +150,17 @@ class RemoteScorer(Scorer[Scores]):
 
     @classmethod
     def from_pretrained(
-        cls, url: str, path_or_id: str | os.PathLike[str], **settings: Any
+        cls,
+        url: str,
+        path_or_id: str | os.PathLike[str],
+        *,
+        text: TextMode | None = None,
+        **settings: Any,
     ) -> RemoteScorer:
         """A scorer for the server at `url`, with the formatter of the model that it runs.
 
-        `path_or_id` is that model's folder or hub id; no weights are loaded. `settings` are those
-        of the class.
+        `path_or_id` is that model's folder or hub id; no weights are loaded. `text` is how rows of
+        text are read in place of what the manifest says. `settings` are those of the class.
 
         Raises
         ------
@@ -164,6 +169,7 @@ class RemoteScorer(Scorer[Scores]):
         """
         notes: list[str] = []
         formatter, manifest = load_formatter(path_or_id, notes=notes)
+        formatter = formatter if text is None else formatter.changed(text=text)
         name = resolve(path_or_id)
         positions = None if is_adapter(name) else positions_of(load_config(name))
         return cls(

@@ -18,7 +18,7 @@ import torch
 
 from companion.engine.runner import BatchRunner, Packing
 from companion.errors import CompanionError, DataError, ModelError, ReadoutError
-from companion.formatting import Encoded, Overlong, RewardFormatter, Row
+from companion.formatting import Encoded, Overlong, RewardFormatter, Row, TextMode
 from companion.formatting.steps import EncodedSteps
 from companion.functional.reduction import How
 from companion.models.checkpoint import find_file, model_fingerprint, resolve
@@ -78,8 +78,9 @@ class Scorer(ABC, Generic[ScoresT]):
 
     @property
     def notes(self) -> list[str]:
-        """What was repaired or assumed while loading."""
-        return self._about.notes
+        """What was repaired or assumed while loading, and on the way."""
+        own = self._about.notes
+        return [*own, *(note for note in self.formatter.notes if note not in own)]
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -356,6 +357,7 @@ class LocalScorer(Scorer[ScoresT]):
         packing: Packing = "auto",
         max_length: int | None = None,
         overlong: Overlong | None = None,
+        text: TextMode | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> Self:
@@ -369,8 +371,8 @@ class LocalScorer(Scorer[ScoresT]):
             Default float32. In half precision a score moves with its batch.
         max_tokens_per_batch, packing
             As for the class.
-        max_length, overlong
-            In place of what the manifest says.
+        max_length, overlong, text
+            In place of what the manifest says; see :class:`companion.formatting.RewardFormatter`.
 
         Raises
         ------
@@ -387,7 +389,7 @@ class LocalScorer(Scorer[ScoresT]):
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        reward_model.limit_texts(max_length, overlong)
+        reward_model.read_texts(max_length, overlong, text)
         return cls(reward_model, max_tokens_per_batch=max_tokens_per_batch, packing=packing)
 
     @classmethod

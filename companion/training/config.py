@@ -182,6 +182,18 @@ class PairwiseRewardConfig(HubArguments, RewardConfig):
         choices=["drop", "error", "truncate_prompt"],
     )
 
+    text: str = setting(
+        "auto",
+        "Rows with a prompt of text. chat: the prompt is the user's message, the completion the "
+        "assistant's. plain: one behind the other, as they are. auto: chat if the rows hold "
+        "messages, or the tokenizer has a chat template of its own. Saved with the model.",
+        choices=["auto", "chat", "plain"],
+    )
+    split_special_tokens: bool = setting(
+        False,
+        "Special tokens within the rows' texts are spelt as letters. Off: they end turns and texts "
+        "as in TRL and transformers, and are counted. Saved with the model.",
+    )
     packing: str = setting(
         "auto",
         "auto: a step computes each prompt once and no padding, with the same gradient, where "

@@ -38,7 +38,14 @@ from companion.training.config import (
     setting,
 )
 from companion.training.kind import Kind
-from companion.training.rows import OVERLONG, FormatReport, check_columns, format_all, ids_feature
+from companion.training.rows import (
+    OVERLONG,
+    FormatReport,
+    check_columns,
+    format_all,
+    ids_feature,
+    remarks_of,
+)
 from companion.training.run import Options, TrainingResult, train
 from companion.training.trainer import OWN, WEIGHT, ExactTrainer, make_table
 
@@ -144,6 +151,7 @@ def _rankings_to_ids(
                 "place": [i for _, _, i in kept],
                 "length": max(len(e) for e, _, _ in kept),
                 "cut": sum(e.cut_tokens for e, _, _ in kept),
+                "remarks": remarks_of(*(e for e, _, _ in kept)),
                 "fate": "+with a completion left out for its length" if overlong else "",
             }
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -31,7 +31,14 @@ from companion.models.readout import AGGREGATIONS, TokenReadout
 from companion.training.batches import text_lengths
 from companion.training.config import ModelArguments, RowArguments, setting
 from companion.training.kind import Kind
-from companion.training.rows import OVERLONG, FormatReport, check_columns, format_all, ids_feature
+from companion.training.rows import (
+    OVERLONG,
+    FormatReport,
+    check_columns,
+    format_all,
+    ids_feature,
+    remarks_of,
+)
 from companion.training.run import Options, TrainingResult, train
 from companion.training.token_level import (
     TextCollator,
@@ -82,7 +89,7 @@ def format_outcomes(
     dataset : Dataset
         Rows of the kind ``outcomes`` (:mod:`companion.data.formats`).
     chat : bool
-        Write rows of text as a conversation.
+        Where the formatter's ``text`` is not decided: write rows of text as a conversation.
 
     Returns
     -------
@@ -122,6 +129,7 @@ def _outcomes_to_ids(
     chat: bool,
 ) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
+    chat = chat and formatter.text is None
     encoded = formatter.encode_many([written(row, chat) for row in rows], names=names)
     for row, name, item in zip(rows, names, encoded, strict=True):
         if row["label"] not in (0, 1):  # bools are
@@ -136,6 +144,7 @@ def _outcomes_to_ids(
                 "label": int(row["label"]),
                 "length": len(item),
                 "cut": item.cut_tokens,
+                "remarks": remarks_of(item),
             }
         )
     return found
@@ -186,7 +195,6 @@ class OutcomeRewardTrainer(TokenTrainer):
     args: OutcomeRewardConfig
     config_class = OutcomeRewardConfig
     formats = staticmethod(format_outcomes)
-    format_settings: ClassVar = {"chat": "as_chat"}
     collator_class = OutcomeCollator
     collator_settings = ("reduction",)
     ids = ("input_ids", "prompt_length", "label")
@@ -195,7 +203,7 @@ class OutcomeRewardTrainer(TokenTrainer):
     @classmethod
     def readout(cls, args: Any) -> TokenReadout:
         """One logit, aggregated over the completion."""
-        return TokenReadout("outcome", 1, args.aggregation, chat=args.as_chat)
+        return TokenReadout("outcome", 1, args.aggregation, chat=args.text != "plain")
 
     def item_table(self, model: Any, inputs: Any) -> Tensor:
         """The kind's own columns: the outcome, and the four aggregates."""

@@ -37,6 +37,7 @@ from companion.training.rows import (
     check_columns,
     format_all,
     ids_feature,
+    remarks_of,
 )
 from companion.training.run import Options, TrainingResult, train
 from companion.training.trainer import OWN, ExactTrainer, make_table
@@ -119,6 +120,7 @@ def _pairs_to_ids(
                 "margin": row.get("margin"),
                 "length": max(len(chosen), len(rejected)),
                 "cut": chosen.cut_tokens + rejected.cut_tokens,
+                "remarks": remarks_of(chosen, rejected),
                 "fate": IDENTICAL if chosen.input_ids == rejected.input_ids else "",
             }
         )

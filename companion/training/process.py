@@ -30,7 +30,14 @@ from companion.models.readout import AGGREGATIONS, STEP_SCORES, TokenReadout
 from companion.training.batches import text_lengths
 from companion.training.config import ModelArguments, RowArguments, setting
 from companion.training.kind import Kind
-from companion.training.rows import OVERLONG, FormatReport, check_columns, format_all, ids_feature
+from companion.training.rows import (
+    OVERLONG,
+    FormatReport,
+    check_columns,
+    format_all,
+    ids_feature,
+    remarks_of,
+)
 from companion.training.run import Options, TrainingResult, train
 from companion.training.token_level import (
     TextCollator,
@@ -110,8 +117,10 @@ def format_steps(
     ----------
     dataset : Dataset
         Rows of the kind ``steps`` (:mod:`companion.data.formats`).
-    separator, label_type, neutral, chat
+    separator, label_type, neutral
         As in :class:`ProcessRewardConfig`.
+    chat : bool
+        Where the formatter's ``text`` is not decided: write rows of text as a conversation.
 
     Returns
     -------
@@ -180,6 +189,7 @@ def _steps_to_ids(
                     "targets": targets,
                     "length": len(item.encoded),
                     "cut": item.encoded.cut_tokens,
+                    "remarks": remarks_of(item.encoded),
                 }
             )
     return found
@@ -242,7 +252,6 @@ class ProcessRewardTrainer(TokenTrainer):
         "separator": "step_separator",
         "label_type": "label_type",
         "neutral": "neutral",
-        "chat": "as_chat",
     }
     collator_class = StepCollator
     collator_settings = ("num_labels",)
@@ -259,7 +268,7 @@ class ProcessRewardTrainer(TokenTrainer):
             args.aggregation,
             separator=args.step_separator,
             step_score=args.step_score,
-            chat=args.as_chat,
+            chat=args.text != "plain",
         )
 
     def item_table(self, model: Any, inputs: Any) -> Tensor:

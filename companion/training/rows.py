@@ -5,6 +5,7 @@ Chapters 3 and 4.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from companion.errors import DataError
-from companion.formatting import RewardFormatter
+from companion.formatting import REMARKS, Encoded, RewardFormatter
 from companion.training.tokenising import tokenise_rows
 
 #: fate of a row that was dropped for its length
@@ -43,6 +44,8 @@ class FormatReport:
         Tokens of the longest text that was kept.
     counts : dict of str to int, or None
         Of other kinds: what else was left out or found, in words that follow a number.
+    remarks : dict of str to int, or None
+        What the formatter noticed of the rows (:data:`companion.formatting.REMARKS`), if anything.
     """
 
     source: str
@@ -55,6 +58,7 @@ class FormatReport:
     identical: int | None = None
     longest: int = 0
     counts: dict[str, int] | None = None
+    remarks: dict[str, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The counts by name, without those of other kinds."""
@@ -71,6 +75,8 @@ class FormatReport:
             parts.append(f"{self.truncated:,} with a cut prompt ({self.tokens_cut:,} tokens)")
         others = {IDENTICAL[1:]: self.identical, **(self.counts or {})}
         parts += [f"{count:,} {what}" for what, count in others.items() if count]
+        remarks = (self.remarks or {}).items()
+        parts += [f"{count:,} with {REMARKS[name]}" for name, count in remarks]
         return f"{text}; {', '.join(parts) or 'none dropped, none cut'}"
 
 
@@ -110,7 +116,8 @@ def format_all(
         ``convert(rows, names, formatter, **arguments)`` gives for each row its `columns`, with
         ``length`` (tokens) and ``cut`` (tokens cut); or, if it is dropped, no more than ``fate``:
         :data:`OVERLONG` or why, in words that follow a number. A fate that begins with "+" is
-        counted, and the row is kept. It must be a function of a module.
+        counted, and the row is kept. ``remarks`` are those of :func:`remarks_of`. It must be a
+        function of a module.
     columns : mapping of str to feature
         What the trainer reads.
     source, noun : str
@@ -130,7 +137,7 @@ def format_all(
         For the first bad row, which it names, and if no row is left.
     """
     features = {**columns, "row": Value("int64"), "length": Value("int32"), "cut": Value("int32")}
-    features["fate"] = Value("string")
+    features |= {"fate": Value("string"), "remarks": Value("string")}
     rows = tokenise_rows(
         dataset,
         _format_batch,
@@ -157,6 +164,8 @@ def format_all(
     else:
         others = [fate.lstrip("+") for fate in fates if fate and fate != OVERLONG]
         report.counts = {fate: others.count(fate) for fate in dict.fromkeys(others)}
+    remarks = Counter(name for said in rows["remarks"][:] for name in said.split())
+    report.remarks = {name: remarks[name] for name in REMARKS if remarks[name]} or None
     if not kept:
         cure = "look at the counts: are these rows of the right kind?"
         if report.dropped_overlong:
@@ -171,7 +180,7 @@ def format_all(
         raise DataError(what, cure)
     if len(kept) < len(rows):
         rows = rows.select(kept)
-    rows = rows.remove_columns(["cut", "fate"])
+    rows = rows.remove_columns(["cut", "fate", "remarks"])
     report.longest = max(rows["length"][:], default=0)
     return rows, report
 
@@ -187,13 +196,20 @@ def _format_batch(
 ) -> dict[str, list[Any]]:
     rows = [{name: values[i] for name, values in batch.items()} for i in range(len(indices))]
     found = convert(rows, [f"{source}, row {i}" for i in indices], formatter, **arguments)
-    out: dict[str, list[Any]] = {name: [] for name in (*columns, "row", "length", "cut", "fate")}
+    own = ("row", "length", "cut", "fate", "remarks")
+    out: dict[str, list[Any]] = {name: [] for name in (*columns, *own)}
     for index, item in zip(indices, found, strict=True):
         for name in out:
             out[name].append(item.get(name, _NOTHING.get(name)))
         out["row"][-1] = index
         out["fate"][-1] = item.get("fate", "")
+        out["remarks"][-1] = item.get("remarks", "")
     return out
+
+
+def remarks_of(*texts: Encoded | None) -> str:
+    """What the formatter noticed of the texts of a row, each once."""
+    return " ".join(sorted({name for text in texts if text is not None for name in text.remarks}))
 
 
 def ids_feature() -> Any:

@@ -45,7 +45,7 @@ from companion.training.config import (
 )
 from companion.training.kind import E, Kind
 from companion.training.rows import FormatReport
-from companion.training.trainer import is_sharded, load_start, whole_parameters
+from companion.training.trainer import decide_text, is_sharded, load_start, whole_parameters
 
 Say = Callable[[str], None]
 
@@ -158,6 +158,8 @@ def train(
                 f"{overlap.test_rows_affected:,} held-out rows; the figures flatter the model"
             )
     start = load_start(kind.trainer.labels(config), config, model)
+    said = decide_text(start.formatter, sets["train"], config)
+    notes += [said] if said else []
     for note in [*notes, *start.notes]:
         tell(f"note: {note}")
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
+from companion.errors import CompanionError
 from companion.training.batches import Collator, forward_inputs, text_lengths
 from companion.training.config import NO_OFFLOADING, PairwiseRewardConfig, not_offered, setting
 from companion.training.trainer import ExactTrainer
@@ -31,11 +32,19 @@ class TokenRewardConfig(PairwiseRewardConfig):
         "it belongs to training on pairs; soft labels belong into the data", default=0.0
     )
     activation_offloading: bool = not_offered(NO_OFFLOADING, default=False)
-    as_chat: bool = setting(
-        True,
-        "Write a prompt and completion of text as a user's question and the assistant's answer;"
-        " false: one behind the other, as they are.",
+    as_chat: bool | None = setting(
+        None, "Former name of --text: true is 'chat', false is 'plain'. Default: what --text says."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.as_chat is not None:
+            text = "chat" if self.as_chat else "plain"
+            if self.text not in ("auto", text):
+                raise CompanionError(
+                    f"as_chat is {self.as_chat} and text is {self.text!r}", "give text alone"
+                )
+            self.text = text
 
 
 class TextCollator(Collator):

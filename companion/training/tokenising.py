@@ -10,7 +10,6 @@ Chapter 4.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -135,14 +134,12 @@ def cache_key(
     features: Features,
 ) -> str:
     """SHA-256 (32 hexadecimal digits) of all that decides the token ids."""
-    template = str(formatter.chat_template)
     parts = {
         "code": _code_digest(),
         "versions": [importlib.metadata.version(n) for n in ("transformers", "tokenizers")],
         "recipe": formatter.fingerprint(),
         "tokenizer": _tokenizer_digest(formatter.tokenizer),
-        # a template may write the date of today
-        "today": str(datetime.date.today()) if "strftime_now" in template else None,
+        "day": formatter.day,  # in the recipe, but for one from before
         "kind": kind,
         "arguments": sorted((name, _as_text(value)) for name, value in arguments.items()),
         "features": repr(features),

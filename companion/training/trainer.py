@@ -217,6 +217,7 @@ class ExactTrainer(ExactEvaluation):
     ) -> tuple[Dataset, FormatReport]:
         """Rows of the kind to rows of token ids, with their ``row`` and ``length``."""
         own = {name: getattr(args, of) for name, of in cls.format_settings.items()}
+        decide_text(formatter, dataset, args)
         return cls.formats(dataset, formatter, source=source, num_proc=args.dataset_num_proc, **own)
 
     def check_rows(
@@ -252,7 +253,9 @@ class ExactTrainer(ExactEvaluation):
         if report is not None:
             self.format_reports[name] = report
             if self.args.process_index == 0:
-                lost = report.kept < report.rows or report.truncated or report.identical
+                lost = report.kept < report.rows or bool(
+                    report.truncated or report.identical or report.remarks
+                )
                 logger.log(logging.WARNING if lost else logging.INFO, str(report))
         if self.wide is not None:
             self._widest = max(self._widest, *map(len, rows[self.wide]))
@@ -468,6 +471,32 @@ def is_sharded(trainer: Any) -> bool:
     return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
 
+def decide_text(formatter: RewardFormatter, rows: Dataset, args: Any) -> str | None:
+    """Decide how text is read, as the settings or the training rows say; a note of it, if new.
+
+    The first rows that a formatter is given decide, so those of training come first.
+    """
+    asked: Any = getattr(args, "text", "auto")
+    if asked != "auto":
+        formatter.text = asked
+        return None
+    if formatter.text is None:
+        names = {"prompt", "chosen", "completion", "messages"} & set(rows.column_names)
+        some = rows.select(range(min(len(rows), 200))).select_columns(sorted(names))
+        formatter.decide_text(list(some))
+    args.text = formatter.text
+    prompts = rows.features.get("prompt")
+    if getattr(prompts, "dtype", None) != "string":
+        return None
+    return (
+        "rows of text are read as a question and its answer, in the chat template (--text plain "
+        "reads them as they are)"
+        if formatter.text == "chat"
+        else "rows of text are read as they are, prompt and completion one behind the other "
+        "(--text chat writes them in the chat template)"
+    )
+
+
 def load_start(
     labels: int | None, config: PairwiseRewardConfig, model: ModelArguments
 ) -> RewardModel:
@@ -485,6 +514,7 @@ def load_start(
             max_length=config.max_length,
             overlong=config.overlong,  # type: ignore[arg-type]
             chat_template=_read_template(config),
+            split_special_tokens=config.split_special_tokens,
             attn_implementation=model.attn_implementation,
             revision=model.model_revision,
             trust_remote_code=config.trust_remote_code,

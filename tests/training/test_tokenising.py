@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
@@ -158,10 +159,10 @@ def test_merges_that_no_probe_shows_are_in_the_key() -> None:
 def test_a_template_that_writes_the_date_is_kept_for_a_day(
     fresh: Callable[..., RewardFormatter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Tomorrow:
-        @staticmethod
-        def today() -> str:
-            return "2100-01-01"
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:
+            return datetime.date(2100, 1, 1)
 
     rows = rows_of("pairs", 2)
     dated = fresh(chat_template="{{ strftime_now('%d') }}{{ messages[0]['content'] }}")
@@ -171,7 +172,9 @@ def test_a_template_that_writes_the_date_is_kept_for_a_day(
         return [tokenising.cache_key(rows, f, "pairs", {}, rows.features) for f in (dated, plain)]
 
     today = keys()
-    monkeypatch.setattr(tokenising.datetime, "date", Tomorrow)
+    monkeypatch.setattr("companion.formatting.formatter.Date", Tomorrow)
+    assert today == keys()  # its day is fixed when it is made
+    dated, plain = fresh(chat_template=dated.chat_template), fresh()
     tomorrow = keys()
     assert today[0] != tomorrow[0]
     assert today[1] == tomorrow[1]
