@@ -14,6 +14,7 @@ from trl import GRPOConfig
 from companion.engine.devices import has_bf16
 from companion.errors import CompanionError
 from companion.training.config import (
+    CheckpointArguments,
     HubArguments,
     LoadArguments,
     SourceArguments,
@@ -23,7 +24,7 @@ from companion.training.config import (
 
 
 @dataclass
-class GRPORunConfig(HubArguments, GRPOConfig):
+class GRPORunConfig(CheckpointArguments, HubArguments, GRPOConfig):
     """TRL's ``GRPOConfig`` with the rewards, the watch on them, and the budget.
 
     What differs from TRL's defaults: ``bf16`` is on only where the device is CUDA with bf16;

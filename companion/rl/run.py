@@ -23,7 +23,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
-from companion.data.splits import prompt_key, split_by_prompt
+from companion.data.splits import dataset_fingerprint, prompt_key, split_by_prompt
 from companion.errors import CompanionError, DataError
 from companion.evaluation.tables import format_table
 from companion.functional.resampling import Interval, bootstrap_interval
@@ -45,9 +45,23 @@ from companion.rl.rewards import (
     weighted_sum,
 )
 from companion.scoring.reward_function import TEMPLATE_COLUMNS
+from companion.training.checkpoints import WholeCheckpoints, check_run, checkpoint_of
 from companion.training.config import require
-from companion.training.run import Say, checkpoint_of, load_given
+from companion.training.run import Say, load_given
 from companion.training.trainer import whole_parameters
+
+#: settings that decide what a policy becomes
+_DECIDING = (
+    *("reward_model", "reward_weights", "num_train_epochs", "max_steps", "learning_rate", "beta"),
+    *(
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "world_size",
+        "num_generations",
+    ),
+    *("max_completion_length", "temperature", "top_p", "loss_type", "scale_rewards", "epsilon"),
+    *("num_iterations", "kl_budget", "on_budget", "seed", "data_seed"),
+)
 
 
 @dataclass
@@ -241,6 +255,7 @@ def train_grpo(
         disable_progress_bars()
     _check_arguments(config, model, data)
     destination, config = open_destination(config)
+    resume = checkpoint_of(config)
     train, monitored, tested, notes = hold_out(data)
     for note in notes:
         tell(f"note: {note}")
@@ -305,7 +320,17 @@ def train_grpo(
         on_best=lambda: trainer.save_model(output),
         seed=config.seed,
     ).attach(trainer)
-    trained = trainer.train(resume_from_checkpoint=checkpoint_of(config))
+    trainer.run = {
+        "policy": name,
+        "revision": model.model_revision,
+        "rows": dataset_fingerprint(train),
+        "lora": bool(model.use_peft) and model.lora_r,
+        **{field: getattr(config, field) for field in _DECIDING},
+    }
+    if other := check_run(resume, trainer.run, config.resume_other_run):
+        notes.append(other)
+        tell(f"note: {other}")
+    trained = trainer.train(resume)
     if monitor.reason is not None:
         tell(f"stopped at step {trainer.state.global_step}: {monitor.reason}")
 
@@ -334,7 +359,7 @@ def train_grpo(
     return result
 
 
-class _Trainer(GRPOTrainer):
+class _Trainer(WholeCheckpoints, GRPOTrainer):
     """TRL's, but for its card, which calls a base from a folder 'None'."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

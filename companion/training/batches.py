@@ -269,13 +269,18 @@ class ItemTables:
         """Add a table ``[B, columns]``."""
         self._tables.append(table.detach())
 
-    def pop(self) -> Tensor:
-        """All real items so far, ``[n, columns]`` float64 on the CPU; begins anew."""
+    def table(self) -> Tensor:
+        """All real items so far, ``[n, columns]`` float64 on the CPU."""
         if not self._tables:
             return torch.zeros(0, 0, dtype=torch.float64)
         table = torch.cat(self._tables).to("cpu").to(torch.float64)
-        self._tables = []
         return table[table[:, 0] > 0]
+
+    def pop(self) -> Tensor:
+        """The :meth:`table`; begins anew."""
+        table = self.table()
+        self._tables = []
+        return table
 
 
 class ExactBatches(_Base):

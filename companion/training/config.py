@@ -111,7 +111,21 @@ class HubArguments:
 
 
 @dataclass
-class PairwiseRewardConfig(HubArguments, RewardConfig):
+class CheckpointArguments:
+    """Which checkpoint a run may go on from (:mod:`companion.training.checkpoints`)."""
+
+    resume_from_checkpoint: str | None = setting(
+        None,
+        "Go on from a checkpoint of this run: a folder checkpoint-N, or 'last' for the newest "
+        "whole one. One of other rows, another base or other settings is refused.",
+    )
+    resume_other_run: bool = setting(
+        False, "Go on from the checkpoint of another run too; the manifest says what differed."
+    )
+
+
+@dataclass
+class PairwiseRewardConfig(CheckpointArguments, HubArguments, RewardConfig):
     """TRL's ``RewardConfig`` with the defaults of a reward model, and two fields more.
 
     What differs from TRL's defaults, and why:

@@ -7,6 +7,7 @@ figures; save all of it as one checkpoint. Chapter 4.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -14,8 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypedDict
 
 from datasets import Dataset, disable_progress_bars
-from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback
 
 from companion.data.loading import load_rows, load_rows_with_report
 from companion.data.splits import (
@@ -28,12 +28,14 @@ from companion.data.splits import (
 from companion.errors import CompanionError, DataError
 from companion.layouts import columns_of
 from companion.models.card import write_card
+from companion.models.checkpoint import model_fingerprint
 from companion.models.hub import open_destination
 from companion.models.loading import load_base, load_reward_model
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
 from companion.models.readout import readout_from_dict
 from companion.models.reward_model import RewardModel
 from companion.models.saving import save_reward_model
+from companion.training.checkpoints import check_run, checkpoint_of, take_date
 from companion.training.config import (
     DataArguments,
     ModelArguments,
@@ -158,6 +160,7 @@ def train(
                 f"{overlap.test_rows_affected:,} held-out rows; the figures flatter the model"
             )
     start = load_start(kind.trainer.labels(config), config, model)
+    take_date(start.formatter, resume)
     said = decide_text(start.formatter, sets["train"], config)
     notes += [said] if said else []
     for note in [*notes, *start.notes]:
@@ -179,7 +182,7 @@ def train(
         )
         tell(f"note: {notes[-1]}")
 
-    named = config.learning_rate
+    named, base = config.learning_rate, model_fingerprint(start.model)
     trainer: Any = kind.trainer(
         start,
         config,
@@ -189,6 +192,10 @@ def train(
     )
     if named is None:
         tell(f"learning rate {config.learning_rate:g}: the default of what is trained")
+    trainer.run = _run_of(kind, config, model, start, sets, base)
+    if other := check_run(resume, trainer.run, config.resume_other_run):
+        notes.append(other)
+        tell(f"note: {other}")
     reported = trainer.train(resume_from_checkpoint=resume).metrics
     predictions = trainer.predict(rows, metric_key_prefix="held_out").predictions
 
@@ -336,26 +343,27 @@ def _check_arguments(model: ModelArguments, data: RowArguments) -> None:
             )
 
 
-def checkpoint_of(config: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: a path as given, or the last one for 'true' and 'last'."""
-    asked = config.resume_from_checkpoint
-    if asked is None or str(asked).lower() in ("false", "none", "no"):
-        return None
-    if str(asked).lower() in ("true", "last", "yes"):
-        folder = str(config.output_dir)
-        found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-        if found is None:
-            raise CompanionError(
-                f"{folder}: there is no checkpoint to go on from",
-                "leave out --resume_from_checkpoint, or check --output_dir",
-            )
-        return str(found)
-    if not (Path(str(asked)) / "trainer_state.json").is_file():
-        raise CompanionError(
-            f"{asked}: is no training checkpoint (it has no trainer_state.json)",
-            "give a folder checkpoint-N, or 'last'",
-        )
-    return str(asked)
+def _run_of(
+    kind: Kind[Any],
+    config: PairwiseRewardConfig,
+    model: ModelArguments,
+    start: RewardModel,
+    sets: dict[str, Dataset],
+    base: str,
+) -> dict[str, Any]:
+    """What decides the result of a run, for its checkpoints."""
+    settings = describe_settings(config, model)
+    parts = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+    rows = math.prod(settings.pop(name) for name in parts)  # they may share it in another way
+    del settings["activation_checkpointing"]
+    return {
+        "trainer": kind.trainer.__name__,
+        "base and head": base,
+        "rows": {name: dataset_fingerprint(part) for name, part in sets.items()},
+        "formatter": start.formatter.fingerprint(),
+        "rows a step": rows,
+        **settings,
+    }
 
 
 # ---------------------------------------------------------------------- the model

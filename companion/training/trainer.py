@@ -53,6 +53,7 @@ from companion.models.readout import Readout, ScalarReadout
 from companion.models.reward_model import RewardModel
 from companion.models.saving import package_versions
 from companion.training.batches import Collator, ItemTables
+from companion.training.checkpoints import WholeCheckpoints
 from companion.training.config import (
     ModelArguments,
     PairwiseRewardConfig,
@@ -81,7 +82,7 @@ def make_table(inputs: Mapping[str, Any], loss: Tensor, tokens: Tensor, *own: Te
     return torch.stack([column.to(loss.dtype) for column in columns], dim=1)
 
 
-class ExactTrainer(ExactEvaluation):
+class ExactTrainer(WholeCheckpoints, ExactEvaluation):
     """Base of the trainers of all kinds. Chapters 3, 4 and 8.
 
     Parameters
@@ -349,17 +350,34 @@ class ExactTrainer(ExactEvaluation):
         return figures, table[:, self.predicted].to(torch.float32).numpy()
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in transformers; ``training_loss`` is the weighted mean over this call."""
-        self._window, self._sums, self._tokens = ItemTables(), np.zeros(2), 0.0
+        """As in transformers; ``training_loss`` is the weighted mean over the whole run."""
         output = super().train(*args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    def restore(self, totals: Mapping[str, Any]) -> None:
+        super().restore(totals)
+        self._window = ItemTables()
+        self._sums = np.array(totals.get("sums", [0.0, 0.0]))
+        self._tokens = float(totals.get("tokens", 0.0))
+
+    def totals(self) -> dict[str, Any]:
+        sums, tokens = self._sums.copy(), self._tokens
+        if self._window.used:  # items since the last log
+            figures = self._figures_of(self._window.table())
+            weight = figures["weight"]
+            if weight:
+                sums += [figures["loss"] * weight, weight]
+            tokens += figures["tokens"]
+        return super().totals() | {"sums": sums.tolist(), "tokens": tokens}
+
+    def _figures_of(self, table: Tensor) -> dict[str, float]:
+        return self.summarise(table, all_ranks=self.accelerator.num_processes > 1)
 
     def _drain(self) -> dict[str, float]:
         """Figures of the items since the last call, over all ranks; empty if there are none."""
         if not self._window.used:  # on all ranks alike: each holds as many micro-batches
             return {}
-        table = self._window.pop()
-        figures = self.summarise(table, all_ranks=self.accelerator.num_processes > 1)
+        figures = self._figures_of(self._window.pop())
         weight = figures.pop("weight")
         if weight:
             self._sums += [figures["loss"] * weight, weight]

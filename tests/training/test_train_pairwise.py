@@ -168,7 +168,8 @@ def test_resume_by_the_last_checkpoint(run: Any) -> None:
     again = run(
         save_strategy="steps", save_steps=3, save_total_limit=None, resume_from_checkpoint="last"
     )
-    assert again.train_metrics["train_pairs"] < whole.train_metrics["train_pairs"]
+    for name in ("train_pairs", "train_loss"):  # of the whole run
+        assert again.train_metrics[name] == pytest.approx(whole.train_metrics[name], rel=1e-6)
     for name, value in again.reward_model.model.state_dict().items():
         assert torch.equal(value, weights[name]), name
     assert again.temperature == whole.temperature

@@ -1,0 +1,319 @@
+"""A training checkpoint knows whose it is, and whether it is whole.
+
+transformers goes on from the folder with the highest number, be it torn by a kill (#35525) or of
+other rows, another base or other settings, and what is then saved claims to be this run's. Here the
+last file of a checkpoint, written when all others are, names the run and their sizes. Chapter 4.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from companion.errors import CompanionError
+from companion.formatting import RECIPE_FILE, RewardFormatter
+
+if TYPE_CHECKING:
+    from transformers.trainer_utils import TrainOutput
+
+    _Base = Trainer
+else:
+    _Base = object
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE: Final = "companion_run.json"
+_STATE: Final = "trainer_state.json"
+#: left by transformers' `enable_jit_checkpoint`, and looked at by nobody
+_SENTINEL: Final = "checkpoint-is-incomplete.txt"
+
+
+# ---------------------------------------------------------------------- is it whole
+
+
+def mark_whole(folder: Path, run: Mapping[str, Any] | None, totals: Mapping[str, Any]) -> None:
+    """Write the last file of a checkpoint: the run, its totals so far, and the files' sizes."""
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != RUN_FILE
+    }
+    record = {"version": 1, "run": run, "totals": dict(totals), "files": files}
+    part = folder / f"{RUN_FILE}.tmp"
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(record, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(folder / RUN_FILE)
+
+
+def fault_of(folder: Path) -> str | None:
+    """Why a checkpoint is not whole; None if it is.
+
+    One that the companion did not mark (of an earlier version, or torn before its last file) is
+    looked into: each file must be readable to its end.
+    """
+    if (folder / _SENTINEL).exists():
+        return "its save was broken off"
+    record = _record(folder)
+    if record is None:
+        return next(_faults(folder), None)
+    for name, size in record["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} of {size:,} bytes"
+    return None
+
+
+def _faults(folder: Path) -> Iterator[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        yield f"{_STATE} is missing or broken"
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if not weights and not any(path.is_dir() for path in folder.iterdir()):
+        yield "it has no weights"
+    for index in folder.glob("*.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in sorted(shards - {path.name for path in folder.iterdir()}):
+            yield f"{name} is missing"
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except (SafetensorError, OSError):
+                yield f"{path.name} is cut short"
+        elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+            yield f"{path.name} is cut short"
+    if (folder / "optimizer.pt").exists():
+        if not (folder / "scheduler.pt").exists():
+            yield "scheduler.pt is missing"
+        if not any(folder.glob("rng_state*.pth")):
+            yield "rng_state.pth is missing"
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        return record if isinstance(record["files"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def has_optimizer(folder: Path) -> bool:
+    """Whether the optimiser's state is there, in one file or in shards."""
+    return any(
+        path.name.startswith(("optimizer", "global_step", "zero_pp_rank"))
+        for path in folder.iterdir()
+    )
+
+
+def newest_whole(output_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a folder; a torn one is skipped, with a warning.
+
+    Raises
+    ------
+    CompanionError
+        If there are checkpoints, and none is whole.
+    """
+    numbered = sorted(
+        (path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()),
+        key=lambda path: -int(path.name[11:]),
+    )
+    torn = []
+    for path in numbered:
+        fault = fault_of(path)
+        if fault is None:
+            return path
+        torn.append(f"{path.name}: {fault}")
+        logger.warning(f"{path}: is not whole ({fault}), and is left aside")
+    if torn:
+        raise CompanionError(
+            f"{output_dir}: no checkpoint is whole ({'; '.join(torn)})",
+            "begin anew, without --resume_from_checkpoint",
+        )
+    return None
+
+
+def checkpoint_of(config: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: a path as given, or the newest whole one for 'last'.
+
+    Raises
+    ------
+    CompanionError
+        If there is none, it is not whole, or it has no state of the optimiser.
+    """
+    asked = config.resume_from_checkpoint
+    if asked is None or str(asked).lower() in ("false", "none", "no"):
+        return None
+    if str(asked).lower() in ("true", "last", "yes"):
+        found = newest_whole(Path(str(config.output_dir)))
+        if found is None:
+            raise CompanionError(
+                f"{config.output_dir}: there is no checkpoint to go on from",
+                "leave out --resume_from_checkpoint, or check --output_dir",
+            )
+    else:
+        found = Path(str(asked))
+        if not found.is_dir() or not ((found / _STATE).is_file() or (found / RUN_FILE).is_file()):
+            raise CompanionError(
+                f"{asked}: is no training checkpoint (it has no {_STATE})",
+                "give a folder checkpoint-N, or 'last'",
+            )
+        if fault := fault_of(found):
+            raise CompanionError(
+                f"{asked}: is not whole ({fault})", "take another one, or 'last' for the newest"
+            )
+    if not has_optimizer(found):
+        raise CompanionError(
+            f"{found}: has no state of the optimiser, without which the run would not go on as it "
+            "was (save_only_model)",
+            "give it as --model_name_or_path with --keep_head to begin a new run from its weights",
+        )
+    return str(found)
+
+
+# ---------------------------------------------------------------------- whose is it
+
+
+def check_run(
+    checkpoint: str | None, run: Mapping[str, Any], allow_other: bool = False
+) -> str | None:
+    """Refuse the checkpoint of another run; a note, if there is something to say.
+
+    Parameters
+    ----------
+    checkpoint : str, optional
+        None: nothing is resumed.
+    run : mapping
+        What decides the result of this run, a value each, nested or not.
+    allow_other : bool
+        Go on all the same, and say so in the note.
+
+    Raises
+    ------
+    CompanionError
+        With each difference.
+    """
+    if checkpoint is None:
+        return None
+    record = _record(Path(checkpoint))
+    before = None if record is None else record["run"]
+    if before is None:
+        return f"{checkpoint} does not say of which run it is: nothing could be compared"
+    old, new = dict(_flat(before)), dict(_flat(json.loads(json.dumps(run))))
+    differ = [
+        f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
+        for name in [*old, *(name for name in new if name not in old)]
+        if old.get(name) != new.get(name)
+    ]
+    if not differ:
+        return None
+    if allow_other:
+        return f"went on from {checkpoint}, of another run ({'; '.join(differ)})"
+    raise CompanionError(
+        f"{checkpoint}: is of another run ({'; '.join(differ)})",
+        "take another --output_dir or leave out --resume_from_checkpoint; --resume_other_run true "
+        "goes on all the same, and the manifest says so",
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+def take_date(formatter: RewardFormatter, checkpoint: str | None) -> None:
+    """Let a run that goes on write the date in its texts that it began with."""
+    if checkpoint is None or formatter.day is None:
+        return
+    try:
+        recipe = json.loads((Path(checkpoint) / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    formatter.day = recipe.get("date", formatter.day)
+
+
+# ---------------------------------------------------------------------- in the trainer
+
+
+class WholeCheckpoints(_Base):
+    """The part of a trainer that marks its checkpoints, and counts a resumed run as one."""
+
+    #: what the checkpoints are to say of their run
+    run: Mapping[str, Any] | None = None
+    _before: Mapping[str, Any] = {}
+    _began = 0.0
+
+    def totals(self) -> dict[str, Any]:
+        """What a run that goes on from here adds to; every rank calls."""
+        return {"seconds": self._before.get("seconds", 0.0) + time.time() - self._began}
+
+    def restore(self, totals: Mapping[str, Any]) -> None:
+        """Begin with the totals of a checkpoint, or with none."""
+        self._before, self._began = totals, time.time()
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """As in transformers; a resumed run ends with the totals of the whole."""
+        if resume_from_checkpoint is True:
+            found = newest_whole(Path(str(self.args.output_dir)))
+            resume_from_checkpoint = None if found is None else str(found)
+        record = _record(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
+        self.restore({} if record is None else record["totals"])
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        own, whole = output.metrics.get("train_runtime"), self.totals()["seconds"]
+        if self._before and own:
+            output.metrics["train_runtime"] = round(whole, 4)
+            for name in ("train_samples_per_second", "train_steps_per_second"):
+                if name in output.metrics:
+                    output.metrics[name] = round(output.metrics[name] * own / whole, 3)
+        return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:  # transformers looks after a step only
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Old checkpoints go when the new one is whole, with its mark; transformers deletes before.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        totals = self.totals()
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial))
+            mark_whole(folder / f"checkpoint-{self.state.global_step}", self.run, totals)
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
