@@ -142,6 +142,8 @@ def test_training_counts_what_it_noticed() -> None:
 def test_a_prompt_that_stands_twice_is_refused(row: Any) -> None:
     with pytest.raises(DataError, match="begins with the prompt"):
         RewardFormatter(base()).encode_row(row)
+    # what a policy wrote behind its prompt is what it wrote
+    assert RewardFormatter(base()).encode_row({**row, "drawn": True}) is not None
 
 
 @pytest.mark.parametrize(

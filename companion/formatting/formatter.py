@@ -372,7 +372,8 @@ class RewardFormatter:
             Each a string, a list of messages, or a mapping with ``prompt`` (or as one of the
             layouts of :mod:`companion.layouts` has it) and ``field``, with ``field`` alone, with
             ``messages``, or with ``text``; optionally ``tools``,
-            ``chat_template_kwargs``, and ``terminated`` or ``<field>_terminated``.
+            ``chat_template_kwargs``, ``terminated`` or ``<field>_terminated``, and ``drawn``: true
+            for what a policy wrote behind that very prompt, which it may have echoed.
         field : str
             The field that holds the completion.
         terminated : bool, optional
@@ -481,7 +482,9 @@ class RewardFormatter:
                 tools = json.loads(tools)
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: 'tools' is no valid JSON: {error}") from error
-        if prompt is not None and completion is not None and repeats(prompt, completion):
+        # (a policy that was given the prompt may echo it: ``drawn`` says that it did)
+        both = prompt is not None and completion is not None and not row.get("drawn")
+        if both and repeats(prompt, completion):
             raise DataError(
                 f"{where}, {field!r}: begins with the prompt, which would then stand twice in the "
                 "text",

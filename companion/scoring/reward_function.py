@@ -208,6 +208,7 @@ class RewardFunction:
                 "prompt": prompts[i],
                 "completion": completions[i],
                 "terminated": not cut[i],
+                "drawn": True,
                 **{name: column[i] for name, column in given.items()},
             }
             for i in range(n)

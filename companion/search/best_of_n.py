@@ -197,7 +197,12 @@ def _chunk_records(
     if policy is not None:
         errors |= _draw(policy, rows, sampling, on_error)
     flat = [
-        {"prompt": row["prompt"], "completion": text, "terminated": end}
+        {
+            "prompt": row["prompt"],
+            "completion": text,
+            "terminated": end,
+            "drawn": policy is not None,
+        }
         for index, row in rows.items()
         if index not in errors
         for text, end in zip(row["completions"], row["terminated"], strict=True)

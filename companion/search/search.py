@@ -140,7 +140,12 @@ def score_samples(
         ``[P]`` lists of :class:`Sample`.
     """
     rows = [
-        {"prompt": prompt, "completion": sample.text, "terminated": sample.terminated}
+        {
+            "prompt": prompt,
+            "completion": sample.text,
+            "terminated": sample.terminated,
+            "drawn": True,
+        }
         for prompt, group in zip(prompts, samples, strict=True)
         for sample in group
     ]

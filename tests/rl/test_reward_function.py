@@ -178,3 +178,12 @@ def test_trl_trains_with_it(chat, tiny_base, scorer, tmp_path):
     rewards = [r for r in given[0] if r is not None]
     assert rewards
     assert logged["rewards/recorded/mean"] == pytest.approx(np.mean(rewards), abs=1e-4)
+
+
+def test_a_policy_that_echoes_its_prompt_has_a_reward(scorer):
+    """In a file it would be a mistake of the rows; here it is what the policy did."""
+    prompt = "Ana has 3 pens"
+    reward = scorer.as_reward_func()([prompt], [f"{prompt} and with it 4 more"])
+    assert reward[0] is not None
+    with pytest.raises(DataError, match="begins with the prompt"):
+        scorer.score([{"prompt": prompt, "completion": f"{prompt} and with it 4 more"}])
