@@ -45,7 +45,12 @@ from companion.rl.rewards import (
     weighted_sum,
 )
 from companion.scoring.reward_function import TEMPLATE_COLUMNS
-from companion.training.checkpoints import WholeCheckpoints, check_run, checkpoint_of
+from companion.training.checkpoints import (
+    WholeCheckpoints,
+    check_run,
+    checkpoint_of,
+    fingerprint_of,
+)
 from companion.training.config import require
 from companion.training.run import Say, load_given
 from companion.training.trainer import whole_parameters
@@ -321,10 +326,12 @@ def train_grpo(
         seed=config.seed,
     ).attach(trainer)
     trainer.run = {
-        "policy": name,
-        "revision": model.model_revision,
-        "rows": dataset_fingerprint(train),
-        "lora": bool(model.use_peft) and model.lora_r,
+        "policy": fingerprint_of(trainer.model, main),
+        "rows": {
+            "train": dataset_fingerprint(train, ordered=True),
+            "monitored": dataset_fingerprint(monitored, ordered=True),
+        },
+        "lora": lora.to_dict() if (lora := _lora(model)) else None,
         **{field: getattr(config, field) for field in _DECIDING},
     }
     if other := check_run(resume, trainer.run, config.resume_other_run):

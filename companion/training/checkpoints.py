@@ -16,11 +16,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from companion.errors import CompanionError
 from companion.formatting import RECIPE_FILE, RewardFormatter
+from companion.models.checkpoint import model_fingerprint
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -33,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE: Final = "companion_run.json"
 _STATE: Final = "trainer_state.json"
-#: left by transformers' `enable_jit_checkpoint`, and looked at by nobody
+#: stands in a folder as long as it is written to; the name is that of transformers'
+#: `enable_jit_checkpoint`, which writes it and never looks at it
 _SENTINEL: Final = "checkpoint-is-incomplete.txt"
 
 
@@ -45,7 +48,7 @@ def mark_whole(folder: Path, run: Mapping[str, Any] | None, totals: Mapping[str,
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != RUN_FILE
+        if path.is_file() and path.name not in (RUN_FILE, _SENTINEL)
     }
     record = {"version": 1, "run": run, "totals": dict(totals), "files": files}
     part = folder / f"{RUN_FILE}.tmp"
@@ -54,6 +57,7 @@ def mark_whole(folder: Path, run: Mapping[str, Any] | None, totals: Mapping[str,
         file.flush()
         os.fsync(file.fileno())
     part.replace(folder / RUN_FILE)
+    (folder / _SENTINEL).unlink(missing_ok=True)
 
 
 def fault_of(folder: Path) -> str | None:
@@ -83,8 +87,10 @@ def _faults(folder: Path) -> Iterator[str]:
         json.loads((folder / _STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         yield f"{_STATE} is missing or broken"
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    if not weights and not any(path.is_dir() for path in folder.iterdir()):
+    weights = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+    if not any(any(folder.glob(name)) for name in weights) and not any(
+        path.is_dir() for path in folder.iterdir()
+    ):
         yield "it has no weights"
     for index in folder.glob("*.index.json"):
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -97,7 +103,7 @@ def _faults(folder: Path) -> Iterator[str]:
                     pass
             except (SafetensorError, OSError):
                 yield f"{path.name} is cut short"
-        elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+        elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
             yield f"{path.name} is cut short"
     if (folder / "optimizer.pt").exists():
         if not (folder / "scheduler.pt").exists():
@@ -190,6 +196,15 @@ def checkpoint_of(config: TrainingArguments) -> str | None:
 # ---------------------------------------------------------------------- whose is it
 
 
+def fingerprint_of(model: Any, main: bool) -> str:
+    """:func:`companion.models.model_fingerprint` as rank 0 has it; every rank must call.
+
+    Where FSDP loads on rank 0 alone (``cpu_ram_efficient_loading``), the others have no weights.
+    """
+    found = [model_fingerprint(model) if main else ""]
+    return str(broadcast_object_list(found)[0])
+
+
 def check_run(
     checkpoint: str | None, run: Mapping[str, Any], allow_other: bool = False
 ) -> str | None:
@@ -214,7 +229,10 @@ def check_run(
     record = _record(Path(checkpoint))
     before = None if record is None else record["run"]
     if before is None:
-        return f"{checkpoint} does not say of which run it is: nothing could be compared"
+        return (
+            f"{checkpoint} does not say of which run it is: nothing could be compared, and figures "
+            "of training are of what followed alone"
+        )
     old, new = dict(_flat(before)), dict(_flat(json.loads(json.dumps(run))))
     differ = [
         f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
@@ -269,7 +287,10 @@ class WholeCheckpoints(_Base):
 
     def totals(self) -> dict[str, Any]:
         """What a run that goes on from here adds to; every rank calls."""
-        return {"seconds": self._before.get("seconds", 0.0) + time.time() - self._began}
+        return {
+            "seconds": self._before.get("seconds", 0.0) + time.time() - self._began,
+            "loss": self._before.get("loss", 0.0) + self._total_loss_scalar + float(self._tr_loss),
+        }
 
     def restore(self, totals: Mapping[str, Any]) -> None:
         """Begin with the totals of a checkpoint, or with none."""
@@ -284,14 +305,14 @@ class WholeCheckpoints(_Base):
             resume_from_checkpoint = None if found is None else str(found)
         record = _record(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
         self.restore({} if record is None else record["totals"])
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        own, whole = output.metrics.get("train_runtime"), self.totals()["seconds"]
-        if self._before and own:
-            output.metrics["train_runtime"] = round(whole, 4)
-            for name in ("train_samples_per_second", "train_steps_per_second"):
-                if name in output.metrics:
-                    output.metrics[name] = round(output.metrics[name] * own / whole, 3)
-        return output
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        if self._before:  # transformers counts what this call did
+            start_time -= self._before["seconds"]
+            self._total_loss_scalar += self._before["loss"]
+            self._initial_global_step = 0
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step >= self.state.max_steps:  # transformers looks after a step only
@@ -302,6 +323,12 @@ class WholeCheckpoints(_Base):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Old checkpoints go when the new one is whole, with its mark; transformers deletes before.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = Path(self._get_output_dir(trial=trial))
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            # An earlier one of this step may lie there, whose files have the sizes of the new ones.
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / _SENTINEL).touch()
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -309,8 +336,7 @@ class WholeCheckpoints(_Base):
         totals = self.totals()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial))
-            mark_whole(folder / f"checkpoint-{self.state.global_step}", self.run, totals)
+            mark_whole(checkpoint, self.run, totals)
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=limit,

@@ -28,14 +28,13 @@ from companion.data.splits import (
 from companion.errors import CompanionError, DataError
 from companion.layouts import columns_of
 from companion.models.card import write_card
-from companion.models.checkpoint import model_fingerprint
 from companion.models.hub import open_destination
 from companion.models.loading import load_base, load_reward_model
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
 from companion.models.readout import readout_from_dict
 from companion.models.reward_model import RewardModel
 from companion.models.saving import save_reward_model
-from companion.training.checkpoints import check_run, checkpoint_of, take_date
+from companion.training.checkpoints import check_run, checkpoint_of, fingerprint_of, take_date
 from companion.training.config import (
     DataArguments,
     ModelArguments,
@@ -182,7 +181,7 @@ def train(
         )
         tell(f"note: {notes[-1]}")
 
-    named, base = config.learning_rate, model_fingerprint(start.model)
+    named, base = config.learning_rate, fingerprint_of(start.model, main)
     trainer: Any = kind.trainer(
         start,
         config,
@@ -359,7 +358,7 @@ def _run_of(
     return {
         "trainer": kind.trainer.__name__,
         "base and head": base,
-        "rows": {name: dataset_fingerprint(part) for name, part in sets.items()},
+        "rows": {name: dataset_fingerprint(part, ordered=True) for name, part in sets.items()},
         "formatter": start.formatter.fingerprint(),
         "rows a step": rows,
         **settings,

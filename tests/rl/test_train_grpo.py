@@ -160,6 +160,12 @@ def test_a_resumed_run_goes_on_with_its_looks(
     assert len((tmp_path / "out" / "monitor.jsonl").read_text().splitlines()) == len(
         record.splitlines()
     )
+    assert again.train_metrics["train_loss"] == pytest.approx(
+        whole.train_metrics["train_loss"], abs=1e-4
+    )
+    last = [*flags, *gold, *steps, "--resume_from_checkpoint", "last"]
+    with pytest.raises(CompanionError, match=r"of another run \(beta: 0.0 -> 0.1\)"):
+        run([*last, "--beta", "0.1"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,349 @@
+"""Checkpoints that a kill tore, or that are of another run: skipped or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from example_kinds import pairs
+from transformers import Trainer, TrainerState
+
+from companion import DataArguments, ModelArguments, PairwiseRewardConfig, train_pairwise
+from companion.errors import CompanionError
+from companion.training import TrainingResult, checkpoints
+
+Start = Callable[..., TrainingResult[Any]]
+
+
+def starter(folder: Path, base: Path) -> Start:
+    """Runs of 8 steps in one folder, saved at 3, 6 and 8; only the newest checkpoint is kept."""
+
+    def start(
+        rows: list[dict[str, Any]] | None = None,
+        *,
+        model: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+        output: str = "model",
+        lines: list[str] | None = None,
+        **settings: Any,
+    ) -> TrainingResult[Any]:
+        source = folder / "pairs.jsonl"
+        source.write_text("\n".join(map(json.dumps, rows or pairs(90))))
+        defaults: dict[str, Any] = {
+            "per_device_train_batch_size": 8,
+            "learning_rate": 3e-3,
+            "max_length": 60,
+            "eval_strategy": "no",
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "save_total_limit": 1,
+            "disable_tqdm": True,
+            "report_to": "none",
+        }
+        return train_pairwise(
+            PairwiseRewardConfig(str(folder / output), **{**defaults, **settings}),
+            ModelArguments(**{"model_name_or_path": str(base), **(model or {})}),
+            DataArguments(dataset_name=str(source), **{"eval_fraction": 0.3, **(data or {})}),
+            say=(lines if lines is not None else []).append,
+        )
+
+    return start
+
+
+def weights(result: TrainingResult[Any]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in result.reward_model.model.state_dict().items()}
+
+
+def gap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Any:
+    """A run that nothing disturbed, and its folder with all checkpoints."""
+    folder = tmp_path_factory.mktemp("whole")
+    return starter(folder, tiny_base)(save_total_limit=None), folder / "model"
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny_base: Path) -> Start:
+    return starter(tmp_path, tiny_base)
+
+
+@pytest.fixture
+def used(whole: Any, tmp_path: Path) -> Path:
+    """An ``output_dir`` with the checkpoints of the whole run."""
+    for step in (3, 6):
+        name = f"checkpoint-{step}"
+        shutil.copytree(whole[1] / name, tmp_path / "model" / name)
+    return tmp_path / "model"
+
+
+# ---------------------------------------------------------------------- torn
+
+
+def tears(folder: Path, names: list[str]) -> Iterator[tuple[str, Path]]:
+    """Copies of a checkpoint with a file removed, cut short or empty."""
+    for name in names:
+        for how in ("removed", "half", "empty"):
+            torn = folder.parent / "torn" / "checkpoint-6"
+            shutil.copytree(folder, torn)
+            size = (torn / name).stat().st_size
+            if how == "removed":
+                (torn / name).unlink()
+            else:
+                os.truncate(torn / name, size // 2 if how == "half" else 0)
+            yield f"{name}, {how}", torn
+            shutil.rmtree(torn.parent)
+
+
+def test_each_torn_file_is_seen(used: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = used / "checkpoint-6"
+    assert checkpoints.fault_of(checkpoint) is None
+    names = [p.name for p in checkpoint.iterdir() if p.name != checkpoints.RUN_FILE]
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} < set(names)
+    for what, torn in tears(checkpoint, names):
+        assert what.split(",")[0] in str(checkpoints.fault_of(torn)), what
+    # the same of checkpoints of before, which have no mark: whatever makes a run go on wrongly
+    (checkpoint / checkpoints.RUN_FILE).unlink()
+    assert checkpoints.fault_of(checkpoint) is None
+    needed = ["model.safetensors", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+    for what, torn in tears(checkpoint, needed):
+        assert checkpoints.fault_of(torn) is not None, what
+    os.truncate(checkpoint / "optimizer.pt", 1_000)
+    assert checkpoints.newest_whole(used) == used / "checkpoint-3"
+    assert "optimizer.pt is cut short" in caplog.text
+    os.truncate(used / "checkpoint-3" / "optimizer.pt", 1_000)
+    with pytest.raises(CompanionError, match="no checkpoint is whole"):
+        checkpoints.newest_whole(used)
+
+
+def test_a_torn_checkpoint_is_skipped_or_refused(whole: Any, used: Path, start: Start) -> None:
+    os.truncate(used / "checkpoint-6" / "optimizer.pt", 5_000)
+    with pytest.raises(CompanionError, match=r"not whole \(optimizer.pt has 5,000 of "):
+        start(resume_from_checkpoint=str(used / "checkpoint-6"))
+    again = start(resume_from_checkpoint="last")
+    assert gap(weights(again), weights(whole[0])) == 0.0
+    for name in ("train_pairs", "train_loss"):  # of the whole run
+        assert again.train_metrics[name] == pytest.approx(whole[0].train_metrics[name], rel=1e-6)
+        assert again.manifest.training[name] == again.train_metrics[name]
+
+
+def test_no_state_of_the_optimiser_is_an_error(used: Path, start: Start) -> None:
+    for checkpoint in used.iterdir():
+        (checkpoint / checkpoints.RUN_FILE).unlink()
+        (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(CompanionError, match="no state of the optimiser"):
+        start(resume_from_checkpoint="last")
+    start(output="only", save_only_model=True)
+    with pytest.raises(CompanionError, match="no state of the optimiser"):
+        start(output="only", resume_from_checkpoint="last")
+
+
+def in_the_middle(obj: Any, name: str, step: int) -> Callable[[], None]:
+    """Die by SIGKILL in `obj.name` while checkpoint `step` is saved: its last file half written."""
+
+    def arm() -> None:
+        original = getattr(obj, name)
+
+        def dies(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            folders = [
+                Path(str(a)) for a in (*args, *kwargs.values()) if f"checkpoint-{step}" in str(a)
+            ]
+            if folders:
+                folder = folders[0] if folders[0].is_dir() else folders[0].parent
+                files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
+                last = max(files, key=lambda path: path.stat().st_mtime_ns)
+                os.truncate(last, last.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(obj, name, dies)
+
+    return arm
+
+
+def before(obj: Any, name: str, step: int, argument: int = 0) -> Callable[[], None]:
+    """Die by SIGKILL before `obj.name`, once checkpoint `step` is there."""
+
+    def arm() -> None:
+        original = getattr(obj, name)
+
+        def dies(*args: Any, **kwargs: Any) -> Any:
+            where = kwargs.get("output_dir") or args[argument]
+            if f"checkpoint-{step}" in str(where) or (Path(where) / f"checkpoint-{step}").is_dir():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(obj, name, dies)
+
+    return arm
+
+
+def killed(arm: Callable[[], None], run: Callable[[], Any]) -> None:
+    """Run in a child that is killed on the way."""
+    child = os.fork()
+    if child == 0:
+        arm()
+        try:
+            run()
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+POINTS = {
+    "model": in_the_middle(Trainer, "save_model", 6),
+    "optimizer": in_the_middle(Trainer, "_save_optimizer_and_scheduler", 6),
+    "rng": in_the_middle(Trainer, "_save_rng_state", 6),
+    "state": in_the_middle(TrainerState, "save_to_json", 6),
+    "mark": before(checkpoints, "mark_whole", 6),
+    "rotation": before(checkpoints, "rotate_checkpoints", 6),
+}
+
+
+def some(names: Iterable[str], fast: set[str]) -> list[Any]:
+    """All, the others than `fast` among the slow tests."""
+    marks = {True: (), False: (pytest.mark.slow,)}
+    return [pytest.param(name, marks=marks[name in fast]) for name in names]
+
+
+@pytest.mark.parametrize("point", some(POINTS, {"optimizer"}))
+def test_killed_during_a_save(point: str, whole: Any, start: Start, tmp_path: Path) -> None:
+    """At each point a whole checkpoint lies there, though one alone is kept."""
+    killed(POINTS[point], start)
+    folder = tmp_path / "model"
+    assert {path.name for path in folder.iterdir()} >= {"checkpoint-3", "checkpoint-6"}
+    kept = "checkpoint-6" if point == "rotation" else "checkpoint-3"
+    assert checkpoints.newest_whole(folder) == folder / kept
+    again = start(resume_from_checkpoint="last")
+    assert gap(weights(again), weights(whole[0])) == 0.0
+    assert again.train_metrics["train_pairs"] == whole[0].train_metrics["train_pairs"]
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+def test_killed_while_it_writes_over_an_earlier_checkpoint(start: Start, tmp_path: Path) -> None:
+    """Its files had the sizes of the new ones: half of each, and it would look whole."""
+    used = start(save_total_limit=None, max_steps=6).output_dir
+
+    at = before(Trainer, "_save_optimizer_and_scheduler", 6, argument=1)
+    killed(at, lambda: start(save_total_limit=None, max_steps=6))
+    sizes = json.loads((used / "checkpoint-6" / checkpoints.RUN_FILE).read_text())["files"]
+    assert all((used / "checkpoint-6" / name).stat().st_size == sizes[name] for name in sizes)
+    assert checkpoints.newest_whole(used) == used / "checkpoint-3"
+
+
+# ---------------------------------------------------------------------- of another run
+
+
+def other_rows() -> list[dict[str, Any]]:
+    rows = pairs(90)
+    rows[40]["chosen"][0]["content"] += "!"
+    return rows
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "rows": ({"rows": other_rows()}, "rows."),
+    "order of the rows": ({"rows": pairs(90)[::-1]}, "rows.train: "),
+    "split": ({"data": {"split_seed": 3}}, "rows.train: "),
+    "rate": ({"learning_rate": 1e-3}, "learning_rate: 0.003 -> 0.001"),
+    "seed": ({"seed": 1}, "seed: 42 -> 1"),
+    "batch": ({"per_device_train_batch_size": 4}, "rows a step: 8 -> 4"),
+    "length": ({"max_steps": 12}, "max_steps: -1 -> 12"),
+    "epochs": ({"num_train_epochs": 2}, "num_train_epochs: 1.0 -> 2"),
+    "LoRA": ({"model": {"use_peft": True, "lora_r": 4}}, "lora.r: nothing -> 4"),
+    "formatter": ({"max_length": 50}, "max_length: 60 -> 50"),
+    "beta": ({"adam_beta2": 0.95}, "adam_beta2: 0.999 -> 0.95"),
+    "shape of the rate": (
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}},
+        "lr_scheduler_kwargs.power: nothing -> 2.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("other", some(OTHERS, {"rows", "rate", "beta"}))
+def test_another_run_is_refused(other: str, used: Path, start: Start) -> None:
+    more, named = OTHERS[other]
+    with pytest.raises(CompanionError, match="is of another run") as caught:
+        start(**more, resume_from_checkpoint="last")
+    assert named in str(caught.value)
+    assert "--resume_other_run" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_another_base_is_refused(used: Path, start: Start, tiny_base: Path, tmp_path: Path) -> None:
+    """Under the same name, or one weight of it changed."""
+    from safetensors.torch import load_file, save_file
+
+    copied = shutil.copytree(tiny_base, tmp_path / "copied")
+    model = {"model_name_or_path": str(copied)}
+    start(model=model, resume_from_checkpoint="last")  # the same base in another place
+    state = load_file(copied / "model.safetensors")
+    state["model.embed_tokens.weight"][5, 0] += 1e-3
+    save_file(state, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CompanionError, match="base and head: "):
+        start(model=model, resume_from_checkpoint="last")
+
+
+def test_a_flag_allows_another_run_and_the_manifest_says_so(used: Path, start: Start) -> None:
+    lines: list[str] = []
+    result = start(
+        max_grad_norm=0.5, resume_from_checkpoint="last", resume_other_run=True, lines=lines
+    )
+    told = [note for note in result.manifest.notes if "of another run" in note]
+    assert len(told) == 1
+    assert "max_grad_norm: 1.0 -> 0.5" in told[0]
+    assert f"note: {told[0]}" in lines
+
+
+@pytest.mark.slow
+def test_what_does_not_change_the_result_may_change(used: Path, start: Start, whole: Any) -> None:
+    again = start(
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        save_total_limit=3,
+        dataloader_num_workers=0,
+        resume_from_checkpoint="last",
+    )
+    assert gap(weights(again), weights(whole[0])) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_before_is_gone_on_from_with_a_note(
+    used: Path, start: Start, whole: Any
+) -> None:
+    for path in used.iterdir():
+        (path / checkpoints.RUN_FILE).unlink()
+    result = start(resume_from_checkpoint="last")
+    assert gap(weights(result), weights(whole[0])) == 0.0
+    assert any("nothing could be compared" in note for note in result.manifest.notes)
+
+
+# ---------------------------------------------------------------------- finished
+
+
+@pytest.mark.parametrize(
+    "length",
+    [{"max_steps": 4}, pytest.param({"num_train_epochs": 1.0}, marks=pytest.mark.slow)],
+)
+def test_a_finished_run_does_no_more(length: dict[str, Any], start: Start) -> None:
+    first = start(**length)
+    again = start(**length, resume_from_checkpoint="last")
+    assert gap(weights(first), weights(again)) == 0.0
+    assert len(again.log_history) - len(first.log_history) <= 1  # the closing line of the run
+    for name in ("train_pairs", "train_loss"):
+        assert again.train_metrics[name] == pytest.approx(first.train_metrics[name], rel=1e-6)
+    assert again.metrics == first.metrics
+    for name in ("train_steps_per_second", "train_samples_per_second"):  # not of no time at all
+        assert 0 < again.train_metrics[name] <= 1.1 * first.train_metrics[name]
+    assert again.train_metrics["train_runtime"] >= 0.9 * first.train_metrics["train_runtime"]
