@@ -116,8 +116,9 @@ class CheckpointArguments:
 
     resume_from_checkpoint: str | None = setting(
         None,
-        "Go on from a checkpoint of this run: a folder checkpoint-N, or 'last' for the newest "
-        "whole one. One of other rows, another base or other settings is refused.",
+        "Go on from a checkpoint of this run: a folder checkpoint-N, 'last' for the newest whole "
+        "one, or 'auto', which begins anew where there is none. One of other rows, another base or "
+        "other settings is refused.",
     )
     resume_other_run: bool = setting(
         False, "Go on from the checkpoint of another run too; the manifest says what differed."
