@@ -317,6 +317,10 @@ class RewardFormatter:
     ) -> Encoded | None:
         """Encode one prompt with its completion, or one whole text or conversation.
 
+        What the template makes of it is given as it is. Where content of the completion is left
+        out, that is counted and noted; with rows (:meth:`encode_many`) and in scoring it is an
+        error.
+
         Parameters
         ----------
         prompt, completion : str or list of messages, optional
@@ -326,10 +330,6 @@ class RewardFormatter:
             False for a completion that was cut off: no EOS, no end of turn.
         tools, chat_template_kwargs
             Handed to the chat template.
-
-        What the template makes of it is given as it is. Where content of the completion is left
-        out, that is counted and noted; with rows (:meth:`encode_many`) and in scoring it is an
-        error.
 
         Returns
         -------
