@@ -145,10 +145,11 @@ def sweep(n: int, tmp_path: Path) -> dict[str, int]:
                 assert scorer.seen == [side.input_ids for side in pair]
             scorer.score([alone], field="chosen")
             assert scorer.seen == [one.input_ids]
-            if "prompt" in row and "tools" not in row:
-                reward([row["prompt"]], [row["chosen"]])
+            if "prompt" in row:
+                tools = {"tools": row["tools"]} if "tools" in row else {}
+                reward([row["prompt"]], [row["chosen"]], **{key: [v] for key, v in tools.items()})
                 assert scorer.seen == [one.input_ids]
-                line = {"prompt": row["prompt"], "completions": [row["chosen"]]}
+                line = {"prompt": row["prompt"], "completions": [row["chosen"]], **tools}
                 source = tmp_path / "prompts.jsonl"
                 source.write_text(json.dumps(line) + "\n", encoding="utf-8")
                 rank_file(scorer, source, tmp_path / "best.jsonl", overwrite=True)

@@ -26,6 +26,7 @@ from companion.generation.policy import Policy
 from companion.layouts import read_row
 from companion.models.checkpoint import model_fingerprint
 from companion.scoring.files import Line, parse_line, write_in_chunks
+from companion.scoring.reward_function import TEMPLATE_COLUMNS
 from companion.scoring.scorer import OnError, Progress, Scorer
 from companion.search.search import best_first, score_rows
 
@@ -100,7 +101,8 @@ def rank_file(
         Here or on a server.
     input_path : path
         .jsonl or .jsonl.gz. Each row has a ``prompt`` and, without a policy, ``completions``: a
-        list of N texts or lists of messages; optionally ``terminated``, a list of N booleans.
+        list of N texts or lists of messages; optionally ``terminated``, a list of N booleans,
+        and ``tools`` and ``chat_template_kwargs``, which are written out with the best.
     output_path : path
         The best as rows of ``prompt`` and ``completion``, as TRL's ``SFTTrainer`` takes them, in
         the form (text or messages) of the input. A completion that was cut off is never among
@@ -202,6 +204,7 @@ def _chunk_records(
             "completion": text,
             "terminated": end,
             "drawn": policy is not None,
+            **_for_template(row),
         }
         for index, row in rows.items()
         if index not in errors
@@ -222,13 +225,18 @@ def _chunk_records(
     return records
 
 
+def _for_template(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a row is said to the chat template beside its messages."""
+    return {key: row[key] for key in TEMPLATE_COLUMNS if row.get(key) is not None}
+
+
 def _row(row: Any, where: str, policy: Policy | None) -> dict[str, Any]:
     """Prompt, completions and whether each was ended; checked."""
     row = read_row(row, where, (), Counter(), alone=policy is not None)
     if not isinstance(row, dict) or row.get("prompt") is None:
         raise DataError(f"{where}: the field 'prompt' is missing or null")
     prompt, completions = row["prompt"], row.get("completions")
-    base: dict[str, Any] = {"prompt": prompt, "where": where}
+    base: dict[str, Any] = {"prompt": prompt, "where": where, **_for_template(row)}
     if "id" in row:
         base["id"] = row["id"]
     if not isinstance(prompt, str):
@@ -240,6 +248,11 @@ def _row(row: Any, where: str, policy: Policy | None) -> dict[str, Any]:
             raise DataError(
                 f"{where}: has completions, and a policy is to draw them",
                 "leave out --policy, or take the field 'completions' off the rows",
+            )
+        if seen := _for_template(row):
+            raise DataError(
+                f"{where}: has {' and '.join(seen)}, which a policy's prompt is written without",
+                "draw the completions elsewhere, and give them in the field 'completions'",
             )
         return base
     if not isinstance(completions, list) or not completions:
@@ -297,6 +310,7 @@ def _record(
     ended, completions = row["terminated"], row["completions"]
     record: dict[str, Any] = {"index": index}
     record |= {key: row[key] for key in ("id", "prompt", "n_tokens") if key in row}
+    record |= _for_template(row)
     ranked = sorted(range(len(completions)), key=lambda i: best_first(float(values[i]), ended[i]))
     scored = [i for i in ranked if reasons[i] is None]
     if not scored:
@@ -369,7 +383,8 @@ def _best_rows(ranks: Path, top_k: int) -> Iterator[dict[str, Any]]:
     for record in _ranked(ranks):
         for item in _finished(record)[:top_k]:
             prompt = record["prompt"]
-            yield {"prompt": prompt, "completion": as_reply(prompt, item["completion"])}
+            best = {"prompt": prompt, "completion": as_reply(prompt, item["completion"])}
+            yield best | _for_template(record)
 
 
 def _pair_rows(ranks: Path) -> Iterator[dict[str, Any]]:
@@ -382,4 +397,5 @@ def _pair_rows(ranks: Path) -> Iterator[dict[str, Any]]:
                 "prompt": prompt,
                 "chosen": as_reply(prompt, items[0]["completion"]),
                 "rejected": as_reply(prompt, items[-1]["completion"]),
+                **_for_template(record),
             }

@@ -276,3 +276,25 @@ def test_files_must_differ(scorer, tmp_path):
         rank_file(scorer, source, source)
     with pytest.raises(DataError, match="top_k"):
         rank_file(scorer, source, tmp_path / "a.jsonl", top_k=0)
+
+
+def test_tools_of_a_row_reach_the_template_and_the_files(tiny_reward, tiny_base, tmp_path):
+    scorer = RewardScorer.from_pretrained(tiny_reward, device="cpu")
+    tools = [{"type": "function", "function": {"name": "pens", "parameters": {}}}]
+    row = {"prompt": [{"role": "user", "content": "how many"}], "tools": tools}
+    answers = ["the answer is 3", "no"]
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps({**row, "completions": answers}) + "\n")
+    rank_file(scorer, source, tmp_path / "best.jsonl", pairs_path=tmp_path / "pairs.jsonl")
+    want = scorer.score([{**row, "completion": text} for text in answers]).raw
+    without = scorer.score([{"prompt": row["prompt"], "completion": text} for text in answers]).raw
+    assert abs(want - without).min() > 1e-3
+    ranked = json.loads((tmp_path / "best.jsonl.ranks.jsonl").read_text())
+    found = {item["place"]: item["score"] for item in ranked["completions"]}
+    assert [found[0], found[1]] == pytest.approx(want, abs=1e-6)
+    for name in ("best", "pairs"):
+        assert json.loads((tmp_path / f"{name}.jsonl").read_text())["tools"] == tools
+    source.write_text(json.dumps(row) + "\n")
+    policy = Policy.from_pretrained(tiny_base, device="cpu")
+    with pytest.raises(DataError, match="has tools, which a policy's prompt is written without"):
+        rank_file(scorer, source, tmp_path / "more.jsonl", policy=policy)
