@@ -233,6 +233,10 @@ def test_special_tokens_in_texts_are_counted_or_spelt(as_text: bool) -> None:
             assert head.endswith("So?<|end|><|assistant|>")
             assert spelt.recipe()["split_special_tokens"] is True
             assert "split_special_tokens" not in default.recipe()
+            stock = tokenizer.apply_chat_template(
+                [*row["prompt"], *row["completion"]], sanitize_control_tokens=True, return_dict=True
+            )
+            assert stock["input_ids"] == letters.input_ids
             again = RewardFormatter.from_recipe(tokenizer, spelt.recipe())
             assert ids(again, row) == letters.input_ids
 

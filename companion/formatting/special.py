@@ -3,6 +3,8 @@
 Like transformers and TRL, the formatter lets ``<|im_end|>`` in a user's text end the turn, and
 counts it. With ``split_special_tokens`` it does not: transformers' switch of that name splits those
 of the chat template too, so a text is here tokenised in the pieces between the template's own.
+(``apply_chat_template(…, sanitize_control_tokens=True)`` of transformers 5.23 does so for messages,
+with the same ids, but not for plain text, nor with spans that say where a completion begins.)
 Chapter 2.
 """
 

@@ -128,13 +128,13 @@ def has_optimizer(folder: Path) -> bool:
     )
 
 
-def newest_whole(output_dir: Path) -> Path | None:
+def newest_whole(output_dir: Path, required: bool = True) -> Path | None:
     """The newest whole checkpoint of a folder; a torn one is skipped, with a warning.
 
     Raises
     ------
     CompanionError
-        If there are checkpoints, and none is whole.
+        If there are checkpoints, none is whole, and one is `required`.
     """
     numbered = sorted(
         (path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()),
@@ -147,16 +147,18 @@ def newest_whole(output_dir: Path) -> Path | None:
             return path
         torn.append(f"{path.name}: {fault}")
         logger.warning(f"{path}: is not whole ({fault}), and is left aside")
-    if torn:
+    if torn and required:
         raise CompanionError(
             f"{output_dir}: no checkpoint is whole ({'; '.join(torn)})",
-            "begin anew, without --resume_from_checkpoint",
+            "begin anew, without --resume_from_checkpoint, or with 'auto'",
         )
     return None
 
 
 def checkpoint_of(config: TrainingArguments) -> str | None:
     """The checkpoint to go on from: a path as given, or the newest whole one for 'last'.
+
+    'auto' is 'last' where there is one, and otherwise begins anew: for a job that may be requeued.
 
     Raises
     ------
@@ -166,7 +168,11 @@ def checkpoint_of(config: TrainingArguments) -> str | None:
     asked = config.resume_from_checkpoint
     if asked is None or str(asked).lower() in ("false", "none", "no"):
         return None
-    if str(asked).lower() in ("true", "last", "yes"):
+    if str(asked).lower() == "auto":
+        found = newest_whole(Path(str(config.output_dir)), required=False)
+        if found is None:
+            return None
+    elif str(asked).lower() in ("true", "last", "yes"):
         found = newest_whole(Path(str(config.output_dir)))
         if found is None:
             raise CompanionError(

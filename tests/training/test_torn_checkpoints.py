@@ -124,6 +124,15 @@ def test_each_torn_file_is_seen(used: Path, caplog: pytest.LogCaptureFixture) ->
     os.truncate(used / "checkpoint-3" / "optimizer.pt", 1_000)
     with pytest.raises(CompanionError, match="no checkpoint is whole"):
         checkpoints.newest_whole(used)
+    # a job that is requeued begins anew then, as it does where there is none
+    for folder in (used, used / "nothing"):
+        config = PairwiseRewardConfig(str(folder), resume_from_checkpoint="auto", report_to="none")
+        assert checkpoints.checkpoint_of(config) is None
+
+
+def test_auto_goes_on_where_there_is_a_checkpoint(used: Path) -> None:
+    config = PairwiseRewardConfig(str(used), resume_from_checkpoint="auto", report_to="none")
+    assert checkpoints.checkpoint_of(config) == str(used / "checkpoint-6")
 
 
 def test_a_torn_checkpoint_is_skipped_or_refused(whole: Any, used: Path, start: Start) -> None:
