@@ -13,6 +13,9 @@ import numpy as np
 if TYPE_CHECKING:
     from companion.models.manifest import RewardManifest
 
+#: what was fitted on fewer held-out items says more of these than of the model
+FEWEST_TO_FIT = 50
+
 
 class Evaluation:
     """Scored rows and, once :meth:`measure` was called, their figures.

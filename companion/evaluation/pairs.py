@@ -16,7 +16,7 @@ import numpy as np
 
 from companion.data.splits import prompt_key
 from companion.errors import DataError
-from companion.evaluation.evaluation import Evaluation
+from companion.evaluation.evaluation import FEWEST_TO_FIT, Evaluation
 from companion.evaluation.metrics import pairwise_metrics
 from companion.evaluation.tables import format_table, interval, number, percent
 from companion.functional.calibration import fit_temperature
@@ -26,10 +26,6 @@ from companion.scoring.results import PairScores
 
 if TYPE_CHECKING:
     from companion.scoring import Scorer
-
-
-#: a temperature that was fitted on fewer says more of these pairs than of the model
-FEWEST_PAIRS = 50
 
 
 @dataclass
@@ -111,9 +107,9 @@ class PairEvaluation(Evaluation):
             np.concatenate([self.chosen[scored], self.rejected[scored]]),
             f"{len(self):,} held-out pairs of {source}",
         )
-        if scored.sum() < FEWEST_PAIRS:
+        if scored.sum() < FEWEST_TO_FIT:
             return [
-                f"no temperature: {scored.sum()} pairs to fit it on are fewer than {FEWEST_PAIRS} "
+                f"no temperature: {scored.sum()} pairs to fit it on are fewer than {FEWEST_TO_FIT} "
                 "(hold out more: --eval_fraction, --eval_dataset_name)"
             ]
         with warnings.catch_warnings(record=True) as caught:

@@ -16,7 +16,7 @@ import torch
 
 from companion.data.splits import prompt_key
 from companion.errors import DataError
-from companion.evaluation.evaluation import Evaluation
+from companion.evaluation.evaluation import FEWEST_TO_FIT, Evaluation
 from companion.evaluation.tables import format_table, interval, number
 from companion.evaluation.token_metrics import fit_threshold, outcome_metrics, process_metrics
 from companion.functional.labels import step_target
@@ -223,9 +223,15 @@ class StepEvaluation(TokenEvaluation):
         return found
 
     def calibrate(self, manifest: RewardManifest, source: str) -> list[str]:
-        """Fit the threshold of the first error."""
-        threshold = fit_threshold(self._labelled().solutions)
-        manifest.readout = {**manifest.readout, "threshold": threshold}
+        """Fit the threshold of the first error; on fewer than 50 solutions it stays as it is."""
+        solutions = self._labelled().solutions
+        if len(solutions) < FEWEST_TO_FIT:
+            return [
+                f"the threshold stays at {self.readout.threshold:g}: {len(solutions)} solutions to "
+                f"fit it on are fewer than {FEWEST_TO_FIT} (hold out more: --eval_fraction, "
+                "--eval_dataset_name)"
+            ]
+        manifest.readout = {**manifest.readout, "threshold": fit_threshold(solutions)}
         return []
 
     def _figures(self) -> dict[str, Any]:
@@ -252,6 +258,9 @@ class StepEvaluation(TokenEvaluation):
     def _table(self) -> list[str]:
         figures = self.metrics
         first, at_half = figures["first_error"], figures["first_error_at_half"]
+        fitted = f", fitted on other rows (F1 at 0.5: {number(at_half['first_error_f1'])})"
+        if figures["threshold"] == 0.5:
+            fitted = ""
         f1 = number(first["first_error_f1"], figures["first_error_interval"])
         steps = number(figures["step_accuracy"], figures["step_accuracy_interval"])
         auc = number(figures["wrong_auc"], figures["wrong_auc_interval"])
@@ -268,8 +277,7 @@ class StepEvaluation(TokenEvaluation):
             "",
             f"{figures['n']:,} solutions ({first['n_errors']:,} with an error), "
             f"{figures['n_steps']:,} labelled steps; a step is wrong if P(wrong) > "
-            f"{figures['threshold']:.3f}, fitted on other rows (F1 at 0.5: "
-            f"{number(at_half['first_error_f1'])})",
+            f"{figures['threshold']:.3f}{fitted}",
             "floors: guessing at the best rate for the F1, the most frequent label for the steps, "
             "the step's number for the AUC",
         ]

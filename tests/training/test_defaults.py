@@ -12,7 +12,9 @@ from datasets import Dataset
 from example_kinds import KINDS, PAIRWISE, QUIET, pairs
 
 from companion import RewardManifest
+from companion.evaluation import StepEvaluation
 from companion.evaluation.pairs import scored_pairs
+from companion.models import TokenReadout
 from companion.scoring import PairScores
 from companion.training import default_learning_rate, load_kind
 
@@ -71,3 +73,22 @@ def test_fifty_pairs_are_enough_for_a_temperature(number: int, fitted: bool) -> 
     assert (manifest.temperature is not None) is fitted
     assert bool(notes) is not fitted
     assert manifest.reference is not None
+
+
+@pytest.mark.parametrize(("number", "fitted"), [(49, False), (50, True)])
+def test_fifty_solutions_are_enough_for_a_threshold(number: int, fitted: bool) -> None:
+    """Wrong steps have P(wrong) = 0.3 and right ones 0.1: the best threshold lies between."""
+    last_is_right = [float(i % 2) for i in range(number)]
+    evaluation = StepEvaluation(
+        rows=[{"prompt": str(i)} for i in range(number)],
+        reasons=[None] * number,
+        readout=TokenReadout("process", 1, "min", separator=" "),
+        logits=[np.array([[2.2], [2.2 if right else 0.85]]) for right in last_is_right],
+        targets=[[1.0, right] for right in last_is_right],
+    )
+    manifest = RewardManifest(readout=evaluation.readout.to_dict())
+    notes = evaluation.calibrate(manifest, "rows")
+    threshold = manifest.readout["threshold"]
+    assert 0.09 < threshold < 0.31 if fitted else threshold == 0.5
+    assert len(notes) == (0 if fitted else 1)
+    assert fitted or "49 solutions to fit it on are fewer than 50" in notes[0]
