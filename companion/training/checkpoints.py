@@ -128,8 +128,8 @@ def has_optimizer(folder: Path) -> bool:
     )
 
 
-def newest_whole(output_dir: Path, required: bool = True) -> Path | None:
-    """The newest whole checkpoint of a folder; a torn one is skipped, with a warning.
+def newest_whole(output_dir: Path, required: bool = True, main: bool = True) -> Path | None:
+    """The newest whole checkpoint of a folder; a torn one is skipped, with a warning on rank 0.
 
     Raises
     ------
@@ -146,7 +146,8 @@ def newest_whole(output_dir: Path, required: bool = True) -> Path | None:
         if fault is None:
             return path
         torn.append(f"{path.name}: {fault}")
-        logger.warning(f"{path}: is not whole ({fault}), and is left aside")
+        if main:
+            logger.warning(f"{path}: is not whole ({fault}), and is left aside")
     if torn and required:
         raise CompanionError(
             f"{output_dir}: no checkpoint is whole ({'; '.join(torn)})",
@@ -168,12 +169,13 @@ def checkpoint_of(config: TrainingArguments) -> str | None:
     asked = config.resume_from_checkpoint
     if asked is None or str(asked).lower() in ("false", "none", "no"):
         return None
+    folder, main = Path(str(config.output_dir)), config.process_index == 0
     if str(asked).lower() == "auto":
-        found = newest_whole(Path(str(config.output_dir)), required=False)
+        found = newest_whole(folder, required=False, main=main)
         if found is None:
             return None
     elif str(asked).lower() in ("true", "last", "yes"):
-        found = newest_whole(Path(str(config.output_dir)))
+        found = newest_whole(folder, main=main)
         if found is None:
             raise CompanionError(
                 f"{config.output_dir}: there is no checkpoint to go on from",
@@ -307,7 +309,7 @@ class WholeCheckpoints(_Base):
     ) -> TrainOutput:
         """As in transformers; a resumed run ends with the totals of the whole."""
         if resume_from_checkpoint is True:
-            found = newest_whole(Path(str(self.args.output_dir)))
+            found = newest_whole(Path(str(self.args.output_dir)), main=self.args.process_index == 0)
             resume_from_checkpoint = None if found is None else str(found)
         record = _record(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
         self.restore({} if record is None else record["totals"])

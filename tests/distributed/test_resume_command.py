@@ -44,7 +44,7 @@ def test_two_processes_resume(tmp_path: Path, tiny_base: Path) -> None:
     (output / "checkpoint-4" / "rng_state_1.pth").unlink()
     (output / "model.safetensors").unlink()
     said = launch([*arguments, "--resume_from_checkpoint", "last"])
-    assert "rng_state_1.pth is missing" in said
+    assert said.count("rng_state_1.pth is missing") == 1
     again = load_file(output / "model.safetensors")
     assert max(float((again[name] - weights[name]).abs().max()) for name in weights) == 0.0
     resumed = json.loads((output / "reward_manifest.json").read_text())
