@@ -150,10 +150,13 @@ def online(hub: Hub, patch: Any) -> Iterator[None]:
     """This process asks that hub, and no other: the tests run offline otherwise."""
     from huggingface_hub import hf_api
     from huggingface_hub.utils import _http
+    from transformers.utils import hub as transformers_hub
 
     with patch.context() as own:
         own.setattr(constants, "ENDPOINT", hub.url)
-        own.setattr(hf_api.api, "endpoint", hub.url)  # of the module's functions, made at import
+        # what was made before keeps the address that it was made with
+        own.setattr(hf_api.api, "endpoint", hub.url)
+        own.setattr(transformers_hub, "_hf_api", None)
         own.setattr(constants, "HF_HUB_OFFLINE", False)
         own.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
         own.delenv("HF_TOKEN", raising=False)
