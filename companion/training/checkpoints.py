@@ -160,6 +160,7 @@ def checkpoint_of(config: TrainingArguments) -> str | None:
     """The checkpoint to go on from: a path as given, or the newest whole one for 'last'.
 
     'auto' is 'last' where there is one, and otherwise begins anew: for a job that may be requeued.
+    All ranks take what rank 0 sees; every rank must call.
 
     Raises
     ------
@@ -169,20 +170,33 @@ def checkpoint_of(config: TrainingArguments) -> str | None:
     asked = config.resume_from_checkpoint
     if asked is None or str(asked).lower() in ("false", "none", "no"):
         return None
-    folder, main = Path(str(config.output_dir)), config.process_index == 0
-    if str(asked).lower() == "auto":
-        found = newest_whole(folder, required=False, main=main)
+    found: list[Any] = [None, None]  # the folder, or what to raise
+    if config.process_index == 0:
+        try:
+            found[0] = _checkpoint_of(config, str(asked))
+        except CompanionError as error:
+            found[1] = error.what, error.cure
+    place, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise CompanionError(*problem)
+    return None if place is None else str(place)
+
+
+def _checkpoint_of(config: TrainingArguments, asked: str) -> str | None:
+    folder = Path(str(config.output_dir))
+    if asked.lower() == "auto":
+        found = newest_whole(folder, required=False)
         if found is None:
             return None
-    elif str(asked).lower() in ("true", "last", "yes"):
-        found = newest_whole(folder, main=main)
+    elif asked.lower() in ("true", "last", "yes"):
+        found = newest_whole(folder)
         if found is None:
             raise CompanionError(
                 f"{config.output_dir}: there is no checkpoint to go on from",
                 "leave out --resume_from_checkpoint, or check --output_dir",
             )
     else:
-        found = Path(str(asked))
+        found = Path(asked)
         if not found.is_dir() or not ((found / _STATE).is_file() or (found / RUN_FILE).is_file()):
             raise CompanionError(
                 f"{asked}: is no training checkpoint (it has no {_STATE})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from functools import cache
@@ -21,7 +22,12 @@ extension = load_module(BOOK / "_ext" / "companion_docs.py")
 def _parsed(site):
     pages = sorted((site / "book").rglob("*.html"))
     assert len(pages) >= 10
-    return [(path, bs4.BeautifulSoup(path.read_text("utf-8"), "html.parser")) for path in pages]
+    gc.disable()  # a million tags that stay: collections on the way took most of the time
+    try:
+        return [(path, bs4.BeautifulSoup(path.read_text("utf-8"), "html.parser")) for path in pages]
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _pages(site):
