@@ -50,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(
         local,
         *("max_tokens_per_batch", "device", "dtype", "revision", "trust_remote_code"),
-        dtype=None,
     )
 
 

@@ -36,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         max_tokens_per_batch="tokens of a batch, of the model and of the policy",
     )
     add("--chunk_rows", type=int, default=64, help="prompts done at a time")
-    add_flags(
-        parser, *("device", "dtype", "trust_remote_code"), dtype="of the weights of both models"
-    )
+    add_flags(parser, "device", "dtype", "trust_remote_code")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -43,9 +43,9 @@ _FLAGS: Final[dict[str, dict[str, Any]]] = {
     },
     "device": {"help": "default: the GPU if there is one"},
     "dtype": {
-        "choices": ("float32", "bfloat16", "float16"),
-        "default": "float32",
-        "help": "of the weights",
+        "choices": ("auto", "float32", "bfloat16", "float16"),
+        "default": "auto",
+        "help": "of the weights; auto: bfloat16 on a GPU that has it, else float32",
     },
     "revision": {"help": "of a hub id"},
     "trust_remote_code": {

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from companion.engine.agreement import Forward, forward_of, packing_fault
-from companion.engine.budget import cuda_token_budget
-from companion.engine.devices import is_out_of_memory
+from companion.engine.budget import cuda_token_budget, keys_a_token
+from companion.engine.devices import device_notes, is_out_of_memory
 from companion.engine.forward import (
     check_texts,
     own_logits,
@@ -224,6 +224,14 @@ class BatchRunner:
         self.tokens = sum(map(len, ids)), computed
         return found
 
+    def notes(self) -> list[str]:
+        """What was chosen for this device, and why; empty on a CPU."""
+        if next(self.model.parameters()).device.type != "cuda":
+            return []
+        packed = self.packing == "auto" and self._can_pack()
+        budget = None if self.max_tokens else default_token_budget(self.model)
+        return device_notes(self.model, packed=packed, budget=budget)
+
     def _can_pack(self) -> bool:
         why = packing_fault(self.model, self.pad_token_id, training=False)
         if why is not None and why != self._said:
@@ -243,7 +251,12 @@ class BatchRunner:
         """Batches of the waiting rows: which rows, tokens to compute, and what the model gets."""
         left = [ids[row] for row in waiting]
         if packed:
-            for trees in plan_batches(left, budget, max_rows, tree_tokens=tree_tokens):
+            keys = None
+            if next(self.model.parameters()).device.type != "cpu":
+                keys = budget * keys_a_token(self.model.config)
+            for trees in plan_batches(
+                left, budget, max_rows, tree_tokens=tree_tokens, max_keys=keys
+            ):
                 tree_batch = pack(left, trees)
                 yield [waiting[i] for i in tree_batch.rows], tree_batch.computed, tree_batch
             return
@@ -267,7 +280,7 @@ class BatchRunner:
     ) -> Sequence[Any]:
         """Of each row of a batch its score, or its logits at its places; on the CPU."""
         if isinstance(batch, PackedBatch):
-            batch = batch.to(device)
+            batch = batch.to(device, non_blocking=True)
             if places is None:
                 return packed_scores(self.model, batch).tolist()  # type: ignore[no-any-return]
             logits = packed_token_logits(self.model, batch).cpu()

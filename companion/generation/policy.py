@@ -116,7 +116,7 @@ class Policy:
         path_or_id: str | os.PathLike[str],
         *,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str = "auto",
         max_tokens_per_batch: int | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
