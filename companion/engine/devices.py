@@ -33,3 +33,9 @@ def fits_varlen(query: Tensor) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory is at its end; cuBLAS has its own words for it."""
     return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that are free, those that the allocator holds unused included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
