@@ -104,3 +104,9 @@ def _kernel(model: Any, device: torch.device, computed: str, packed: bool) -> st
 def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the host on the device, without waiting for what is queued there."""
     return values.to(device, non_blocking=True)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that are free, those that the allocator holds unused included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

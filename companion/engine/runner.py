@@ -16,7 +16,7 @@ from torch import Tensor
 
 from companion.engine.agreement import Forward, forward_of, packing_fault
 from companion.engine.budget import cuda_token_budget, keys_a_token
-from companion.engine.devices import device_notes, is_out_of_memory
+from companion.engine.devices import device_notes, free_memory, is_out_of_memory
 from companion.engine.forward import (
     check_texts,
     own_logits,
@@ -51,11 +51,8 @@ def default_token_budget(model: Any) -> int:
         return CPU_TOKENS
     if parameter.device.type != "cuda":
         return OTHER_TOKENS
-    free, _ = torch.cuda.mem_get_info(parameter.device)
-    unused = torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(
-        parameter.device
-    )
-    return cuda_token_budget(free + unused, model.config, parameter.element_size())
+    free = free_memory(parameter.device)
+    return cuda_token_budget(free, model.config, parameter.element_size())
 
 
 class BatchRunner:
