@@ -92,9 +92,14 @@ def open_scorer(args: argparse.Namespace) -> Any:
     from companion.scoring import load_scorer
 
     scorer = load_scorer(args.model, **loading(args))
-    for note in scorer.notes:
-        print(f"note: {note}", file=sys.stderr)
+    say_notes(scorer)
     return scorer
+
+
+def say_notes(loaded: Any) -> None:
+    """Say what a scorer, a policy or a judge noted when it was loaded."""
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def say_noticed(scorer: Any, said: int = 0) -> None:

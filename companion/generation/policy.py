@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from companion.engine import pad_batch
 from companion.engine.budget import generation_budget, logprob_budget
-from companion.engine.devices import free_memory
+from companion.engine.devices import device_notes, free_memory
 from companion.errors import DataError
 from companion.formatting import RewardFormatter, Text
 from companion.formatting.prompts import encode_prompts
@@ -158,6 +158,11 @@ class Policy:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    @property
+    def notes(self) -> list[str]:
+        """What was chosen for the GPU, and why; empty on a CPU."""
+        return device_notes(self.model, packed=False)
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -63,6 +63,11 @@ class LocalBackend:
         policy = Policy.from_pretrained(path_or_id, **options)
         return cls(policy, name=os.fspath(path_or_id), chat_template_kwargs=chat_template_kwargs)
 
+    @property
+    def notes(self) -> list[str]:
+        """As :attr:`companion.generation.Policy.notes`."""
+        return self.policy.notes
+
     def identity(self) -> dict[str, Any]:
         """The weights and the configuration, not the folder's name: trained on, it is another."""
         if self._fingerprint is None:
