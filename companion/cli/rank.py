@@ -10,8 +10,8 @@ from companion.cli.shared import (
     open_scorer,
     picked,
     progress_bar,
-    say_noticed,
     say_notes,
+    say_noticed,
 )
 
 
