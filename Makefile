@@ -54,7 +54,7 @@ BEHIND_OUTPUTS = constraints.txt $(wildcard benchmarks/results/*.json) \
 
 PYTEST = $(OFFLINE) $(NO_PROGRESS) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
-.PHONY: help quickstart test test-slow book lab lint format figures clean notebooks
+.PHONY: help quickstart test test-slow book lab lint format figures probe clean notebooks
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
@@ -105,6 +105,10 @@ notebooks: $(NOTEBOOKS) ## the same as .ipynb files, in build/notebooks
 
 figures: $(VENV)/.stamp-core ## draw the pictures of README and start pages again
 	$(PY) book/figures/draw.py
+
+# All extras of the tests: the first part runs tests/gpu.
+probe: $(VENV)/.stamp-all ## ten minutes on a GPU that answer everything (benchmarks/README.md)
+	$(PY) -m benchmarks.probe
 
 lint: $(VENV)/.stamp-all $(NOTEBOOKS) ## what `make test` checks without running anything
 	$(VENV)/bin/ruff check

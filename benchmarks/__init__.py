@@ -7,4 +7,6 @@ all of them, and a ratio is the median of the ratios of the rounds, with its sma
 
 ``python -m benchmarks.overoptimization`` measures no time but a danger: what a reward model
 promises and what its choices are worth, against KL.
+
+``python -m benchmarks.probe`` asks a GPU everything at once, in ten minutes.
 """

@@ -11,7 +11,7 @@ def main() -> None:
     args = arguments(__doc__)
 
     def texts(shape: str) -> TokenIds:
-        full = {"tiny": 8, "small": 4}[shape]
+        full = {"tiny": 8, "small": 4, "0.6b": 4}[shape]
         return candidates(1 if args.quick else full, 16)
 
     compare("best_of_n", args, texts)

@@ -12,7 +12,7 @@ import torch
 from benchmarks.measuring import matmul_peak, ratio, table, take_turns
 from benchmarks.methods import Method, scoring_methods
 from benchmarks.results import add_arguments, save
-from benchmarks.shapes import PAD, SHAPES, TokenIds, make_model, needed_tokens, useful_flops
+from benchmarks.shapes import PAD, SHAPES, USUAL, TokenIds, make_model, needed_tokens, useful_flops
 from companion.engine import BatchRunner
 
 #: largest difference of the mean score that rounding explains
@@ -24,14 +24,14 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     add_arguments(parser)
     parser.add_argument(
-        "--shapes", nargs="+", choices=list(SHAPES), help="default: all, quick: tiny"
+        "--shapes", nargs="+", choices=list(SHAPES), help="default: tiny and small, quick: tiny"
     )
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(_TOLERANCE))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budgets", nargs="*", type=int, default=[], help="further budgets")
     args = parser.parse_args()
     args.rounds = args.rounds or (1 if args.quick else 5)
-    args.shapes = args.shapes or (["tiny"] if args.quick else list(SHAPES))
+    args.shapes = args.shapes or (["tiny"] if args.quick else list(USUAL))
     if args.threads:
         torch.set_num_threads(args.threads)
     return args

@@ -19,7 +19,7 @@ from torch._inductor.utils import clear_caches
 
 from benchmarks.measuring import Outcome, ratio, table, take_turns
 from benchmarks.results import add_arguments, save
-from benchmarks.shapes import PAD, SHAPES, make_model, mixed_lengths, pairs
+from benchmarks.shapes import PAD, USUAL, make_model, mixed_lengths, pairs
 from companion import bradley_terry_loss
 from companion.engine import BatchRunner, compile_parts, packed_scores, reward_scores
 from companion.training import PairCollator
@@ -127,7 +127,7 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["tiny"])
+    parser.add_argument("--shapes", nargs="+", choices=list(USUAL), default=["tiny"])
     args = parser.parse_args()
     args.rounds = args.rounds or (1 if args.quick else 5)
     if args.threads:

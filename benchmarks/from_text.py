@@ -28,7 +28,7 @@ from companion import RewardScorer
 
 _EOS = "<eos>"
 #: Shape -> texts of mixed lengths, prompts with 16 candidates.
-_SIZES: dict[str, tuple[int, int]] = {"tiny": (96, 4), "small": (16, 1)}
+_SIZES: dict[str, tuple[int, int]] = {"tiny": (96, 4), "small": (16, 1), "0.6b": (96, 4)}
 #: Name of the work -> from shape and ``--quick`` to the token ids that the texts are made of.
 _TEXTS: dict[str, Callable[[str, bool], TokenIds]] = {
     "mixed lengths": lambda shape, quick: mixed_lengths(32 if quick else _SIZES[shape][0]),

@@ -121,9 +121,11 @@ def _give_memory_back() -> None:
 
 def matmul_peak(dtype: torch.dtype, device: torch.device, *, quick: bool = False) -> float:
     """FLOP/s of the fastest square matrix product, the best of several sizes and runs."""
-    sizes = (1024, 2048) if device.type == "cpu" else (4096, 8192)
+    sizes: tuple[int, ...] = (1024, 2048) if device.type == "cpu" else (4096, 8192)
     best = 0.0
-    for size in sizes[:1] if quick else sizes:
+    if quick:
+        sizes = (256,) if device.type == "cpu" else sizes[:1]
+    for size in sizes:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         a @ b
         for _ in range(3 if quick else 8):

@@ -11,7 +11,7 @@ def main() -> None:
     args = arguments(__doc__)
 
     def texts(shape: str) -> TokenIds:
-        full = {"tiny": 256, "small": 96}[shape]
+        full = {"tiny": 256, "small": 96, "0.6b": 96}[shape]
         return mixed_lengths(32 if args.quick else full)
 
     compare("scoring", args, texts)

@@ -12,25 +12,22 @@ from companion.models import install_head
 
 VOCABULARY = 1000
 PAD, EOS = 0, 1
-#: hidden size, layers, heads, heads of keys, size of a head
-SHAPES = {"tiny": (128, 4, 4, 2, 32), "small": (512, 8, 8, 4, 64)}
+#: hidden size, layers, heads, heads of keys, size of a head; "0.6b" is Qwen3-0.6B's
+SHAPES = {"tiny": (128, 4, 4, 2, 32), "small": (512, 8, 8, 4, 64), "0.6b": (1024, 28, 16, 8, 128)}
+#: What a program measures unless it is told otherwise; a CPU takes hours for the other one.
+USUAL = ("tiny", "small")
+#: Where it is not :data:`VOCABULARY`; the texts keep to the ids below that.
+_VOCABULARIES = {"0.6b": 151_936}
 TokenIds = list[list[int]]
 
 
-def make_model(
-    shape: str,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    *,
-    vocabulary: int = VOCABULARY,
-) -> Any:
-    """A random Qwen3 reward model with a head in float32."""
-    from transformers import Qwen3Config, Qwen3ForSequenceClassification
+def make_config(shape: str, vocabulary: int | None = None) -> Any:
+    """Of a Qwen3 of that shape."""
+    from transformers import Qwen3Config
 
     hidden, layers, heads, key_heads, size = SHAPES[shape]
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=vocabulary,
+    return Qwen3Config(
+        vocab_size=vocabulary or _VOCABULARIES.get(shape, VOCABULARY),
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
@@ -42,8 +39,23 @@ def make_model(
         eos_token_id=EOS,
         bos_token_id=None,
     )
+
+
+def make_model(
+    shape: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    vocabulary: int | None = None,
+) -> Any:
+    """A random Qwen3 reward model with a head in float32."""
+    from transformers import Qwen3ForSequenceClassification
+
+    torch.manual_seed(0)
+    config = make_config(shape, vocabulary)
     config.num_labels = 1
-    model: Any = Qwen3ForSequenceClassification(config)
+    with device:  # drawn where it will be: a CPU takes its time for 600 million numbers
+        model: Any = Qwen3ForSequenceClassification(config)
     model.to(device, dtype)
     install_head(model).to(torch.float32)
     return model

@@ -20,7 +20,15 @@ from trl import RewardConfig, RewardTrainer
 from benchmarks.measuring import Outcome, matmul_peak, ratio, table, take_turns
 from benchmarks.methods import Method
 from benchmarks.results import add_arguments, save
-from benchmarks.shapes import SHAPES, VOCABULARY, make_model, needed_tokens, pairs, useful_flops
+from benchmarks.shapes import (
+    SHAPES,
+    USUAL,
+    VOCABULARY,
+    make_model,
+    needed_tokens,
+    pairs,
+    useful_flops,
+)
 from companion import PairwiseRewardConfig, PairwiseRewardTrainer
 
 #: Method -> trainer, configuration and what differs from its defaults. The first is the base.
@@ -119,20 +127,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument(
-        "--shapes", nargs="+", choices=list(SHAPES), help="default: all, quick: tiny"
+        "--shapes", nargs="+", choices=list(SHAPES), help="default: tiny and small, quick: tiny"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch_size", type=int, default=8, help="pairs of a step")
     args = parser.parse_args()
     args.rounds = args.rounds or (1 if args.quick else 5)
-    args.shapes = args.shapes or (["tiny"] if args.quick else list(SHAPES))
+    args.shapes = args.shapes or (["tiny"] if args.quick else list(USUAL))
     if args.threads:
         torch.set_num_threads(args.threads)
     disable_progress_bars()
     device = torch.device(args.device)
     cases = []
     for shape in args.shapes:
-        full = {"tiny": 160, "small": 24}[shape]
+        full = {"tiny": 160, "small": 24, "0.6b": 24}[shape]
         examples = pairs(2 * args.batch_size if args.quick else full)
         case = one_shape(shape, examples, args, device)
         cases.append({"shape": shape, **case})

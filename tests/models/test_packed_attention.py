@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.varlen_on_cpu import take_cudas_path
 from companion import load_base
 from companion.engine import (
     PackedBatch,
@@ -342,67 +343,6 @@ def test_attention_in_half_precision_on_a_cpu(
 # ---------------------------------------------------------------------- CUDA's path, emulated
 
 
-def emulated_varlen(
-    query: Any,
-    key: Any,
-    value: Any,
-    query_offsets: Any,
-    key_offsets: Any,
-    *longest: int,
-    **options: Any,
-) -> torch.Tensor:
-    """``varlen_attn`` by its documentation: causal, aligned at the last query and key.
-
-    With what FlashAttention checks of its input, but for the dtype.
-    """
-    assert query.dtype == key.dtype == value.dtype
-    assert query_offsets.dtype == key_offsets.dtype == torch.int32
-    assert query_offsets[-1] == len(query)
-    assert key_offsets[-1] == len(key) == len(value)
-    assert min(*query_offsets.diff(), *key_offsets.diff()) > 0
-    assert longest == (query_offsets.diff().max(), key_offsets.diff().max())
-    assert all(x.dim() == 3 and x.stride(-1) == 1 for x in (query, key, value))
-    assert query.shape[2] % 8 == 0
-    assert query.shape[2] <= 256
-    assert options["window_size"][1] == 0
-    left = options["window_size"][0]
-    if key.shape[1] != query.shape[1]:
-        assert options["enable_gqa"]
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    parts = []
-    for s in range(len(query_offsets) - 1):
-        q = query[query_offsets[s] : query_offsets[s + 1]].transpose(0, 1).float()
-        k, v = (
-            x[key_offsets[s] : key_offsets[s + 1]].transpose(0, 1).float() for x in (key, value)
-        )
-        last = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
-        at = torch.arange(k.shape[1])
-        seen = (at <= last) & ((at >= last - left) if left >= 0 else torch.tensor(True))
-        parts.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen, scale=options["scale"]
-            ).transpose(0, 1)
-        )
-    return torch.cat(parts).to(query.dtype)
-
-
-def on_emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """The path of CUDA on this CPU; the dtypes that the kernel was given."""
-    from torch.nn.attention import varlen
-
-    seen: list[torch.dtype] = []
-
-    def kernel(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> torch.Tensor:
-        seen.append(query.dtype)
-        return emulated_varlen(query, key, value, *rest, **options)
-
-    monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    for module in (packing, last_layer):
-        monkeypatch.setattr(module, "fits_varlen", lambda query: True)
-    monkeypatch.setattr(packing, "_half_is_slow", lambda device: False)
-    return seen
-
-
 @pytest.mark.parametrize(("kind", "windowed"), CASES)
 def test_the_path_of_cuda_with_its_kernel_emulated(
     kind: str, windowed: bool, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
@@ -429,7 +369,7 @@ def test_the_path_of_cuda_with_its_kernel_emulated(
         return float((found[0] - want[0]).norm() / want[0].norm()), error
 
     want = result(model, lambda model: alone(model, ids))
-    seen = on_emulated_cuda(monkeypatch)
+    seen = take_cudas_path(monkeypatch.setattr)
     by_tree = lambda model: packed_scores(model, packed(ids))  # noqa: E731
     with monkeypatch.context() as exact:
         exact.setattr(packing, "_half_dtype", lambda query: query.dtype)
