@@ -700,7 +700,8 @@ def sample_full(here: Probe, policy: Any) -> Found:
     from companion.tutor import make_rows
 
     new, each = here.size(192, 8), here.size(16, 2)
-    full = len(policy.batches([60 + new] * here.size(4096, 8))[0])
+    lengths = [60 + new] * here.size(4096, 8)
+    full = len(next(policy.in_batches(lengths, lambda places: places))[0])
     prompts = [row["prompt"] for row in make_rows("prompts", full // each + 1, seed=2)]
     found: Found = {"rows_of_a_batch": full, "free_bytes": here.free_bytes()}
     drawn: list[Any] = []
