@@ -36,6 +36,9 @@ unexport PYTHONPATH
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Running all exercises is nobody's progress.
 NO_PROGRESS := COMPANION_PROGRESS_FILE=
+# Of a notebook's kernel: collects no garbage while the first cell imports. Python itself reads it
+# only at a prompt.
+KERNEL := PYTHONSTARTUP=$(abspath book/_tools/startup.py)
 
 NOTEBOOK_SOURCES := $(wildcard book/ch*.md book/speed.md exercises/ch*.md solutions/ch*.md)
 NOTEBOOKS := $(patsubst %.md,$(BUILD)/notebooks/%.ipynb,$(NOTEBOOK_SOURCES))
@@ -46,7 +49,7 @@ PAGES := $(BUILD)/_build/html
 OUTPUTS := $(BUILD)/_build/.jupyter_cache
 # Made when all pages were built, and without a warning.
 BUILT := $(BUILD)/.stamp-pages
-BUILD_BOOK = rm -f $(BUILT) && $(OFFLINE) $(NO_PROGRESS) $(VENV)/bin/jupyter-book build . \
+BUILD_BOOK = rm -f $(BUILT) && $(OFFLINE) $(NO_PROGRESS) $(KERNEL) $(VENV)/bin/jupyter-book build . \
 	--toc book/_toc.yml --path-output $(BUILD) --all -W --keep-going --quiet && touch $(BUILT)
 # Whoever changes one of these changes outputs without changing a cell.
 BEHIND_OUTPUTS = constraints.txt $(wildcard benchmarks/results/*.json) \
@@ -78,7 +81,7 @@ test: $(VENV)/.stamp-all $(NOTEBOOKS) ## lint, types, import floors, unit tests,
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	@rm -f $(BUILT)
-	-$(PYTEST) --nbmake --nbmake-timeout=300 --overwrite $(NOTEBOOKS) && \
+	-$(KERNEL) $(PYTEST) --nbmake --nbmake-timeout=300 --overwrite $(NOTEBOOKS) && \
 		$(PY) book/_tools/outputs.py $(BUILD)/notebooks $(OUTPUTS) && \
 		touch $(BUILD)/.stamp-outputs && $(BUILD_BOOK)
 	COMPANION_BOOK=$(abspath $(BUILD)) $(PYTEST) --dist loadfile tests
