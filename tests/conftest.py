@@ -15,6 +15,14 @@ import gc
 
 gc.disable()  # while everything is imported; `pytest_collection_finish` switches it on again
 
+import functools
+import importlib.metadata
+
+# accelerate asks at each step of a training whether DeepSpeed and PEFT are there, and each time the
+# answer is parsed anew: a twentieth of the tests' time. What is installed does not change here.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+importlib.metadata.version = functools.cache(importlib.metadata.version)
+
 import random
 from collections.abc import Callable
 from pathlib import Path
