@@ -29,8 +29,9 @@ TORCH_STAMP := $(VENV)/.stamp-torch$(if $(TORCH_INDEX),-$(notdir $(patsubst %/,%
 
 # DeepSpeed compiles nothing at install; its operators are built on the GPU machine when first used.
 export DS_BUILD_OPS = 0
-# Outside of this environment nothing may leak in.
-unexport PYTHONPATH
+# Outside of this environment nothing may leak in. Images of containers often forbid bytecode, and
+# then each of some thirty processes compiles all files of the companion and of the tests anew.
+unexport PYTHONPATH PYTHONDONTWRITEBYTECODE
 # What runs offline: tests and the book. Quickstart needs no network either, but sets nothing, so
 # that a model id of the hub works in its place.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
