@@ -290,6 +290,14 @@ def number_chapters(app: Sphinx, env: BuildEnvironment) -> list[str]:
     return []
 
 
+def plain_citations(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Take the role 'list' off the bibliography: docutils gives it children that are no items."""
+    if "body" in context:
+        context["body"] = context["body"].replace('<div role="list" ', "<div ")
+
+
 def drop_thebe(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
 ) -> None:
@@ -329,6 +337,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", lambda app, document, source: add_section(BOOK, document, source))
     app.connect("source-read", lambda app, document, source: hide_markers(document, source))
     app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("html-page-context", plain_citations)
     app.connect("autodoc-process-docstring", process)
     app.connect("autodoc-process-signature", short_signature)
     app.connect("missing-reference", resolve_exported)

@@ -55,6 +55,7 @@ class Visit(NamedTuple):
     requests: list[str]
     failed: list[str]
     seen: dict
+    axe: list[str]
 
 
 def _watch(page):
@@ -65,6 +66,18 @@ def _watch(page):
     page.on("request", lambda request: requests.append(request.url))
     page.on("requestfailed", lambda request: failed.append(request.url))
     return console, requests, failed
+
+
+def _axe(page):
+    """What axe calls critical or serious, with the first element."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    rules = {"label-content-name-mismatch": {"enabled": True}}
+    options = {"rules": rules, "resultTypes": ["violations"]}
+    return [
+        f"{found['id']}: {found['nodes'][0]['html'][:120]}"
+        for found in axe.Axe().run(page, options=options).response["violations"]
+        if found["impact"] in ("critical", "serious")
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +96,7 @@ def visits(site, browser):
                     record.clear()
                 page.goto(path.as_uri(), wait_until="load")
                 seen = page.evaluate(_LOOK)
-                found.append(Visit(path.stem, view, *map(list, records), seen))
+                found.append(Visit(path.stem, view, *map(list, records), seen, _axe(page)))
     assert len({visit.page for visit in found}) >= 10
     return found
 
@@ -94,6 +107,10 @@ def _problems(visits, of):
 
 def test_no_error_in_the_console(visits):
     assert _problems(visits, lambda v: v.console) == {}
+
+
+def test_axe_finds_nothing_serious(visits):
+    assert _problems(visits, lambda v: v.axe) == {}
 
 
 def test_nothing_is_asked_of_the_network(visits):
