@@ -68,8 +68,8 @@ SIZES = (
     Proxy("2 layers, 250 pairs", 2, 250),
     Proxy("2 layers, 1000 pairs", 2, 1000),
     Proxy("6 layers, 250 pairs", 6, 250),
-    Proxy("6 layers, 4000 pairs", 6, 4000),
     Proxy("6 layers, 1000 pairs", 6, 1000),
+    Proxy("6 layers, 4000 pairs", 6, 4000),
     Proxy(BIASED, 6, 1000, {"length_bias": BIAS}),
 )
 ENSEMBLE = "6 layers, 250 pairs"

@@ -72,8 +72,9 @@ class Case:
 
 CASES = (
     Case("6 layers, 250 pairs", 6, 250, watched=True),
-    Case("6 layers, 4000 pairs", 6, 4000),
     Case("2 layers, 1000 pairs", 2, 1000),
+    Case("6 layers, 1000 pairs", 6, 1000),
+    Case("6 layers, 4000 pairs", 6, 4000),
     Case("4 models, mean", 6, 250, members=4),
 )
 
