@@ -303,35 +303,44 @@ def study(args: argparse.Namespace) -> dict[str, Any]:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     columns = once(work / "drawn.json", partial(draw, args.prompts))
     gold = filled(once(work / "scale-gold.json", partial(measure, GOLD, columns)))
-    cases, drawn = [], {}
-    for case in args.cases:
-        free: list[dict[str, Any]] = []
-        watched: list[dict[str, Any]] = []
-        settings: list[dict[str, Any]] = []
+    settings: dict[str, list[dict[str, Any]]] = {}
+
+    def runs_of(case: Case, watched: bool) -> list[dict[str, Any]]:
+        """A run for each seed."""
+        runs = []
+        settings[case.name] = []
         for seed in range(args.seeds):
-            folders, facts, members = [], [], []
+            folders, accuracies, members = [], [], []
             for proxy in case.proxies(seed):
                 folder, found = trained(proxy, args.models)
-                file = work / f"scale-{stem(proxy)}.json"
-                members.append(filled(once(file, partial(measure, folder, columns))))
+                scale = work / f"scale-{stem(proxy)}.json"
+                members.append(filled(once(scale, partial(measure, folder, columns))))
                 folders.append(folder)
-                facts.append(found["accuracy"])
+                accuracies.append(found["accuracy"])
             weights, shift = weigh(members, gold)
-            settings.append({"weights": weights, "shift": shift, "accuracy": facts})
-            for runs, name in ((free, ""), (watched, "-watched"))[: 1 + case.watched]:
-                name = f"{case.name.replace(', ', '-').replace(' ', '_')}-{seed}{name}"
-                make = partial(run, name, folders, weights, seed, runs is watched, args)
-                runs.append(once(work / f"{name}.json", make))
-                say(f"{name}: {runs[-1]['steps']} steps, {runs[-1]['reason'] or 'to the end'}")
-        drawn[case.name] = gold_and_kl(free)
+            settings[case.name].append(
+                {"weights": weights, "shift": shift, "accuracies": accuracies}
+            )
+            name = case.name.replace(", ", "-").replace(" ", "_")
+            name = f"{name}-{seed}{'-watched' if watched else ''}"
+            make = partial(run, name, folders, weights, seed, watched, args)
+            runs.append(once(work / f"{name}.json", make))
+            say(f"{name}: {runs[-1]['steps']} steps, {runs[-1]['reason'] or 'to the end'}")
+        return runs
+
+    free = {case.name: runs_of(case, False) for case in args.cases}
+    drawn = {name: gold_and_kl(runs) for name, runs in free.items()}
+    cases = []
+    for case in args.cases:
+        shifts = [one["shift"] for one in settings[case.name]]
         row = {
             **asdict(case),
-            "rewards": settings,
-            **curves(free, [one["shift"] for one in settings]),
+            "rewards": settings[case.name],
+            **curves(free[case.name], shifts),
             "each_run": each_run(drawn[case.name]),
         }
-        if case.watched:
-            row["monitor"] = against_watched(free, watched)
+        if case.watched and not args.unwatched:
+            row["monitor"] = against_watched(free[case.name], runs_of(case, True))
         cases.append(row)
     return {
         "policy": "tutor base, temperature 1",
@@ -360,6 +369,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, help="runs of each case; default 5, quick 2")
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    parser.add_argument("--unwatched", action="store_true", help="no runs with the monitor")
     parser.add_argument("--steps", type=int, help="of a run; default 18, quick 2")
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--every", type=int, help="steps between looks; default 3, quick 1")
@@ -367,7 +377,7 @@ def main() -> None:
     args.seeds = args.seeds or (2 if args.quick else 5)
     args.steps = args.steps or (2 if args.quick else 18)
     args.every = args.every or (1 if args.quick else 3)
-    args.prompts, args.completions = (8 if args.quick else 128), 1
+    args.prompts, args.completions = (8 if args.quick else 96), 1
     args.cases = CASES[: args.cases]
     if args.quick:
         args.cases = (
