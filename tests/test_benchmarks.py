@@ -405,6 +405,50 @@ def test_what_is_read_off_each_run_and_the_difference_of_two_cases() -> None:
     assert found["gold_at_end"]["each_seed"] == [0.0, 1.0]
 
 
+def test_the_study_of_grpo_gives_each_seed_its_reward_models_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the training: which models a run is given, and what is not done twice."""
+    calls: list[tuple[str, list[str], bool]] = []
+    rng = np.random.default_rng(0)
+
+    def run(name: str, rewards: Any, weights: Any, seed: int, watched: bool, _: Any) -> Any:
+        assert len(weights) == len(rewards)
+        calls.append((name, [folder.name for folder in rewards], watched))
+        return grpo_run([1.0, 3.0 + seed, rng.normal()], seed, 0.5)
+
+    monkeypatch.setattr(overoptimization_grpo, "run", run)
+    monkeypatch.setattr(
+        overoptimization_grpo,
+        "trained",
+        lambda proxy, models: (models / overoptimization.stem(proxy), {"accuracy": 0.7}),
+    )
+    monkeypatch.setattr(overoptimization_grpo, "draw", lambda prompts: {})
+    monkeypatch.setattr(
+        overoptimization_grpo, "measure", lambda source, columns: rng.normal(size=9).tolist()
+    )
+    two = (overoptimization_grpo.CASES[0], overoptimization_grpo.CASES[-1])
+    monkeypatch.setattr(overoptimization_grpo, "CASES", two)
+    flags = ["--work", str(tmp_path), "--models", str(tmp_path)]
+    target = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["x", *flags, "--output", str(target), "--unwatched"])
+    overoptimization_grpo.main()
+    record = json.loads(target.read_text(encoding="utf-8"))
+    assert not any("monitor" in case for case in record["cases"])
+    assert len(record["differences"]) == 1
+    of = {name: models for name, models, _ in calls}
+    assert of["6_layers-250_pairs-3"] == ["6_layers-250_pairs-3"]
+    assert of["4_models-mean-1"] == [f"6_layers-250_pairs-{k}" for k in (1, 11, 21, 31)]
+    # then with the monitor: only those runs are new
+    calls.clear()
+    monkeypatch.setattr(sys, "argv", ["x", *flags, "--output", str(target)])
+    overoptimization_grpo.main()
+    assert [watched for *_, watched in calls] == [True] * 5
+    again = json.loads(target.read_text(encoding="utf-8"))
+    assert again["differences"] == record["differences"]
+    assert len(again["cases"][0]["monitor"]["gain_at_stop_each_seed"]) == 5
+
+
 @pytest.mark.slow
 def test_a_quick_study_of_grpo_writes_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
