@@ -2,9 +2,10 @@
 
 The other half of the curves of Gao, Schulman and Hilton (2023, arXiv 2210.10760): the tutor base is
 trained against reward models of :mod:`benchmarks.overoptimization` by ``companion train grpo``,
-without a KL penalty and without a budget, while gold is measured on held-out prompts. The proxies
-that spoil it are run once more with gold as the held-out scorer, so that the monitor may stop them.
-What is finished lies in ``--work`` and is not done again.
+without a KL penalty and without a budget, while gold is measured on held-out prompts. Each seed has
+a reward model of its own, trained on other pairs: a case is a recipe for reward models, and its
+intervals are over seeds and prompts. One case is run once more with gold as the held-out scorer, so
+that the monitor may stop it. What is finished lies in ``--work`` and is not done again.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,18 @@ import torch
 from datasets.utils.logging import disable_progress_bar
 
 from benchmarks.measuring import table
-from benchmarks.overoptimization import ENSEMBLE, PROXIES, Proxy, once, train
+from benchmarks.overoptimization import (
+    Proxy,
+    difference,
+    figure_of,
+    once,
+    rounded,
+    stem,
+    trained,
+)
 from benchmarks.results import add_arguments, save
 from companion import Policy, bootstrap_interval, open_reward
+from companion.functional import bootstrap_runs
 from companion.rl import (
     GRPORunConfig,
     Look,
@@ -45,67 +56,83 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Case:
-    """What the policy is trained on: reward models whose scores are added."""
+    """What the policy is trained on: reward models of one size, whose scores are added."""
 
     name: str
-    proxies: tuple[str, ...]
+    layers: int  #: of the tutor base's six
+    pairs: int
+    members: int = 1  #: reward models of one run, each trained on other pairs
     watched: bool = False  #: run it once more with the monitor
+
+    def proxies(self, seed: int) -> list[Proxy]:
+        """The reward models of one run; no two runs share one."""
+        one = Proxy(f"{self.layers} layers, {self.pairs} pairs", self.layers, self.pairs)
+        return [replace(one, seed=seed + 10 * member) for member in range(self.members)]
 
 
 CASES = (
-    Case("6 layers, 250 pairs", ("6 layers, 250 pairs",), watched=True),
-    Case("6 layers, 4000 pairs", ("6 layers, 4000 pairs",)),
-    Case("2 layers, 1000 pairs", ("2 layers, 1000 pairs",)),
-    Case("4 models, mean", ENSEMBLE),
+    Case("6 layers, 250 pairs", 6, 250, watched=True),
+    Case("2 layers, 1000 pairs", 2, 1000),
+    Case("6 layers, 1000 pairs", 6, 1000),
+    Case("6 layers, 4000 pairs", 6, 4000),
+    Case("4 models, mean", 6, 250, members=4),
 )
 
 
 # --- the rewards ------------------------------------------------------------------------------
 
 
-def stem(name: str) -> str:
-    """A name as that of a folder."""
-    return name.replace(", ", "-").replace(" ", "_")
-
-
-def measure_rewards(folders: dict[str, Path], prompts: int) -> dict[str, list[float | None]]:
-    """Scores of the proxies, and gold, for eight completions of the policy to each prompt."""
+def draw(prompts: int) -> dict[str, list[Any]]:
+    """Four completions of the policy to each prompt, as the columns that rewards are given."""
     asked = [row["prompt"] for row in make_rows("prompts", prompts, seed=SCALE_SEED)]
-    drawn = Policy.from_pretrained(TUTOR_BASE).sample(asked, 8, max_new_tokens=64, seed=1)
-    columns: dict[str, list[Any]] = {
+    drawn = Policy.from_pretrained(TUTOR_BASE).sample(asked, 4, max_new_tokens=64, seed=1)
+    return {
         "prompts": [prompt for prompt, group in zip(asked, drawn, strict=True) for _ in group],
         "completions": [[{"role": "assistant", "content": s.text}] for g in drawn for s in g],
         "completion_ids": [sample.token_ids for group in drawn for sample in group],
     }
-    sources = {"gold": GOLD, **{name: str(folder) for name, folder in folders.items()}}
-    return {name: list(open_reward(source)(**columns)) for name, source in sources.items()}
 
 
-def weigh(case: Case, measured: dict[str, Array]) -> tuple[list[float], float]:
-    """Weights that put the sum of a case's rewards on the scale of gold, and what to add to it.
+def measure(source: str | Path, columns: dict[str, list[Any]]) -> list[float | None]:
+    """The rewards of what was drawn."""
+    return list(open_reward(str(source))(**columns))
 
-    Each proxy counts alike, in its own standard deviations.
+
+def filled(values: Sequence[float | None]) -> Array:
+    """An empty completion has no score: it gets the lowest, as in the study of best-of-n."""
+    found = np.array(values, dtype=np.float64)
+    return np.where(np.isnan(found), np.nanmin(found), found)
+
+
+def weigh(members: Sequence[Array], gold: Array) -> tuple[list[float], float]:
+    """Weights that put the sum of a run's rewards on the scale of gold, and what to add to it.
+
+    Each member counts alike, in its own standard deviations.
     """
-    gold = measured["gold"]
-    spread = {name: float(measured[name].std()) for name in case.proxies}
-    total = np.sum([measured[name] / spread[name] for name in case.proxies], axis=0)
+    spread = [float(member.std()) for member in members]
+    total = np.sum([member / s for member, s in zip(members, spread, strict=True)], axis=0)
     scale = gold.std() / total.std()
-    return [float(scale / s) for s in spread.values()], float(gold.mean() - scale * total.mean())
+    return [float(scale / s) for s in spread], float(gold.mean() - scale * total.mean())
 
 
 # --- one run ----------------------------------------------------------------------------------
 
 
 def run(
-    case: Case, weights: list[float], seed: int, watched: bool, args: argparse.Namespace
+    name: str,
+    rewards: Sequence[Path],
+    weights: list[float],
+    seed: int,
+    watched: bool,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """One run of GRPO: all its looks, and the figures on prompts that nothing was chosen by."""
     begin = time.process_time()
-    folder = args.work / "grpo" / f"{stem(case.name)}-{seed}{'-watched' if watched else ''}"
+    folder = args.work / "grpo" / name
     result = train_grpo(
         GRPORunConfig(
             output_dir=str(folder),
-            reward_model=[str(args.work / stem(name)) for name in case.proxies],
+            reward_model=[str(folder) for folder in rewards],
             reward_weights=weights,
             held_out_scorer=GOLD if watched else None,
             also_measure=[RIGHT] if watched else [RIGHT, GOLD],
@@ -162,22 +189,22 @@ def table_of(looks: Sequence[dict[str, Any]], name: str) -> Array:
 
 
 def summarise(values: Array) -> dict[str, float]:
-    """``[seeds, prompts]``: the mean, and its 95% interval over prompts."""
-    each = np.nanmean(values[:, np.isfinite(values).any(axis=0)], axis=0)
-    interval = bootstrap_interval(each)
-    return {
-        "mean": round(float(each.mean()), 4),
-        "low": round(interval.low, 4),
-        "high": round(interval.high, 4),
-    }
+    """``[seeds, prompts]``: the mean, and its 95% interval over seeds and prompts.
+
+    The runs of all seeds are looked at on the same prompts.
+    """
+    values = values[:, np.isfinite(values).any(axis=0)]
+    ends = bootstrap_runs(values) if len(values) > 1 else bootstrap_interval(values[0])
+    return rounded(float(np.nanmean(values)), *ends)
 
 
-def curves(runs: Sequence[dict[str, Any]], shift: float) -> dict[str, Any]:
+def curves(runs: Sequence[dict[str, Any]], shift: float | Sequence[float]) -> dict[str, Any]:
     """Proxy (on gold's scale), gold and what else was measured, look by look."""
     out: dict[str, Any] = {"steps": [look["step"] for look in runs[0]["looks"]]}
+    add = np.broadcast_to(shift, len(runs))[:, None, None]
     for name in ("kl", "proxy", "gold", "correct"):
         values = np.stack([table_of(one["looks"], name) for one in runs])
-        values = values + (shift if name == "proxy" else 0.0)
+        values = values + (add if name == "proxy" else 0.0)
         rows = [summarise(values[:, k]) for k in range(values.shape[1])]
         out[name] = {key: [row[key] for row in rows] for key in ("mean", "low", "high")}
         out[name]["each_seed"] = np.nanmean(values, axis=2).round(4).tolist()
@@ -189,6 +216,52 @@ def curves(runs: Sequence[dict[str, Any]], shift: float) -> dict[str, Any]:
     out["best_step"] = out["steps"][best]
     out["gold_lost"] = summarise(lost[:, best] - lost[:, -1])
     return out
+
+
+def largest_gold(drawn: Array) -> Array:
+    """``[seeds]``: the most gold that each run reached, from ``[seeds, prompts, looks, 2]``."""
+    return np.asarray(drawn[..., 0].mean(1).max(1))
+
+
+def gold_at_end(drawn: Array) -> Array:
+    """``[seeds]``: the gold of each run at its last look."""
+    return np.asarray(drawn[:, :, -1, 0].mean(1))
+
+
+def change_of_gold(drawn: Array) -> Array:
+    """``[seeds]``: from the start to the end."""
+    return gold_at_end(drawn) - np.asarray(drawn[:, :, 0, 0].mean(1))
+
+
+def kl_at_turn(drawn: Array) -> Array:
+    """``[seeds]``: the KL of each run at the look of its largest gold."""
+    gold, kl = np.moveaxis(drawn.mean(1), -1, 0)
+    return np.asarray(np.take_along_axis(kl, gold.argmax(1)[:, None], 1)[:, 0])
+
+
+FIGURES: dict[str, Callable[[Array], Array]] = {
+    "largest_gold": largest_gold,
+    "gold_at_end": gold_at_end,
+    "change_of_gold": change_of_gold,
+    "kl_at_turn": kl_at_turn,
+}
+
+
+def gold_and_kl(runs: Sequence[dict[str, Any]]) -> Array:
+    """``[seeds, prompts, looks, 2]``."""
+    tables = [[table_of(one["looks"], name).T for name in ("gold", "kl")] for one in runs]
+    return np.moveaxis(np.array(tables), 1, -1)
+
+
+def each_run(drawn: Array) -> dict[str, Any]:
+    """What can be read off each run alone: the mean, its interval, and the single seeds."""
+    return {name: figure_of(drawn, figure) for name, figure in FIGURES.items()}
+
+
+def compare(first: Array, second: Array) -> dict[str, Any]:
+    """The same figures of two cases, first minus second, seed by seed on the same prompts."""
+    both = np.stack([first, second], axis=-1)
+    return {name: figure_of(both, partial(difference, figure)) for name, figure in FIGURES.items()}
 
 
 def against_watched(
@@ -223,44 +296,63 @@ def study(args: argparse.Namespace) -> dict[str, Any]:
     def say(what: str) -> None:
         print(f"{time.process_time() - begin:6.0f} s  {what}", flush=True)
 
-    wanted = [p for p in args.proxies if any(p.name in case.proxies for case in args.cases)]
-    folders = {proxy.name: work / stem(proxy.name) for proxy in wanted}
-    for proxy in wanted:
-        if not (folders[proxy.name] / "model.safetensors").is_file():
-            say(f"{proxy.name}: accuracy {train(proxy, folders[proxy.name]):.3f}")
+    work.mkdir(parents=True, exist_ok=True)
     file = work / "prompts.jsonl"
     if not file.is_file():
         rows = make_rows("prompts", 3000, seed=PROMPTS_SEED)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = once(work / "scale.json", lambda: measure_rewards(folders, args.prompts))
-    whole = {name: np.array(values, dtype=np.float64) for name, values in found.items()}
-    # an empty completion has no score: it gets the lowest, as in the study of best-of-n
-    measured = {name: np.where(np.isnan(v), np.nanmin(v), v) for name, v in whole.items()}
+    columns = once(work / "drawn.json", partial(draw, args.prompts))
+    gold = filled(once(work / "scale-gold.json", partial(measure, GOLD, columns)))
+    settings: dict[str, list[dict[str, Any]]] = {}
 
-    def done(case: Case, weights: list[float], watched: bool) -> list[dict[str, Any]]:
+    def runs_of(case: Case, watched: bool) -> list[dict[str, Any]]:
+        """A run for each seed."""
         runs = []
+        settings[case.name] = []
         for seed in range(args.seeds):
-            name = f"{stem(case.name)}-{seed}{'-watched' if watched else ''}.json"
-            one = once(work / name, partial(run, case, weights, seed, watched, args))
-            say(f"{name}: {one['steps']} steps, {one['reason'] or 'to the end'}")
-            runs.append(one)
+            folders, accuracies, members = [], [], []
+            for proxy in case.proxies(seed):
+                folder, found = trained(proxy, args.models)
+                scale = work / f"scale-{stem(proxy)}.json"
+                members.append(filled(once(scale, partial(measure, folder, columns))))
+                folders.append(folder)
+                accuracies.append(found["accuracy"])
+            weights, shift = weigh(members, gold)
+            settings[case.name].append(
+                {"weights": weights, "shift": shift, "accuracies": accuracies}
+            )
+            name = case.name.replace(", ", "-").replace(" ", "_")
+            name = f"{name}-{seed}{'-watched' if watched else ''}"
+            make = partial(run, name, folders, weights, seed, watched, args)
+            runs.append(once(work / f"{name}.json", make))
+            say(f"{name}: {runs[-1]['steps']} steps, {runs[-1]['reason'] or 'to the end'}")
         return runs
 
-    rows = []
+    free = {case.name: runs_of(case, False) for case in args.cases}
+    drawn = {name: gold_and_kl(runs) for name, runs in free.items()}
+    cases = []
     for case in args.cases:
-        weights, shift = weigh(case, measured)
-        free = done(case, weights, False)
-        row = {**asdict(case), "weights": weights, **curves(free, shift)}
-        if case.watched:
-            row["monitor"] = against_watched(free, done(case, weights, True))
-        rows.append(row)
+        shifts = [one["shift"] for one in settings[case.name]]
+        row = {
+            **asdict(case),
+            "rewards": settings[case.name],
+            **curves(free[case.name], shifts),
+            "each_run": each_run(drawn[case.name]),
+        }
+        if case.watched and not args.unwatched:
+            row["monitor"] = against_watched(free[case.name], runs_of(case, True))
+        cases.append(row)
     return {
         "policy": "tutor base, temperature 1",
         "seeds": args.seeds,
         "learning_rate": args.learning_rate,
         "prompts": args.prompts,
         "completions": args.completions,
-        "cases": rows,
+        "cases": cases,
+        "differences": [
+            {"first": first, "second": second, **compare(drawn[first], drawn[second])}
+            for first, second in combinations(drawn, 2)
+        ],
     }
 
 
@@ -269,23 +361,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--work", type=Path, default=Path("runs/overoptimization_grpo"))
-    parser.add_argument("--seeds", type=int, help="runs of each case; default 2, quick 1")
-    parser.add_argument("--steps", type=int, help="of a run; default 27, quick 2")
+    parser.add_argument(
+        "--models",
+        type=Path,
+        default=Path("runs/reward_models"),
+        help="the reward models, which benchmarks.overoptimization shares",
+    )
+    parser.add_argument("--seeds", type=int, help="runs of each case; default 5, quick 2")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    parser.add_argument("--unwatched", action="store_true", help="no runs with the monitor")
+    parser.add_argument("--steps", type=int, help="of a run; default 18, quick 2")
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--every", type=int, help="steps between looks; default 3, quick 1")
     args = parser.parse_args()
-    args.seeds = args.seeds or (1 if args.quick else 2)
-    args.steps = args.steps or (2 if args.quick else 27)
+    args.seeds = args.seeds or (2 if args.quick else 5)
+    args.steps = args.steps or (2 if args.quick else 18)
     args.every = args.every or (1 if args.quick else 3)
-    args.prompts, args.completions = (8, 2) if args.quick else (96, 2)
-    args.cases, args.proxies = CASES, PROXIES
+    args.prompts, args.completions = (8 if args.quick else 96), 1
+    args.cases = CASES[: args.cases]
     if args.quick:
-        args.proxies = (Proxy("2 layers, 32 pairs", 2, 32),)
-        args.cases = (Case("2 layers, 32 pairs", ("2 layers, 32 pairs",), watched=True),)
+        args.cases = (
+            Case("2 layers, 64 pairs", 2, 64, watched=True),
+            Case("2 models, mean", 2, 64, members=2),
+        )
         args.work = args.work / "quick"
+        args.models = args.models / "quick"
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
     disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     figures = study(args)

@@ -19,6 +19,7 @@ from benchmarks import (
     comparing,
     compile,
     curves,
+    epochs,
     from_text,
     overoptimization,
     overoptimization_grpo,
@@ -307,16 +308,43 @@ def test_a_stage_is_not_done_twice(tmp_path: Path) -> None:
 
 def test_the_rewards_of_a_case_add_up_to_the_scale_of_gold() -> None:
     rng = np.random.default_rng(0)
-    measured = {"gold": rng.normal(2, 3, 400), "a": rng.normal(5, 0.1, 400)}
-    measured["b"] = rng.normal(-1, 40, 400)
-    case = overoptimization_grpo.Case("both", ("a", "b"))
-    weights, shift = overoptimization_grpo.weigh(case, measured)
-    total = weights[0] * measured["a"] + weights[1] * measured["b"] + shift
-    assert total.mean() == pytest.approx(measured["gold"].mean())
-    assert total.std() == pytest.approx(measured["gold"].std())
+    gold, *members = rng.normal(2, 3, 400), rng.normal(5, 0.1, 400), rng.normal(-1, 40, 400)
+    weights, shift = overoptimization_grpo.weigh(members, gold)
+    total = weights[0] * members[0] + weights[1] * members[1] + shift
+    assert total.mean() == pytest.approx(gold.mean())
+    assert total.std() == pytest.approx(gold.std())
     # neither drowns the other
-    parts = [w * measured[name].std() for w, name in zip(weights, "ab", strict=True)]
+    parts = [w * member.std() for w, member in zip(weights, members, strict=True)]
     assert parts[0] == pytest.approx(parts[1])
+    assert overoptimization_grpo.filled([3.0, None, 1.0]).tolist() == [3.0, 1.0, 1.0]
+
+
+def test_no_two_runs_share_a_reward_model_and_the_test_pairs_are_in_none() -> None:
+    case = overoptimization_grpo.Case("four", 6, 250, members=4)
+    seeds = [proxy.seed for seed in range(10) for proxy in case.proxies(seed)]
+    assert len(set(seeds)) == 40
+    assert overoptimization.PAIRS_SEED + max(seeds) < overoptimization.TEST_SEED
+
+
+def test_the_interval_of_a_figure_is_over_runs_and_prompts() -> None:
+    """Of runs that differ and prompts that do not, only an interval over the runs has a width."""
+    values = np.tile(np.array([1.0, 2.0, 3.0, 4.0, 5.0])[:, None, None], (1, 8, 3))
+    values[:, :, 1] += 1  # the best n
+    row = overoptimization.figure_of(values, overoptimization.largest_gold)
+    assert row["mean"] == 4
+    assert row["each_seed"] == [2, 3, 4, 5, 6]
+    assert row["low"] < 3
+    assert row["high"] > 5
+    lost = overoptimization.figure_of(values, overoptimization.gold_lost)
+    assert lost["mean"] == lost["low"] == lost["high"] == 1
+    turn = overoptimization.figure_of(values, overoptimization.doublings_to_turn)
+    assert turn["mean"] == turn["low"] == 1
+    # one run: over prompts, and these are alike
+    alone = overoptimization.figure_of(values[:1], overoptimization.largest_gold)
+    assert alone["mean"] == alone["low"] == alone["high"] == 2
+    # paired: what all runs share is gone
+    difference = overoptimization.compare(values + 0.5, values)["largest_gold"]
+    assert difference["low"] == difference["high"] == 0.5
 
 
 def grpo_run(golds: list[float], seed: int, end: float) -> dict[str, Any]:
@@ -352,11 +380,73 @@ def test_curves_of_several_runs_and_what_the_monitor_saved() -> None:
     assert found["tokens"] == [10.0, 14.0, 18.0]
     watched = [grpo_run([1.0, 3.0, 2.0], 0, 2.5), grpo_run([1.0, 2.0, 1.5], 1, 1.5)]
     saved = overoptimization_grpo.against_watched(free, watched)
-    assert saved["gain_at_stop"]["mean"] == 1.0  # prompt by prompt: no spread
-    assert saved["gain_at_stop"]["low"] == saved["gain_at_stop"]["high"] == 1.0
+    assert saved["gain_at_stop"]["mean"] == 1.0
+    # prompt by prompt there is no spread, from run to run there is
+    assert saved["gain_at_stop"]["low"] <= 0.5
+    assert saved["gain_at_stop"]["high"] >= 1.5
     assert saved["gain_without"]["mean"] == -1.0
     assert saved["gain_of_kept"]["mean"] == 2.0
     assert saved["gain_at_stop_each_seed"] == [1.5, 0.5]
+
+
+def test_what_is_read_off_each_run_and_the_difference_of_two_cases() -> None:
+    free = [grpo_run([1.0, 3.0, 0.0], 0, 0.5), grpo_run([1.0, 2.0, 4.0], 1, -0.5)]
+    drawn = overoptimization_grpo.gold_and_kl(free)
+    assert drawn.shape == (2, 4, 3, 2)
+    row = overoptimization_grpo.each_run(drawn)
+    assert row["largest_gold"]["each_seed"] == [3.0, 4.0]
+    assert row["gold_at_end"]["each_seed"] == [0.0, 4.0]
+    assert row["change_of_gold"]["each_seed"] == [-1.0, 3.0]
+    assert row["kl_at_turn"]["each_seed"] == [4.0, 8.0]  # (the KL of a look is its step)
+    other = [grpo_run([1.0, 2.0, 0.0], 0, 0.5), grpo_run([1.0, 1.0, 3.0], 1, -0.5)]
+    found = overoptimization_grpo.compare(drawn, overoptimization_grpo.gold_and_kl(other))
+    # the same on each seed: paired, no width
+    assert found["largest_gold"]["low"] == found["largest_gold"]["high"] == 1.0
+    assert found["gold_at_end"]["each_seed"] == [0.0, 1.0]
+
+
+def test_the_study_of_grpo_gives_each_seed_its_reward_models_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the training: which models a run is given, and what is not done twice."""
+    calls: list[tuple[str, list[str], bool]] = []
+    rng = np.random.default_rng(0)
+
+    def run(name: str, rewards: Any, weights: Any, seed: int, watched: bool, _: Any) -> Any:
+        assert len(weights) == len(rewards)
+        calls.append((name, [folder.name for folder in rewards], watched))
+        return grpo_run([1.0, 3.0 + seed, rng.normal()], seed, 0.5)
+
+    monkeypatch.setattr(overoptimization_grpo, "run", run)
+    monkeypatch.setattr(
+        overoptimization_grpo,
+        "trained",
+        lambda proxy, models: (models / overoptimization.stem(proxy), {"accuracy": 0.7}),
+    )
+    monkeypatch.setattr(overoptimization_grpo, "draw", lambda prompts: {})
+    monkeypatch.setattr(
+        overoptimization_grpo, "measure", lambda source, columns: rng.normal(size=9).tolist()
+    )
+    two = (overoptimization_grpo.CASES[0], overoptimization_grpo.CASES[-1])
+    monkeypatch.setattr(overoptimization_grpo, "CASES", two)
+    flags = ["--work", str(tmp_path), "--models", str(tmp_path)]
+    target = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["x", *flags, "--output", str(target), "--unwatched"])
+    overoptimization_grpo.main()
+    record = json.loads(target.read_text(encoding="utf-8"))
+    assert not any("monitor" in case for case in record["cases"])
+    assert len(record["differences"]) == 1
+    of = {name: models for name, models, _ in calls}
+    assert of["6_layers-250_pairs-3"] == ["6_layers-250_pairs-3"]
+    assert of["4_models-mean-1"] == [f"6_layers-250_pairs-{k}" for k in (1, 11, 21, 31)]
+    # then with the monitor: only those runs are new
+    calls.clear()
+    monkeypatch.setattr(sys, "argv", ["x", *flags, "--output", str(target)])
+    overoptimization_grpo.main()
+    assert [watched for *_, watched in calls] == [True] * 5
+    again = json.loads(target.read_text(encoding="utf-8"))
+    assert again["differences"] == record["differences"]
+    assert len(again["cases"][0]["monitor"]["gain_at_stop_each_seed"]) == 5
 
 
 @pytest.mark.slow
@@ -367,8 +457,75 @@ def test_a_quick_study_of_grpo_writes_its_file(
     flags = ["--quick", "--work", str(work), "--output", str(target)]
     monkeypatch.setattr(sys, "argv", ["x", *flags])
     overoptimization_grpo.main()
-    (case,) = json.loads(target.read_text(encoding="utf-8"))["cases"]
+    record = json.loads(target.read_text(encoding="utf-8"))
+    case, two = record["cases"]
+    assert len(two["rewards"][0]["weights"]) == 2
+    # each seed its own reward model
+    assert case["rewards"][0]["weights"] != case["rewards"][1]["weights"]
+    (difference,) = record["differences"]
+    assert difference["second"] == two["name"]
+    assert len(difference["largest_gold"]["each_seed"]) == 2
     assert case["steps"] == [0, 1, 2]
     assert case["kl"]["mean"][0] == pytest.approx(0, abs=1e-4)
     assert case["kl"]["mean"][-1] > 0
-    assert len(case["monitor"]["stopped_at"]) == 1
+    assert len(case["monitor"]["stopped_at"]) == 2
+
+
+@pytest.mark.slow
+def test_a_quick_study_of_best_of_n_writes_its_file_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, work = tmp_path / "result.json", str(tmp_path / "work")
+    flags = ["--quick", "--work", work, "--models", work, "--output", str(target)]
+    monkeypatch.setattr(sys, "argv", ["x", *flags])
+    overoptimization.main()
+    record = json.loads(target.read_text(encoding="utf-8"))
+    assert len(record["proxies"]) == 2
+    for row in record["proxies"]:
+        assert len(row["turns"]) == len(set(row["accuracies"])) == 2
+        assert (np.diff(row["proxy"]["each_seed"]) > 0).all()
+        assert row["gold"]["mean"][0] == pytest.approx(record["limit"]["gold"]["mean"][0])
+    monkeypatch.setattr(overoptimization, "train", None)
+    overoptimization.main()  # nothing is trained twice
+    assert json.loads(target.read_text(encoding="utf-8"))["differences"] == record["differences"]
+
+
+# --- epochs -----------------------------------------------------------------------------------
+
+
+def test_accuracy_and_loss_of_a_pair_are_expectations_over_its_label() -> None:
+    rng = np.random.default_rng(0)
+    margins, probability = rng.normal(0, 2, (3, 50)), rng.uniform(0, 1, 50)
+    found = epochs.figures_of(margins, probability)
+    labels = rng.random((20_000, 50)) < probability
+    signed = np.where(labels, margins[1], -margins[1])
+    drawn = {"accuracy": signed > 0, "loss": np.log1p(np.exp(-signed))}
+    for name, values in drawn.items():
+        assert np.allclose(values.mean(0), found[name][1], atol=0.06)
+    # nothing beats the truth
+    truth = np.log(probability / (1 - probability))
+    best = epochs.figures_of(truth[None], probability)
+    for name, sign in (("accuracy", 1), ("loss", -1)):
+        assert (sign * best[name] >= sign * found[name] - 1e-12).all()
+
+
+@pytest.mark.slow
+def test_a_quick_study_of_epochs_is_that_of_shorter_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look after the first epoch is the model of a run of one epoch."""
+    target = tmp_path / "result.json"
+    flags = ["--quick", "--work", str(tmp_path), "--output", str(target)]
+    monkeypatch.setattr(sys, "argv", ["x", *flags])
+    epochs.main()
+    record = json.loads(target.read_text(encoding="utf-8"))
+    (setting,) = record["settings"]
+    assert record["epochs"] == [0.5, 1.0, 2.0]
+    assert setting["against_epoch_1"]["loss"]["mean"][1] == 0
+    assert setting["loss"]["each_seed"][0] != setting["loss"]["each_seed"][1]
+    test = epochs.make_test(40)
+    assert len({row["prompt"][0]["content"] for row in test}) == 40
+    long = epochs.run(epochs.Setting("32 pairs", 32), 0, (0.5, 1.0, 2.0), test)
+    short = epochs.run(epochs.Setting("32 pairs", 32), 0, (0.5, 1.0), test)
+    np.testing.assert_allclose(long["margins"][:2], short["margins"], atol=1e-3)
+    np.testing.assert_allclose(long["train_loss"][:1], short["train_loss"], atol=1e-3)

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from companion.functional.resampling import (
         Interval as Interval,
         bootstrap_interval as bootstrap_interval,
+        bootstrap_runs as bootstrap_runs,
     )
     from companion.functional.selection import (
         BestOfNCurve as BestOfNCurve,

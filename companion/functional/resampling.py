@@ -6,12 +6,14 @@ NumPy float64. Chapter 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import stats
 
 from companion.errors import DataError, ShapeError
 
@@ -109,3 +111,83 @@ def bootstrap_interval(
             drawn = random.integers(0, n_groups, n_groups)
             results[number] = statistic(array[np.concatenate([members[g] for g in drawn])])
     return middle(results, level)
+
+
+def bootstrap_runs(
+    values: Values | npt.NDArray[Any],
+    *,
+    statistic: Callable[[npt.NDArray[Any]], float] | None = None,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Interval of the bootstrap over runs and items, for runs that were measured on the same items.
+
+    A method is its runs: with other seeds its figures are others. An interval over the items alone
+    says what would be seen with other items *in these runs*. Here the runs are drawn, and the
+    items, the same ones for all drawn runs (the 'pigeonhole bootstrap' of Owen, Annals of Applied
+    Statistics 1, 2007, which is on the safe side). To compare two methods, give the differences of
+    what they share. Methods are ranked with five runs each or more.
+
+    Parameters
+    ----------
+    values : array ``[runs, items]`` (``[runs, items, ...]`` with a statistic)
+        One value for each run and item; NaN where it is missing.
+    statistic : callable, optional
+        From the drawn values, of the same shape, to a number; the mean of what is there if absent.
+    level, n_resamples, seed
+        The interval is the same each time. Plain percentiles of few runs lie too close together,
+        so wider ones are taken: the 'expanded percentiles' of Hesterberg (2015, arXiv 1411.5279),
+        with the degrees of freedom of Satterthwaite (1946), which are those of the
+        runs where the runs differ most, and of the items where the items do.
+
+    Raises
+    ------
+    DataError, ShapeError
+        If there are fewer than two runs or items, or a run or an item has no value at all.
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().to("cpu", torch.float64).numpy()
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim < 2 or (statistic is None and array.ndim > 2):
+        raise ShapeError(f"values must be [runs, items], not of shape {list(array.shape)}")
+    runs, items = array.shape[:2]
+    if runs < 2 or items < 2:
+        raise DataError(
+            f"{runs} runs on {items} items: at least two of each are needed",
+            "bootstrap_interval takes items of one run",
+        )
+    if statistic is None:
+        there = np.isfinite(array)
+        if not (there.any(0).all() and there.any(1).all()):
+            raise DataError("a run or an item has no value at all", "leave it out, and count it")
+    random = np.random.default_rng(seed)
+
+    def resample(n: int, of_runs: bool, of_items: bool) -> Array:
+        """``[n]`` statistics; what is not drawn stays whole."""
+        chosen_runs, chosen_items = (
+            random.integers(0, size, (n, size)) if drawn else np.tile(np.arange(size), (n, 1))
+            for size, drawn in ((runs, of_runs), (items, of_items))
+        )
+        if statistic is not None:
+            pairs = zip(chosen_runs, chosen_items, strict=True)
+            return np.array([statistic(array[r][:, i]) for r, i in pairs])
+        # the mean needs only how often each was drawn
+        weights = [
+            np.stack([np.bincount(row, minlength=size) for row in chosen]).astype(np.float64)
+            for chosen, size in ((chosen_runs, runs), (chosen_items, items))
+        ]
+        total, count = (
+            ((weights[0] @ part) * weights[1]).sum(1)
+            for part in (np.where(there, array, 0.0), there.astype(np.float64))
+        )
+        return np.asarray(total / count)
+
+    few = max(200, n_resamples // 5)
+    parts = [float(np.var(resample(few, *which))) for which in ((True, False), (False, True))]
+    scale = sum(part**2 / (size - 1) for part, size in zip(parts, (runs, items), strict=True))
+    freedom = min(max(sum(parts) ** 2 / scale, runs - 1), items - 1) if scale else items - 1
+    wider = math.sqrt((freedom + 1) / freedom) * stats.t.ppf((1 + level) / 2, freedom)
+    # (of two or three runs it is the whole range)
+    inner = min(1 - 2 * float(stats.norm.sf(wider)), math.nextafter(1, 0))
+    return middle(resample(n_resamples, True, True), inner)
