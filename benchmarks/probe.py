@@ -124,7 +124,8 @@ def own_time(here: Probe, event: Any) -> float:
 def largest(here: Probe, events: Any) -> tuple[list[Found], float]:
     """The ten events that took the longest on the device, and the microseconds of all."""
     kind = torch.autograd.DeviceType.CUDA if here.gpu else torch.autograd.DeviceType.CPU
-    events = sorted((e for e in events if e.device_type == kind), key=lambda e: -own_time(here, e))
+    events = [e for e in events if e.device_type == kind and not e.is_user_annotation]
+    events.sort(key=lambda e: -own_time(here, e))
     total = sum(own_time(here, e) for e in events) or 1.0
     rows = [
         {"name": e.key, "calls": e.count, "share": own_time(here, e) / total} for e in events[:10]
@@ -251,9 +252,9 @@ def sdpa_case(here: Probe, causal: bool, grouped: bool, kernel: str | None) -> F
             stack.enter_context(sdpa_kernel(getattr(SDPBackend, kernel)))
         try:
             gap = float((attend() - want).abs().max())
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if kernel is None or isinstance(error, torch.OutOfMemoryError):
+                raise
             return {"refused": str(error), "why": [str(w.message) for w in why]}
         found: Found = {"gap": gap, "ok": gap < 1e-4, "peak_bytes": bytes_of(attend, here.device)}
         found["milliseconds"] = milliseconds(here, attend)
@@ -274,10 +275,8 @@ def sdpa(here: Probe) -> Pieces:
         for grouped in (True, False):
             case = f"{'causal' if causal else 'mask'}, {'grouped' if grouped else 'repeated'} heads"
             for kernel in ("MATH", "EFFICIENT_ATTENTION", "FLASH_ATTENTION", "CUDNN_ATTENTION"):
-                yield (
-                    f"{case}: {kernel}",
-                    functools.partial(sdpa_case, here, causal, grouped, kernel),
-                )
+                run = functools.partial(sdpa_case, here, causal, grouped, kernel)
+                yield f"{case}: {kernel}", run
             yield f"{case}: chosen", functools.partial(sdpa_case, here, causal, grouped, None)
 
     def chosen() -> Found:
@@ -288,22 +287,37 @@ def sdpa(here: Probe) -> Pieces:
     yield "chosen", chosen
 
 
+@contextlib.contextmanager
+def waits(here: Probe) -> Iterator[Counter[str]]:
+    """Where the host waits for the GPU, and how often."""
+    found: Counter[str] = Counter()
+    if not here.gpu:
+        yield found
+        return
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(0)
+            said = [w for w in seen if "called a synchronizing" in str(w.message)]
+            found.update(f"{w.filename}:{w.lineno}" for w in said)
+
+
 class _Watch(TrainerCallback):
     """Of a training: waits of the host in the second step, a profile of the last, seconds."""
 
     def __init__(self, here: Probe, steps: int) -> None:
         self.here, self.steps = here, steps
         self.seconds: list[float] = []
-        self.waits: list[warnings.WarningMessage] = []
+        self.waits: Counter[str] = Counter()
         self.profile: Any = profiler(here)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.stack = contextlib.ExitStack()
-        if state.global_step == 1 and self.here.gpu:
-            self.waits = self.stack.enter_context(warnings.catch_warnings(record=True)) or []
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            self.stack.callback(torch.cuda.set_sync_debug_mode, 0)
+        if state.global_step == 1:
+            self.waits = self.stack.enter_context(waits(self.here))
         if state.global_step == self.steps - 1:
             self.stack.enter_context(self.profile)
         wait(self.here.device)
@@ -315,20 +329,27 @@ class _Watch(TrainerCallback):
         self.stack.close()
 
 
-def forward_without_wait(here: Probe) -> Found:
-    """A packed forward of a new layout; on CUDA a wait of the host is an exception."""
+def forward_without_wait(here: Probe, mode: str) -> Found:
+    """A packed forward of a new layout; where the host waits, or that as an exception."""
     model = make_model(here.shape, here.device, here.half).train()
     packed_scores(model, packed(candidates(2, 4), here.device))  # what is made once
     batch = packed(candidates(2, 4, seed=1), here.device)
-    if not here.gpu:
-        packed_scores(model, batch)
-        return {"line": "packed forward: ran; waits of the host show on CUDA only"}
-    torch.cuda.set_sync_debug_mode("error")
+    if mode == "warn":
+        with waits(here) as found:
+            packed_scores(model, batch)
+        return {
+            "waits": dict(found),
+            "ok": not found,
+            "line": f"packed forward: {len(found)} waits",
+        }
+    if here.gpu:
+        torch.cuda.set_sync_debug_mode(mode)
     try:
         packed_scores(model, batch)
     finally:
-        torch.cuda.set_sync_debug_mode(0)
-    return {"line": "packed forward: the host never waits"}
+        if here.gpu:
+            torch.cuda.set_sync_debug_mode(0)
+    return {}
 
 
 def training_step(here: Probe) -> Found:
@@ -340,8 +361,6 @@ def training_step(here: Probe) -> Found:
     trainer = make_trainer(here, model, rows, **settings)
     trainer.add_callback(watch)
     trainer.train()
-    waits = [w for w in watch.waits if "called a synchronizing" in str(w.message)]
-    at = Counter(f"{w.filename}:{w.lineno}" for w in waits)
     top, busy = largest(here, watch.profile.key_averages())
     seconds = statistics.median(watch.seconds[2:-1] or watch.seconds[1:])
     weights = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
@@ -359,7 +378,8 @@ def training_step(here: Probe) -> Found:
     )
     return {
         "dtype": dtype,
-        "waits": {"count": len(waits), "at": dict(at.most_common())} if here.gpu else None,
+        "checkpointing": bool(model.is_activation_checkpointing),
+        "waits": dict(watch.waits.most_common()) if here.gpu else "seen on CUDA alone",
         "seconds": watch.seconds,
         "tokens": tokens,
         "tokens_a_second": tokens / seconds,
@@ -368,14 +388,15 @@ def training_step(here: Probe) -> Found:
         "share_of_peak": share,
         "device_busy": busy / 1e6 / watch.seconds[-1],
         "largest": top,
-        "line": line + (f", {len(waits)} waits of the host" if here.gpu else ""),
+        "line": line + (f", {watch.waits.total()} waits of the host" if here.gpu else ""),
     }
 
 
 @part(0.12)
 def step(here: Probe) -> Pieces:
     """Does the host wait; then where the time of a step goes."""
-    yield "packed forward without a wait", functools.partial(forward_without_wait, here)
+    for mode in ("warn", "error"):
+        yield f"packed forward, {mode}", functools.partial(forward_without_wait, here, mode)
     yield "training step", functools.partial(training_step, here)
 
 
