@@ -716,13 +716,21 @@ def train(here: Probe) -> Pieces:
 
 
 def sample_full(here: Probe, policy: Any) -> Found:
-    """One full batch at the default budget, and a few completions more."""
+    """At the default budget, as many completions as the memory would hold at once, and more."""
     from companion.tutor import make_rows
 
     new, each = here.size(192, 8), here.size(16, 2)
-    full = len(policy.batches([60 + new] * here.size(4096, 8))[0])
-    prompts = [row["prompt"] for row in make_rows("prompts", full // each + 1, seed=2)]
-    found: Found = {"rows_of_a_batch": full, "free_bytes": here.free_bytes()}
+    config, free = policy.model.config, here.free_bytes()
+    of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    of_a_token *= next(policy.model.parameters()).element_size()  # keys and values
+    fitting = (free or 0) // (of_a_token * (60 + new))
+    rows = max(each, min(2048, fitting * 11 // 10)) if here.gpu else 10
+    prompts = [row["prompt"] for row in make_rows("prompts", rows // each, seed=2)]
+    found: Found = {"free_bytes": free, "rows_that_fit": fitting if here.gpu else None}
+    widths: list[int] = []
+    hook = policy.model.register_forward_pre_hook(
+        lambda _, given, named: widths.append(len(named["input_ids"])), with_kwargs=True
+    )
     drawn: list[Any] = []
     begin = time.perf_counter()
     with logged() as said:
@@ -730,11 +738,14 @@ def sample_full(here: Probe, policy: Any) -> Found:
             lambda: drawn.extend(policy.sample(prompts, each, max_new_tokens=new)), here.device
         )
     seconds = time.perf_counter() - begin
+    hook.remove()
+    found["rows_of_a_batch"] = max(widths)
     samples = [sample for several in drawn for sample in several]
     found["new_tokens"] = sum(sample.n_tokens for sample in samples)
     found |= {"tokens_a_second": found["new_tokens"] / seconds, "said": said}
     found["ok"] = all(np.isfinite(sample.logprob) for sample in samples)
-    found["line"] = f"{len(samples)} completions, {found['tokens_a_second']:,.0f} tokens/s"
+    found["line"] = f"{len(samples)} completions, {max(widths)} at a time: "
+    found["line"] += f"{found['tokens_a_second']:,.0f} tokens/s"
     if here.gpu:
         share = found["peak_bytes"] / found["free_bytes"]
         found["line"] += f", {share:.0%} of the free memory, {halvings(said)} halvings"
