@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from companion.engine.devices import fits_varlen, has_bf16, is_out_of_memory
-from companion.errors import CompanionError
+from companion.engine.devices import device_notes, fits_varlen, has_bf16, resolve_dtype
+from companion.errors import CompanionError, ModelError
+from companion.models.memory import does_not_fit, is_out_of_memory, place
 from companion.rl import GRPORunConfig
 from companion.training import PairwiseRewardConfig, config
 
@@ -74,3 +75,94 @@ def test_the_ways_in_which_memory_ends() -> None:
     cublas = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
     assert is_out_of_memory(RuntimeError(cublas))
     assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+
+
+GIB = 2**30
+
+
+@pytest.fixture
+def t4(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A T4; the function that is returned makes it another card."""
+
+    def card(name: str, capability: tuple[int, int], free: int, total: int) -> None:
+        bf16 = capability >= (8, 0)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * GIB, total * GIB))
+
+    card("Tesla T4", (7, 5), 14, 15)
+    return card
+
+
+def a_model(dtype: torch.dtype, width: int = 128) -> Any:
+    """Stands for a model on a GPU."""
+    text = SimpleNamespace(head_dim=width, num_attention_heads=16, hidden_size=1024)
+    weight = SimpleNamespace(dtype=dtype, device=torch.device("cuda:0"), dim=lambda: 2)
+    config = SimpleNamespace(_attn_implementation="sdpa", get_text_config=lambda: text)
+    return SimpleNamespace(parameters=lambda: iter([weight]), config=config)
+
+
+def test_auto_is_bf16_where_the_gpu_has_it(t4: Any) -> None:
+    assert resolve_dtype("auto", "cuda") is torch.float32
+    t4("NVIDIA A10", (8, 6), 20, 22)
+    assert resolve_dtype("auto", "cuda") is resolve_dtype(None, "cuda:1") is torch.bfloat16
+    assert resolve_dtype("auto", "cpu") is torch.float32
+    assert resolve_dtype("float16", "cuda") == "float16"
+
+
+def test_the_first_lines_of_a_run_on_a_gpu(t4: Any) -> None:
+    card, slow, kernel, budget = device_notes(a_model(torch.float16), packed=True, budget=8192)
+    assert "cuda:0: Tesla T4 (capability 7.5, CUDA" in card
+    assert "14.0 of 15.0 GiB free; weights in float16" in card
+    assert "no bf16" in slow
+    assert "sdpa over packed texts" in kernel
+    assert "capability 8.0" in kernel
+    assert "8,192 tokens" in budget
+    t4("NVIDIA A10", (8, 6), 20, 22)
+
+    def said(*given: Any, packed: bool = True, **options: Any) -> str:
+        return " | ".join(device_notes(a_model(*given), packed=packed, **options))
+
+    assert "one FlashAttention kernel" in said(torch.bfloat16)
+    mixed = said(torch.float32, autocast=torch.bfloat16)
+    assert "float32, computed with in bfloat16" in mixed
+    assert "one FlashAttention kernel" in mixed
+    assert "float32 has no kernel" in said(torch.float32)
+    assert "not of 20" in said(torch.bfloat16, 20)
+    assert "sdpa, over padded batches" in said(torch.bfloat16, packed=False)
+
+
+def test_a_cpu_has_nothing_to_say(tiny_reward: Path) -> None:
+    from companion import RewardScorer
+
+    scorer = RewardScorer.from_pretrained(tiny_reward)
+    assert device_notes(scorer.reward_model.model, packed=True) == []
+    assert next(scorer.reward_model.model.parameters()).dtype is torch.float32
+
+
+def test_a_model_that_does_not_fit_says_its_size_and_the_cure(t4: Any) -> None:
+    class Large(torch.nn.Linear):
+        def to(self, device: Any) -> Any:  # type: ignore[override]
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model = Large(2**12, 2**13, bias=False)
+    with pytest.raises(ModelError) as caught:
+        place(model, "cuda")
+    assert "Large of 0.034B parameters in float32 needs 0.1 GiB" in caught.value.what
+    assert "the Tesla T4 has 15.0 GiB, 14.0 GiB of them free" in caught.value.what
+    assert "bfloat16" in str(caught.value.cure)
+    training = does_not_fit(model, "cuda", "step 3")
+    # 4 bytes of gradient and 8 of Adam for each of 2^25 parameters
+    assert "step 3" in training.what
+    assert "0.4 GiB for the gradients and Adam's moments" in training.what
+    for cure in ("micro_batch_tokens", "activation_checkpointing", "LoRA", "ZeRO-3"):
+        assert cure in str(training.cure)
+
+    class Broken(Large):
+        def to(self, device: Any) -> Any:  # type: ignore[override]
+            raise RuntimeError("no NVIDIA driver")
+
+    with pytest.raises(RuntimeError, match="no NVIDIA driver"):
+        place(Broken(2, 2), "cuda")

@@ -21,6 +21,7 @@ from companion.engine import (
     plan_trees,
     shared_length,
 )
+from companion.engine.budget import keys_a_token
 from companion.errors import DataError
 
 # few token ids and a few roots: prefixes are shared at every depth, rows repeat
@@ -125,6 +126,23 @@ def test_a_tree_above_the_budget_is_cut_and_a_bos_is_not_shared() -> None:
     assert [t.shared for t in plan_trees([[1, 5, 2], [1, 6, 2]])] == [0, 0]
 
 
+@given(ROWS, SHARED, st.integers(1, 60))
+def test_keys_of_a_batch_are_within_their_budget(
+    ids: list[list[int]], min_shared: int, budget: int
+) -> None:
+    """A branch's keys are its prefix and itself: copies, of which there can be many."""
+    batches = plan_batches(ids, 10_000, min_shared=min_shared, max_keys=budget)
+    rows = sorted(row for trees in batches for tree in trees for row in tree.rows)
+    assert rows == list(range(len(ids)))
+    for trees in batches:
+        packed = pack(ids, trees)
+        keys = sum(item.prefix + item.length for item in packed.segments.items)
+        assert keys == sum(tree.keys for tree in trees)
+        assert keys <= budget or len(packed.rows) == 1
+    with pytest.raises(DataError, match="max_keys=0"):
+        plan_trees(ids, max_keys=0)
+
+
 def test_a_tree_may_stay_whole_above_the_budget() -> None:
     prompt = list(range(10, 30))
     ids = [[*prompt, 100 + i, 2] for i in range(9)] + [[1, 2, 3]] * 2
@@ -201,11 +219,14 @@ def test_offsets_and_gather_of_the_varlen_kernel(
     """
     batch = pack(ids, plan_trees(ids, min_shared=min_shared))
     index = batch.segments.varlen_index()
+    shared = any(item.prefix for item in batch.segments.items)
+    assert (index.gather is not None) is shared  # else nothing is copied
+    gather = index.gather if shared else torch.arange(batch.computed)
     found = torch.zeros(batch.computed, batch.computed, dtype=torch.bool)
     sizes = []
     for s in range(len(batch.segments.items)):
         queries = range(int(index.query_offsets[s]), int(index.query_offsets[s + 1]))
-        keys = index.gather[index.key_offsets[s] : index.key_offsets[s + 1]]
+        keys = gather[index.key_offsets[s] : index.key_offsets[s + 1]]
         sizes.append((len(queries), len(keys)))
         for i, query in enumerate(queries):
             last = i + len(keys) - len(queries)
@@ -226,6 +247,31 @@ def test_masks_are_made_once_for_all_layers() -> None:
 
 
 # ---------------------------------------------------------------------- the budget on a GPU
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys"),
+    [
+        ((1024, 3072, 16, 8, 128), 5),  # Qwen3-0.6B
+        ((4096, 14336, 32, 8, 128), 16),  # Llama-3-8B
+        ((768, 3072, 12, 12, 64), 4),  # GPT-2
+    ],
+)
+def test_keys_for_each_token_of_the_budget(shape: tuple[int, ...], keys: int) -> None:
+    """Gathered keys and values beside queries and outputs, within the widest point of a layer."""
+    hidden, inner, heads, grouped, width = shape
+    text = SimpleNamespace(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=grouped,
+        head_dim=width,
+    )
+    config = SimpleNamespace(get_text_config=lambda: text)
+    assert keys_a_token(config) == keys
+    widest = max(8 * heads * width, 3 * inner)
+    used = 2 * heads * width + 2 * grouped * width * (1 + keys)
+    assert used <= widest < used + 2 * grouped * width
 
 
 def test_the_budget_follows_memory_and_shape() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -118,6 +119,48 @@ def hide_markers(document: str, source: list[str]) -> None:
     """Take the marks of what an exercise leaves open out of a solved notebook, in place."""
     if document.startswith("solutions/"):
         source[0] = MARKER.sub("", source[0])
+
+
+#: what a page asks of its reader, by estimate and not by trial
+WORDS_A_MINUTE, LINES_A_MINUTE = 120, 15
+_FENCE = re.compile(
+    r"^(?P<fence>```+|:::+)(?P<what>[^\n]*)\n(?P<body>.*?)^(?P=fence) *$", re.M | re.S
+)
+
+
+def reading_minutes(source: str) -> int:
+    """Minutes to read a page in MyST: its words and its lines of code, to the next five.
+
+    Code that is hidden does not count, nor do options of a cell and what is in a picture.
+    """
+    code = 0
+
+    def take(match: re.Match[str]) -> str:
+        nonlocal code
+        what, body = match["what"], match["body"]
+        if what.startswith(("{code-cell}", "bash", "python", "text")):
+            hidden = re.search(r"^(:tags:|tags:).*(hide-input|hide-cell|remove-)", body, re.M)
+            body = re.sub(r"\A---\n.*?^---\n", "", body, flags=re.M | re.S)
+            lines = [x for x in body.splitlines() if x.strip() and not x.startswith(":")]
+            code += 0 if hidden else len(lines)
+            return ""
+        if what.startswith(("{image}", "{figure}", "{math}")):
+            return ""
+        return _FENCE.sub(take, body)
+
+    text = _FENCE.sub(take, re.sub(r"\A---\n.*?^---\n", "", source, flags=re.M | re.S))
+    text = re.sub(r"^\$\$.*?^\$\$", "", text, flags=re.M | re.S)
+    minutes = len(re.findall(r"[^\W\d_]{2,}", text)) / WORDS_A_MINUTE + code / LINES_A_MINUTE
+    return 5 * math.ceil(minutes / 5)
+
+
+def reading_time(
+    name: str, rawtext: str, text: str, lineno: int, inliner: Any, *_: Any
+) -> tuple[list[nodes.Node], list[Any]]:
+    """The role ``{reading-time}`minutes```: the :func:`reading_minutes` of its page."""
+    env = inliner.document.settings.env
+    source = Path(env.doc2path(env.docname)).read_text(encoding="utf-8")
+    return [nodes.Text(f"{reading_minutes(source)} {text}")], []
 
 
 class _Lines(SphinxDirective):
@@ -279,6 +322,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
         long = what == "class" and signature is not None and signature.count(": ") > 40
         return ("(**fields)" if long else signature), back
 
+    app.add_role("reading-time", reading_time)
     app.add_directive("companion-exports", Exports)
     app.add_directive("companion-commands", Commands)
     app.add_directive("companion-chapter", Chapter)

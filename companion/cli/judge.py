@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from companion.cli.shared import add_flags, check_target, loading, picked, progress_bar
+from companion.cli.shared import (
+    add_flags,
+    check_target,
+    loading,
+    picked,
+    progress_bar,
+    say_notes,
+)
 from companion.errors import DataError
 
 
@@ -50,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(
         local,
         *("max_tokens_per_batch", "device", "dtype", "revision", "trust_remote_code"),
-        dtype=None,
     )
 
 
@@ -82,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         judge = Judge.from_server(args.model, args.base_url, template, **shared)
     else:
         judge = Judge.from_pretrained(args.model, template, **loading(args), **shared)
+        say_notes(judge.backend)
     with judge, progress_bar("judging", "answers") as moved:
         report = judge_file(
             judge,

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from companion.cli.shared import add_flags, loading, open_scorer, picked, progress_bar, say_noticed
+from companion.cli.shared import (
+    add_flags,
+    loading,
+    open_scorer,
+    picked,
+    progress_bar,
+    say_notes,
+    say_noticed,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         max_tokens_per_batch="tokens of a batch, of the model and of the policy",
     )
     add("--chunk_rows", type=int, default=64, help="prompts done at a time")
-    add_flags(
-        parser, *("device", "dtype", "trust_remote_code"), dtype="of the weights of both models"
-    )
+    add_flags(parser, "device", "dtype", "trust_remote_code")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     said = len(scorer.notes)
     settings = {name: value for name, value in loading(args).items() if name != "text"}
     policy = Policy.from_pretrained(args.policy, **settings) if args.policy else None
+    if policy is not None:
+        say_notes(policy)
     with progress_bar("ranking", "prompts") as moved:
         report = rank_file(
             scorer,

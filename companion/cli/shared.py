@@ -43,9 +43,9 @@ _FLAGS: Final[dict[str, dict[str, Any]]] = {
     },
     "device": {"help": "default: the GPU if there is one"},
     "dtype": {
-        "choices": ("float32", "bfloat16", "float16"),
-        "default": "float32",
-        "help": "of the weights",
+        "choices": ("auto", "float32", "bfloat16", "float16"),
+        "default": "auto",
+        "help": "of the weights; auto: bfloat16 on a GPU that has it, else float32",
     },
     "revision": {"help": "of a hub id"},
     "trust_remote_code": {
@@ -92,9 +92,14 @@ def open_scorer(args: argparse.Namespace) -> Any:
     from companion.scoring import load_scorer
 
     scorer = load_scorer(args.model, **loading(args))
-    for note in scorer.notes:
-        print(f"note: {note}", file=sys.stderr)
+    say_notes(scorer)
     return scorer
+
+
+def say_notes(loaded: Any) -> None:
+    """Say what a scorer, a policy or a judge noted when it was loaded."""
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def say_noticed(scorer: Any, said: int = 0) -> None:

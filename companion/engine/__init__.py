@@ -11,7 +11,12 @@ if TYPE_CHECKING:
         packed_attention as packed_attention,
         packing_obstacle as packing_obstacle,
     )
-    from companion.engine.budget import cuda_token_budget as cuda_token_budget
+    from companion.engine.budget import (
+        cuda_token_budget as cuda_token_budget,
+        generation_budget as generation_budget,
+        kv_cache_bytes as kv_cache_bytes,
+        logprob_budget as logprob_budget,
+    )
     from companion.engine.compiling import compile_parts as compile_parts
     from companion.engine.forward import (
         packed_scores as packed_scores,

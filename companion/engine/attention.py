@@ -22,6 +22,7 @@ from companion.engine.grouping import AttentionGroups, attention_groups
 from companion.engine.last_layer import LastLayer, last_layer_attention, restore_last_layer
 from companion.engine.packing import Segments
 from companion.engine.positions import length_borders
+from companion.engine.sdpa import HALF, attend as sdpa_attend, compute_dtype
 from companion.errors import ModelError
 from companion.models.head import without_adapter
 from companion.models.locking import lock_of
@@ -135,11 +136,8 @@ def _half_is_slow(device: str) -> bool:
 
 def _half_dtype(query: Tensor) -> torch.dtype | None:
     """The half precision to compute in, if any."""
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-    else:
-        dtype = query.dtype
-    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+    dtype = compute_dtype(query)
+    return dtype if dtype in HALF else None
 
 
 def _by_segment(
@@ -150,7 +148,6 @@ def _by_segment(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    shared_heads = query.shape[1] != key.shape[1]
     call_cost = _CALL_COST.get(query.device.type, 1e8) / (query.shape[1] * query.shape[3])
     groups = attention_groups(segments, call_cost, window, query.dtype, query.device)
     if groups is not None:
@@ -167,17 +164,7 @@ def _by_segment(
             own_key = torch.cat([keys[trunk], own_key], dim=2)
             own_value = torch.cat([values[trunk], own_value], dim=2)
         mask = segments.mask(item, window, query.device)
-        outputs.append(
-            nn.functional.scaled_dot_product_attention(
-                queries[i],
-                own_key,
-                own_value,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=shared_heads,
-            )
-        )
+        outputs.append(sdpa_attend(queries[i], own_key, own_value, mask, scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
@@ -189,7 +176,6 @@ def _by_group(
     scaling: float | None,
 ) -> Tensor:
     """Segments of like size in one call each; see :mod:`companion.engine.grouping`."""
-    shared_heads = query.shape[1] != key.shape[1]
 
     def gather(x: Tensor, places: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
         # [1, H, T, D] to [T, H, D]: a token is then one run of memory. All groups at once, then
@@ -210,15 +196,7 @@ def _by_group(
         own_query, own_key, own_value = (
             x.view(group.rows, -1, *x.shape[1:]).transpose(1, 2) for x in gathered
         )
-        output = nn.functional.scaled_dot_product_attention(
-            own_query,
-            own_key,
-            own_value,
-            attn_mask=group.mask,
-            is_causal=group.mask is None,
-            scale=scaling,
-            enable_gqa=shared_heads,
-        )
+        output = sdpa_attend(own_query, own_key, own_value, group.mask, scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, groups.order)[None]
 
@@ -237,10 +215,14 @@ def _by_varlen(
     index = segments.varlen_index(query.device)
     # [1, H, T, D] to [T, H, D]; norms may have left queries and keys in float32
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    if index.gather is None:
+        key, value = key.contiguous(), value.contiguous()
+    else:
+        key, value = key[index.gather], value[index.gather]
     output = varlen_attn(
         query.contiguous(),
-        key[index.gather],
-        value[index.gather],
+        key,
+        value,
         index.query_offsets,
         index.key_offsets,
         index.max_query,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from companion.models.memory import is_out_of_memory as is_out_of_memory
 
 
 def has_bf16() -> bool:
@@ -15,21 +19,94 @@ def has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def has_flash(device: torch.device | str) -> bool:
+    """Whether PyTorch's FlashAttention runs there: from Ampere on (a T4 has 7.5, a V100 7.0)."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def fits_varlen(query: Tensor) -> bool:
     """Whether ``varlen_attn`` has a kernel for these heads on the device that they are on.
 
-    It is FlashAttention 2: from Ampere on (capability 8.0; a T4 has 7.5, a V100 7.0), with a width
-    of heads that is a multiple of 8 and at most 256.
+    It is FlashAttention 2, with a width of heads that is a multiple of 8 and at most 256.
     """
-    width = query.shape[-1]
-    return (
-        query.is_cuda
-        and width % 8 == 0
-        and width <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return query.is_cuda and _fits(query.shape[-1]) and has_flash(query.device)
+
+
+def _fits(width: int) -> bool:
+    return width % 8 == 0 and width <= 256
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device | str) -> torch.dtype | str:
+    """The dtype of weights that are only computed with; 'auto' (or None) is bf16 on CUDA.
+
+    Where CUDA has it: elsewhere 'auto' is float32, and so it is on a CPU.
+    """
+    if dtype not in (None, "auto"):
+        return dtype
+    return torch.bfloat16 if torch.device(device).type == "cuda" and has_bf16() else torch.float32
+
+
+def device_notes(
+    model: Any, *, packed: bool, autocast: torch.dtype | None = None, budget: int | None = None
+) -> list[str]:
+    """What was chosen for a run on CUDA, and why; nothing to say on a CPU.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+        On its device.
+    packed : bool
+        Whether its texts are packed.
+    autocast : torch.dtype, optional
+        What float32 weights are computed with, if that is not float32.
+    budget : int, optional
+        Tokens of a batch, if they were set by the free memory.
+    """
+    weights = next(p for p in model.parameters() if p.dim() > 1)
+    device = weights.device
+    if device.type != "cuda":
+        return []
+    own, computed = (
+        str(d).removeprefix("torch.") for d in (weights.dtype, autocast or weights.dtype)
     )
+    free, total = torch.cuda.mem_get_info(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    how = own if own == computed else f"{own}, computed with in {computed}"
+    lines = [
+        f"{device}: {torch.cuda.get_device_name(device)} (capability {major}.{minor}, CUDA "
+        f"{torch.version.cuda}), {free / 2**30:.1f} of {total / 2**30:.1f} GiB free; weights in "
+        f"{how}"
+    ]
+    if not has_bf16():
+        lines.append("this GPU computes no bf16 (Ampere and later do)")
+    lines.append(f"attention: {_kernel(model, device, computed, packed)}")
+    if budget is not None:
+        lines.append(f"batches of up to {budget:,} tokens, by the free memory; halved if it ends")
+    return lines
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory is at its end; cuBLAS has its own words for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+def _kernel(model: Any, device: torch.device, computed: str, packed: bool) -> str:
+    text = model.config.get_text_config()
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    if not packed:
+        return f"{model.config._attn_implementation}, over padded batches"
+    if computed == "float32":
+        why = "float32 has no kernel for texts of unequal lengths"
+    elif not has_flash(device):
+        why = "FlashAttention needs capability 8.0"
+    elif not _fits(width):
+        why = f"FlashAttention takes heads of a multiple of 8 up to 256, not of {width}"
+    else:
+        return "one FlashAttention kernel over packed texts (varlen_attn)"
+    return f"sdpa over packed texts, segments of like size at a time, since {why}"
+
+
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on the device, without waiting for what is queued there."""
+    return values.to(device, non_blocking=True)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that are free, those that the allocator holds unused included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

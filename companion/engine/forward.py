@@ -20,6 +20,7 @@ from companion.engine.last_layer import LastLayer, prunable, pruned_last_layer
 from companion.engine.packing import PackedBatch
 from companion.engine.padded import pad_batch
 from companion.engine.positions import forget_lengths, length_borders, length_classes
+from companion.engine.sdpa import repeated_heads
 from companion.errors import ModelError, ShapeError
 from companion.functional.checks import as_float
 from companion.functional.readout import last_token_readout, position_ids_from_mask
@@ -132,7 +133,9 @@ def _hidden(
         if "position_ids" in inspect.signature(backbone.forward).parameters:
             arguments["position_ids"] = position_ids_from_mask(attention_mask)
     forget_lengths(inner)
-    hidden: Tensor = backbone(input_ids, **{**arguments, **backbone_arguments}).last_hidden_state
+    with repeated_heads(inner, input_ids.device):
+        output = backbone(input_ids, **{**arguments, **backbone_arguments})
+    hidden: Tensor = output.last_hidden_state
     return hidden
 
 

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from companion.engine.devices import fits_varlen
+from companion.engine.devices import fits_varlen, to_device
 from companion.engine.packing import Segments
+from companion.engine.sdpa import attend
 
 #: Architectures whose layers have the parts that :func:`_keys_and_values` takes.
 PRUNABLE = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma"})
@@ -188,8 +189,8 @@ def last_layer_attention(
     values = wanted.value.to(dtype).index_copy(2, wanted.places, value.to(dtype))
     # [1, H, T, D] to [T, H, D]: a token is then one run of memory
     query, keys, values = (x[0].transpose(0, 1) for x in (query, keys, values))
-    attend = _by_varlen if dtype == half and fits_varlen(query) else _by_group
-    return attend(query, keys, values, _seen(wanted, window, query.device), scaling)[None]
+    by = _by_varlen if dtype == half and fits_varlen(query) else _by_group
+    return by(query, keys, values, _seen(wanted, window, query.device), scaling)[None]
 
 
 def _by_varlen(
@@ -197,10 +198,14 @@ def _by_varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    if seen.keys is None:
+        keys, values = keys.contiguous(), values.contiguous()
+    else:
+        keys, values = keys[seen.keys], values[seen.keys]
     output = varlen_attn(
         query.contiguous(),
-        keys[seen.keys],
-        values[seen.keys],
+        keys,
+        values,
         torch.arange(len(query) + 1, dtype=torch.int32, device=query.device),
         seen.offsets,
         1,
@@ -227,13 +232,12 @@ def _by_group(
     outputs = []
     for mask, own_query, own_keys, own_values in parts:
         shape = (len(mask), mask.shape[-1], *keys.shape[1:])
-        output = nn.functional.scaled_dot_product_attention(
+        output = attend(
             own_query[:, :, None],
             own_keys.view(shape).transpose(1, 2),
             own_values.view(shape).transpose(1, 2),
-            attn_mask=mask,
-            scale=scaling,
-            enable_gqa=query.shape[1] != keys.shape[1],
+            mask,
+            scaling,
         )
         outputs.append(output[:, :, 0])
     return torch.cat(outputs).index_select(0, seen.order.argsort())
@@ -243,11 +247,11 @@ class _Seen(NamedTuple):
     """What each token that is read sees: its text, up to itself.
 
     ``keys`` are their places in the row, token after token (``offsets`` ``[N + 1]`` int32 says
-    which are whose). ``padded`` are the same for calls of texts of like length: in ``order``, each
-    of ``masks`` ``[n, 1, 1, longest]`` is a call.
+    which are whose); None for all of the row, as they lie. ``padded`` are the same for calls of
+    texts of like length: in ``order``, each of ``masks`` ``[n, 1, 1, longest]`` is a call.
     """
 
-    keys: Tensor
+    keys: Tensor | None
     offsets: Tensor
     longest: int
     order: Tensor
@@ -275,14 +279,16 @@ def _seen(wanted: LastLayer, window: int | None, device: torch.device) -> _Seen:
         members = order[rows]
         longest = int(count[members].max())
         padded.append(keys[members, :longest].flatten())
-        masks.append(real[members, None, None, :longest].to(device))
+        masks.append(to_device(real[members, None, None, :longest], device))
+    seen = keys[real]
+    all_of_them = len(seen) == wanted.segments.total and torch.equal(seen, torch.arange(len(seen)))
     offsets = nn.functional.pad(count.flatten().cumsum(0), (1, 0))
     return _Seen(
-        keys[real].to(device),
-        offsets.to(device, torch.int32),
+        None if all_of_them else to_device(seen, device),
+        to_device(offsets.to(torch.int32), device),
         len(key),
-        order.to(device),
-        torch.cat(padded).to(device),
+        to_device(order, device),
+        to_device(torch.cat(padded), device),
         masks,
     )
 

@@ -7,13 +7,14 @@ prefix ended, and sees the prefix and itself, never a sibling. Nothing is padded
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from companion.engine.devices import to_device
 from companion.engine.plan import Tree
 from companion.errors import DataError
 
@@ -37,13 +38,14 @@ class VarlenIndex(NamedTuple):
     """What a kernel for texts of unequal lengths is given; see :meth:`Segments.varlen_index`.
 
     ``query_offsets`` and ``key_offsets`` are ``[S + 1]`` int32, ``gather`` ``[K]`` int64: the keys
-    of segment ``s`` are those at ``gather[key_offsets[s]:key_offsets[s + 1]]``. ``max_query`` and
-    ``max_key`` are the longest runs.
+    of segment ``s`` are those at ``gather[key_offsets[s]:key_offsets[s + 1]]``. It is None where no
+    prefix is shared, so that the keys stay where they are. ``max_query`` and ``max_key`` are the
+    longest runs.
     """
 
     query_offsets: Tensor
     key_offsets: Tensor
-    gather: Tensor
+    gather: Tensor | None
     max_query: int
     max_key: int
 
@@ -115,25 +117,23 @@ class Segments:
 
         def make() -> VarlenIndex:
             runs = [item.prefix + item.length for item in self.items]
-            gather = [
-                torch.arange(first, first + count)
-                for item in self.items
-                for first, count in (
-                    (item.prefix_start, item.prefix),
-                    (item.start, item.length),
-                )
-            ]
             query, key = (
-                torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+                to_device(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), device)
                 for counts in (self.lengths, runs)
             )
-            return VarlenIndex(
-                query.to(device),
-                key.to(device),
-                torch.cat(gather).to(device),
-                max(self.lengths),
-                max(runs),
-            )
+            gather = None
+            if any(item.prefix for item in self.items):
+                start, _, prefix_start, prefix = to_device(torch.tensor(self.items), device).T
+                count = sum(runs)
+                own = torch.arange(len(runs), device=device)
+                own = own.repeat_interleave(key.diff(), output_size=count)  # whose key it is
+                at = torch.arange(count, device=device) - key[own]
+                gather = torch.where(
+                    at < prefix[own],
+                    prefix_start[own] + at,
+                    start[own] + at - prefix[own],
+                )
+            return VarlenIndex(query, key, gather, max(self.lengths), max(runs))
 
         return self.kept(("varlen", torch.device(device)), make)
 
@@ -187,15 +187,16 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on a device; data loaders call it as they would a tensor's."""
-        return PackedBatch(
-            self.input_ids.to(device, non_blocking=non_blocking),
-            self.position_ids.to(device, non_blocking=non_blocking),
-            self.readout.to(device, non_blocking=non_blocking),
-            self.rows,
-            self.segments,
-            self.needed,
-            self.ends,
-        )
+        return self._with(lambda values: values.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory; data loaders ask for it."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, moved: Callable[[Tensor], Tensor]) -> PackedBatch:
+        names = ("input_ids", "position_ids", "readout")
+        moves: dict[str, Any] = {name: moved(getattr(self, name)) for name in names}
+        return replace(self, **moves)
 
 
 def pack(ids: Sequence[Sequence[int]], trees: Sequence[Tree]) -> PackedBatch:

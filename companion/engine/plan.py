@@ -7,6 +7,7 @@ branch. Nobody has to say what the prompt is: the longest common prefix of the t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,11 @@ class Tree:
     shared: int
     size: int
 
+    @property
+    def keys(self) -> int:
+        """Keys that attention gathers: each row's own, and the prefix again for each row."""
+        return self.size + self.shared * len(self.rows)
+
 
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the longest common prefix that leaves each row a token of its own.
@@ -54,7 +60,11 @@ def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def plan_trees(
-    ids: Sequence[Sequence[int]], *, min_shared: int = MIN_SHARED, max_tokens: int | None = None
+    ids: Sequence[Sequence[int]],
+    *,
+    min_shared: int = MIN_SHARED,
+    max_tokens: int | None = None,
+    max_keys: int | None = None,
 ) -> list[Tree]:
     """Group rows into the trees that leave few tokens to compute.
 
@@ -71,6 +81,8 @@ def plan_trees(
     max_tokens : int, optional
         Budget of a batch. A tree above it is cut, and its prefix computed once for each part; the
         trees returned are all within it, but for single rows that are longer.
+    max_keys : int, optional
+        The same for :attr:`Tree.keys`.
 
     Returns
     -------
@@ -82,8 +94,12 @@ def plan_trees(
     DataError
         For a row without tokens, or a budget or `min_shared` below 1.
     """
-    if min_shared < 1 or (max_tokens is not None and max_tokens < 1):
-        raise DataError(f"min_shared={min_shared}, max_tokens={max_tokens}", "use positive numbers")
+    most_tokens, most_keys = (math.inf if most is None else most for most in (max_tokens, max_keys))
+    if min(min_shared, most_tokens, most_keys) < 1:
+        raise DataError(
+            f"min_shared={min_shared}, max_tokens={max_tokens}, max_keys={max_keys}",
+            "use positive numbers",
+        )
     rows = [list(item) for item in ids]
     for index, item in enumerate(rows):
         if not item:
@@ -103,7 +119,7 @@ def plan_trees(
         members = order[begin:place]
         for cluster, shared in _cut(common):
             group = [members[i] for i in cluster]
-            trees.extend(_parts(rows, group, shared, max_tokens))
+            trees.extend(_parts(rows, group, shared, most_tokens, most_keys))
         begin, common = place, []
     return trees
 
@@ -153,7 +169,11 @@ def _joined(shared: int, parts: list[_Range]) -> _Range:
 
 
 def _parts(
-    rows: Sequence[Sequence[int]], group: list[int], shared: int, max_tokens: int | None
+    rows: Sequence[Sequence[int]],
+    group: list[int],
+    shared: int,
+    max_tokens: float,
+    max_keys: float,
 ) -> list[Tree]:
     """A tree, or several with the same prefix if one is above the budget."""
     parts: list[Tree] = []
@@ -161,7 +181,8 @@ def _parts(
     size = 0
     for index in group:
         rest = len(rows[index]) - shared
-        if held and max_tokens is not None and size + rest > max_tokens:
+        keys = size + rest + shared * (len(held) + 1)
+        if held and (size + rest > max_tokens or keys > max_keys):
             parts.append(_tree(rows, held, shared))
             held = []
         size = size + rest if held else len(rows[index])
@@ -183,6 +204,7 @@ def plan_batches(
     *,
     min_shared: int = MIN_SHARED,
     tree_tokens: int | None = None,
+    max_keys: int | None = None,
 ) -> list[list[Tree]]:
     """Batches of trees, each within a budget of tokens that are all computed and all needed.
 
@@ -199,6 +221,9 @@ def plan_batches(
     tree_tokens : int, optional
         Where the budget is one of speed and not of memory: a tree of up to so many tokens stays
         whole, in a batch of its own, since cutting it computes its prefix again.
+    max_keys : int, optional
+        Budget for the sum of the trees' keys, which are copies where prefixes are shared: 64
+        candidates of a long prompt have ten times as many keys as tokens.
 
     Returns
     -------
@@ -213,7 +238,7 @@ def plan_batches(
     if max_rows is not None and max_rows < 1:
         raise DataError(f"max_rows is {max_rows}", "use a positive number")
     largest = max(max_tokens, tree_tokens or 0) if max_tokens > 0 else max_tokens
-    trees = plan_trees(ids, min_shared=min_shared, max_tokens=largest)
+    trees = plan_trees(ids, min_shared=min_shared, max_tokens=largest, max_keys=max_keys)
     if max_rows is not None:
         trees = [
             _tree(ids, list(tree.rows[i : i + max_rows]), tree.shared)
@@ -221,13 +246,14 @@ def plan_batches(
             for i in range(0, len(tree.rows), max_rows)
         ]
     batches: list[list[Tree]] = []
-    tokens = rows = 0
+    tokens = rows = keys = 0
     for tree in sorted(trees, key=lambda t: -t.size):
         full = tokens + tree.size > max_tokens
         full = full or (max_rows is not None and rows + len(tree.rows) > max_rows)
+        full = full or (max_keys is not None and keys + tree.keys > max_keys)
         if not batches or full:
             batches.append([])
-            tokens = rows = 0
+            tokens = rows = keys = 0
         batches[-1].append(tree)
-        tokens, rows = tokens + tree.size, rows + len(tree.rows)
+        tokens, rows, keys = tokens + tree.size, rows + len(tree.rows), keys + tree.keys
     return batches

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from companion.engine.agreement import Forward, forward_of, packing_fault
-from companion.engine.budget import cuda_token_budget
-from companion.engine.devices import is_out_of_memory
+from companion.engine.budget import cuda_token_budget, keys_a_token
+from companion.engine.devices import device_notes, free_memory, is_out_of_memory
 from companion.engine.forward import (
     check_texts,
     own_logits,
@@ -51,11 +51,8 @@ def default_token_budget(model: Any) -> int:
         return CPU_TOKENS
     if parameter.device.type != "cuda":
         return OTHER_TOKENS
-    free, _ = torch.cuda.mem_get_info(parameter.device)
-    unused = torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(
-        parameter.device
-    )
-    return cuda_token_budget(free + unused, model.config, parameter.element_size())
+    free = free_memory(parameter.device)
+    return cuda_token_budget(free, model.config, parameter.element_size())
 
 
 class BatchRunner:
@@ -224,6 +221,14 @@ class BatchRunner:
         self.tokens = sum(map(len, ids)), computed
         return found
 
+    def notes(self) -> list[str]:
+        """What was chosen for this device, and why; empty on a CPU."""
+        if next(self.model.parameters()).device.type != "cuda":
+            return []
+        packed = self.packing == "auto" and self._can_pack()
+        budget = None if self.max_tokens else default_token_budget(self.model)
+        return device_notes(self.model, packed=packed, budget=budget)
+
     def _can_pack(self) -> bool:
         why = packing_fault(self.model, self.pad_token_id, training=False)
         if why is not None and why != self._said:
@@ -243,7 +248,12 @@ class BatchRunner:
         """Batches of the waiting rows: which rows, tokens to compute, and what the model gets."""
         left = [ids[row] for row in waiting]
         if packed:
-            for trees in plan_batches(left, budget, max_rows, tree_tokens=tree_tokens):
+            keys = None
+            if next(self.model.parameters()).device.type != "cpu":
+                keys = budget * keys_a_token(self.model.config)
+            for trees in plan_batches(
+                left, budget, max_rows, tree_tokens=tree_tokens, max_keys=keys
+            ):
                 tree_batch = pack(left, trees)
                 yield [waiting[i] for i in tree_batch.rows], tree_batch.computed, tree_batch
             return
@@ -267,7 +277,7 @@ class BatchRunner:
     ) -> Sequence[Any]:
         """Of each row of a batch its score, or its logits at its places; on the CPU."""
         if isinstance(batch, PackedBatch):
-            batch = batch.to(device)
+            batch = batch.to(device, non_blocking=True)
             if places is None:
                 return packed_scores(self.model, batch).tolist()  # type: ignore[no-any-return]
             logits = packed_token_logits(self.model, batch).cpu()

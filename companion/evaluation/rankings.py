@@ -42,7 +42,7 @@ class RankingEvaluation(PairEvaluation):
     metrics : dict
         Those of the pairs, with ``rankings``: ``n``; ``dropped``, rankings with a completion that
         has no score; ``best_is_best``, the share in which the highest score has the best rank, and
-        its ``interval`` (95%); the floors ``random``, what a pick by lot would get, and
+        its ``interval`` (95%); the floors ``random``, what a pick at random would get, and
         ``longest``; ``limit``, what the true rewards get, or None.
     """
 

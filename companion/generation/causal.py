@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from companion.engine.devices import resolve_dtype
 from companion.errors import ModelError
 from companion.models.checkpoint import (
     PathLike,
@@ -16,13 +17,14 @@ from companion.models.checkpoint import (
     refuse_missing,
     resolve,
 )
+from companion.models.memory import place
 
 
 def load_causal(
     path_or_id: PathLike,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str = "auto",
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -36,7 +38,7 @@ def load_causal(
     device : str, optional
         Default: the GPU if there is one.
     dtype : torch.dtype or str
-        Of the weights.
+        Of the weights. 'auto': bfloat16 on a GPU that has it, else float32.
     attn_implementation, revision, trust_remote_code
         For transformers.
 
@@ -74,10 +76,10 @@ def load_causal(
     model, missing = load_weights(
         name,
         config,
-        dtype,
+        resolve_dtype(dtype, device),
         auto_class="AutoModelForCausalLM",
         attn_implementation=attn_implementation,
         **shared,
     )
     refuse_missing(name, missing)
-    return model.to(device).eval(), tokenizer
+    return place(model, device).eval(), tokenizer

@@ -9,6 +9,7 @@ of what was chosen. Chapter 5.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,9 @@ def uniforms(seed: int, ids: Sequence[int], sample: int, n: int) -> np.ndarray:
 
 class Dice(LogitsProcessor):
     """Choose each row's next token by its own stream, and keep what was chosen.
+
+    All stays on the device until the end: a copy to the host waits for each step. Only a stop text
+    needs one, of the newest tokens, since the tokenizer is not on the device.
 
     Parameters
     ----------
@@ -70,6 +74,9 @@ class Dice(LogitsProcessor):
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=streams.device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=streams.device)
         self.stopped = torch.zeros(rows, dtype=torch.bool, device=streams.device)
+        #: as the host knows them, of as many steps as a stop text may take: it ends in the newest
+        #: token, and a token has a byte at least
+        self._newest: deque[list[int]] = deque(maxlen=len((stop or "").encode()) + 1)
         self.tokens: list[Tensor] = []
         self.logprobs: list[Tensor] = []
 
@@ -104,14 +111,18 @@ class Dice(LogitsProcessor):
 
     def _look_for_stop(self, going: Tensor) -> None:
         assert self.stop is not None
-        rows = going.nonzero().squeeze(-1)
-        if not len(rows):
+        newest = torch.where(going, self.tokens[-1], -1).tolist()  # the one read of this step
+        self._newest.append(newest)
+        rows = [row for row, token in enumerate(newest) if token >= 0]
+        if not rows:
             return
-        # it ends in the newest token, and a token has a byte at least
-        tail = torch.stack(self.tokens[-(len(self.stop.encode()) + 1) :], dim=1)[rows]
-        texts = self.tokenizer.batch_decode(tail, skip_special_tokens=True)
-        found = torch.tensor([self.stop in text for text in texts], device=rows.device)
-        self.stopped[rows[found]] = True
+        tails = [[tokens[row] for tokens in self._newest] for row in rows]
+        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
+        found = [False] * len(newest)
+        for row, text in zip(rows, texts, strict=True):
+            found[row] = self.stop in text
+        if any(found):
+            self.stopped |= torch.tensor(found, device=going.device)
 
 
 class AllDone(StoppingCriteria):

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,18 +23,24 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from companion.engine import pad_batch, token_budget_batches
+from companion.engine import pad_batch
+from companion.engine.budget import generation_budget, logprob_budget
+from companion.engine.devices import device_notes, free_memory
 from companion.errors import DataError
 from companion.formatting import RewardFormatter, Text
 from companion.formatting.prompts import encode_prompts
 from companion.generation.causal import load_causal
 from companion.generation.dice import AllDone, Dice, check_settings, uniforms
+from companion.generation.halving import halving_batches
 from companion.models.ends import end_token_ids
 
-#: Tokens (prompts, and completions at their longest) of a batch: small on a CPU, large on a GPU.
-_CPU_TOKENS, _GPU_TOKENS = 8192, 65_536
-#: Padded tokens of a batch of log-probabilities, whose logits are as wide as the vocabulary.
-_CPU_LOGITS, _GPU_LOGITS = 2048, 8192
+Use = Literal["generate", "logprobs"]
+T = TypeVar("T")
+
+#: Tokens of a batch where nobody tells the free memory, on a CPU and on another accelerator: to
+#: generate (prompts, and completions at their longest), and of log-probabilities, whose logits are
+#: as wide as the vocabulary.
+_TOKENS: dict[Use, tuple[int, int]] = {"generate": (8192, 16_384), "logprobs": (2048, 4096)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +96,11 @@ class Policy:
         Put into eval mode while it samples, and back.
     tokenizer : PreTrainedTokenizerBase
     max_tokens_per_batch : int, optional
-        Budget for completions × (longest prompt + ``max_new_tokens``); default 8,192 on a CPU,
-        65,536 on a GPU.
+        Budget for completions × (longest prompt + ``max_new_tokens``), and for the padded tokens
+        of log-probabilities. Default: 8,192 and 2,048 on a CPU; on CUDA what the free memory
+        holds, of the cache and of the logits (:func:`companion.engine.generation_budget`,
+        :func:`companion.engine.logprob_budget`). A budget that a GPU's memory does not hold, given
+        or not, is halved, with a warning.
     chat_template_kwargs : mapping, optional
         Handed to the chat template with every prompt.
     """
@@ -116,7 +125,7 @@ class Policy:
         path_or_id: str | os.PathLike[str],
         *,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str = "auto",
         max_tokens_per_batch: int | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -149,6 +158,11 @@ class Policy:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    @property
+    def notes(self) -> list[str]:
+        """What was chosen for the GPU, and why; empty on a CPU."""
+        return device_notes(self.model, packed=False)
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -213,6 +227,8 @@ class Policy:
         ------
         DataError
             For a bad prompt or setting, or a prompt for which the model has too few positions.
+        ModelError
+            If the memory does not hold a single completion.
 
         Notes
         -----
@@ -243,12 +259,15 @@ class Policy:
             stop=stop,
             tokenizer=self.tokenizer,
         )
+
+        def compute(batch: list[int]) -> list[Sample]:
+            part = [rows[i] for i in batch]
+            streams = [uniforms(seeds[p], begun[p][0], i, max_new_tokens) for p, i in part]
+            dice = make_dice(torch.from_numpy(np.stack(streams)).to(self.device))
+            return self._draw(begun, part, dice, max_new_tokens)
+
         with self.ready():
-            for batch in self.batches(lengths):
-                part = [rows[i] for i in batch]
-                streams = [uniforms(seeds[p], begun[p][0], i, max_new_tokens) for p, i in part]
-                dice = make_dice(torch.from_numpy(np.stack(streams)).to(self.device))
-                samples = self._draw(begun, part, dice, max_new_tokens)
+            for batch, samples in self.in_batches(lengths, compute):
                 drawn.update(zip(batch, samples, strict=True))
         return [[drawn[first + i] for i in range(n)] for first in range(0, len(rows), n)]
 
@@ -366,6 +385,8 @@ class Policy:
         ------
         DataError
             If the lengths differ, or a completion is empty.
+        ModelError
+            If the memory does not hold a single one.
         """
         if len(prompts) != len(completions):
             raise DataError(f"{len(prompts)} prompts, {len(completions)} completions")
@@ -373,18 +394,26 @@ class Policy:
             raise DataError(f"temperature is {temperature}", "use a positive number")
         texts = self._whole(prompts, completions)
         out: list[np.ndarray] = [np.zeros(0)] * len(texts)
+
+        def compute(batch: list[int]) -> list[np.ndarray]:
+            ids = self.padded([texts[i][0] for i in batch], "right")["input_ids"]
+            # right padding needs no mask in a causal model: no real token sees a pad
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            found = []
+            for row, i in enumerate(batch):
+                whole, begin = texts[i]
+                before = logits[row, begin - 1 : len(whole) - 1].float() / temperature
+                target = ids[row, begin : len(whole), None]
+                found.append(torch.log_softmax(before, dim=-1).gather(-1, target).squeeze(-1))
+                del before  # as wide as the vocabulary
+            values = torch.cat(found).double().cpu().numpy()  # one wait for the device
+            return np.split(values, np.cumsum([len(each) for each in found])[:-1])
+
         with self.ready():
             lengths = [len(ids) for ids, _ in texts]
-            for batch in self.batches(lengths, cpu=_CPU_LOGITS, gpu=_GPU_LOGITS):
-                ids = self.padded([texts[i][0] for i in batch], "right")["input_ids"]
-                # right padding needs no mask in a causal model: no real token sees a pad
-                logits = self.model(input_ids=ids, use_cache=False).logits
-                for row, i in enumerate(batch):
-                    whole, begin = texts[i]
-                    before = logits[row, begin - 1 : len(whole) - 1].float() / temperature
-                    values = torch.log_softmax(before, dim=-1)
-                    target = ids[row, begin : len(whole), None]
-                    out[i] = values.gather(-1, target).squeeze(-1).double().cpu().numpy()
+            for places, values in self.in_batches(lengths, compute, use="logprobs"):
+                for place, value in zip(places, values, strict=True):
+                    out[place] = value
         return Logprobs(np.array([float(item.sum()) for item in out]), out)
 
     def _whole(
@@ -429,12 +458,47 @@ class Policy:
             self.model.generation_config = before[1]
             self.model.train(before[0])
 
-    def batches(
-        self, lengths: Sequence[int], *, cpu: int = _CPU_TOKENS, gpu: int = _GPU_TOKENS
-    ) -> list[list[int]]:
-        """Places of texts of so many tokens, a batch at a time within the budget."""
-        default = cpu if self.device.type == "cpu" else gpu
-        return token_budget_batches(lengths, self.max_tokens_per_batch or default)
+    def in_batches(
+        self,
+        lengths: Sequence[int],
+        compute: Callable[[list[int]], Sequence[T]],
+        *,
+        use: Use = "generate",
+    ) -> Iterator[tuple[list[int], Sequence[T]]]:
+        """Run texts of so many tokens, a batch at a time within the budget.
+
+        The budget is halved where a GPU's memory ends, and the halved one remembered; see
+        :func:`companion.generation.halving.halving_batches`, also for what is raised.
+
+        Parameters
+        ----------
+        lengths : sequence of int
+            Tokens of each text, at its longest.
+        compute : callable
+            Gets the places of the texts of a batch, and gives a value for each.
+        use : {"generate", "logprobs"}
+            What decides the memory: the cache of ``generate``, or the logits of all tokens.
+
+        Yields
+        ------
+        tuple
+            Places and their values, of one batch, the longest texts first.
+        """
+        budget, row = self._budget(use, max(lengths, default=0))
+        costs = [length + row for length in lengths]
+        key = use, self.max_tokens_per_batch
+        return halving_batches(self.model, key, costs, budget, compute)
+
+    def _budget(self, use: Use, longest: int) -> tuple[int, int]:
+        """Tokens of a batch, and what a row costs beside its own, in tokens."""
+        if self.max_tokens_per_batch is not None:
+            return self.max_tokens_per_batch, 0
+        if self.device.type != "cuda":
+            return _TOKENS[use][self.device.type != "cpu"], 0
+        free, size = free_memory(self.device), self.model.dtype.itemsize
+        if use == "logprobs":
+            return logprob_budget(free, self.model.config, size), 0
+        return generation_budget(free, self.model.config, size, longest)
 
     def padded(
         self, ids: Sequence[list[int]], side: Literal["left", "right"] = "left"

@@ -31,7 +31,8 @@ class LocalBackend:
     Parameters
     ----------
     policy : Policy
-        The model; its budget is for questions × (longest prompt + ``max_tokens``).
+        The model; its budget is for questions × (longest prompt + ``max_tokens``), and is halved
+        where a GPU's memory ends.
     name : str
         For reports.
     chat_template_kwargs : mapping, optional
@@ -62,6 +63,11 @@ class LocalBackend:
         policy = Policy.from_pretrained(path_or_id, **options)
         return cls(policy, name=os.fspath(path_or_id), chat_template_kwargs=chat_template_kwargs)
 
+    @property
+    def notes(self) -> list[str]:
+        """As :attr:`companion.generation.Policy.notes`."""
+        return self.policy.notes
+
     def identity(self) -> dict[str, Any]:
         """The weights and the configuration, not the folder's name: trained on, it is another."""
         if self._fingerprint is None:
@@ -75,7 +81,15 @@ class LocalBackend:
         }
 
     def answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """See :class:`companion.judge.Backend`. A prompt that is too long is refused."""
+        """See :class:`companion.judge.Backend`. A prompt that is too long is refused.
+
+        Raises
+        ------
+        DataError
+            If the chat template refuses a question.
+        ModelError
+            If the GPU's memory does not hold a single question.
+        """
         ids = self._encode(questions)
         limit = self.policy.max_positions
         fitting = []
@@ -90,10 +104,13 @@ class LocalBackend:
                 yield place, Answer("", False, refused=why)
             else:
                 fitting.append(place)
-        for batch in self.policy.batches([lengths[place] for place in fitting]):
+
+        def compute(batch: list[int]) -> list[Answer]:
             places = [fitting[i] for i in batch]
-            answers = self._batch([ids[i] for i in places], [questions[i] for i in places])
-            yield from zip(places, answers, strict=True)
+            return self._batch([ids[i] for i in places], [questions[i] for i in places])
+
+        for batch, answers in self.policy.in_batches([lengths[i] for i in fitting], compute):
+            yield from zip([fitting[i] for i in batch], answers, strict=True)
 
     def _encode(self, questions: Sequence[Question]) -> list[list[int]]:
         try:
@@ -108,21 +125,22 @@ class LocalBackend:
                 "some models take no system message: use a template without one",
             ) from error
 
-    def _batch(
-        self, prompts: Sequence[list[int]], questions: Sequence[Question]
-    ) -> Iterator[Answer]:
+    def _batch(self, prompts: Sequence[list[int]], questions: Sequence[Question]) -> list[Answer]:
         ends, likeliest = self.policy.eos_token_ids, _Likeliest()
         limits = [question.max_tokens for question in questions]
         with self.policy.ready():
             batch = self.policy.padded(prompts)
             new = self.policy.generate(batch, max(limits), likeliest, eos_token_ids=ends).tolist()
         logprobs, tokens = likeliest.table()
+        answers = []
         for row, question in enumerate(questions):
             ids = new[row][: limits[row]]
             end = next((i for i, token in enumerate(ids) if token in ends), None)
-            yield self._answer(
-                question.template, ids[:end], end is not None, logprobs[row], tokens[row]
+            finished = end is not None
+            answers.append(
+                self._answer(question.template, ids[:end], finished, logprobs[row], tokens[row])
             )
+        return answers
 
     def _answer(
         self,
@@ -150,14 +168,17 @@ class LocalBackend:
 
 
 class _Likeliest:
-    """Keeps the likeliest tokens of each step; a full distribution would fill the memory."""
+    """Keeps the likeliest tokens of each step; a full distribution would fill the memory.
+
+    They stay on the device until the end: a copy to the host would wait for each step.
+    """
 
     def __init__(self) -> None:
         self.steps: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         values, tokens = scores.float().log_softmax(dim=-1).topk(min(TOP, scores.shape[-1]))
-        self.steps.append((values.cpu(), tokens.cpu()))
+        self.steps.append((values, tokens))
         return scores
 
     def table(self) -> tuple[list[list[list[float]]], list[list[list[int]]]]:

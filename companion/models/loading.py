@@ -39,6 +39,7 @@ from companion.models.guards import (
 )
 from companion.models.head import ScoreHead, head_name, initialise_head, install_head
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
+from companion.models.memory import place
 from companion.models.readout import LABEL_NAMES, ScalarReadout, readout_from_dict
 from companion.models.reward_model import RewardModel
 
@@ -179,7 +180,7 @@ def load_base(
         had_one = "in place of the checkpoint's own, " if own not in missing else ""
         notes.append(f"fresh head, {had_one}seed {head_seed}, std {std:.4g}")
     if device is not None:
-        model.to(device)
+        place(model, device)
     check_tokenizer_and_config(tokenizer, model.config)
     formatter = RewardFormatter(
         tokenizer,
@@ -255,7 +256,7 @@ def load_reward_model(
     notes.extend(precision_notes(model))
     model.eval()
     if device is not None:
-        model.to(device)
+        place(model, device)
     return RewardModel(model, tokenizer, formatter, manifest, notes, readout)
 
 

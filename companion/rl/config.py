@@ -63,6 +63,13 @@ class GRPORunConfig(CheckpointArguments, HubArguments, GRPOConfig):
         "and its answer in the chat template, or plain, as they are.",
         choices=["chat", "plain"],
     )
+    reward_dtype: str = setting(
+        "auto",
+        "Number format of the reward models and scorers that every rank loads; auto is bfloat16 "
+        "where the GPU computes in it, and float32 elsewhere. It says nothing to a server, nor to "
+        "module:function.",
+        choices=["auto", "float32", "bfloat16", "float16"],
+    )
     held_out_scorer: str | None = setting(
         None,
         "A scorer that the policy is not trained on, named as a reward is; the run stops when "
@@ -115,6 +122,13 @@ class GRPORunConfig(CheckpointArguments, HubArguments, GRPOConfig):
                 "set kl_budget, and beta (0.01, say)",
             )
         _ = self.truncated  # refuses what it cannot read
+
+    @property
+    def scorer_dtype(self) -> str:
+        """``reward_dtype``, with the format that auto stands for."""
+        if self.reward_dtype != "auto":
+            return self.reward_dtype
+        return "bfloat16" if has_bf16() else "float32"
 
     @property
     def truncated(self) -> Any:

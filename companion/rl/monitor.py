@@ -212,6 +212,14 @@ class OveroptimizationMonitor(TrainerCallback):
                     "on_budget is 'raise_beta', and the trainer has no beta above 0 to raise",
                     "set beta (0.01, say), and call monitor.attach(trainer)",
                 )
+            args = self._trainer.args
+            level = getattr(args, "importance_sampling_level", "token")
+            if not getattr(args, "use_bias_correction_kl", True) or level != "token":
+                logger.warning(
+                    "raise_beta: without use_bias_correction_kl and importance_sampling_level "
+                    "'token' the penalty has the gradient of another KL than the one that is "
+                    "measured (arXiv 2506.09477)"
+                )
 
     def _take_reference(self, model: Any, state: Any) -> None:
         own = getattr(self._trainer, "ref_model", None)

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
+import torch
+
 from companion.errors import CompanionError, DataError
 from companion.formatting import TextMode
 from companion.scoring.remote import Protocol, RemoteScorer, is_url
@@ -41,6 +43,7 @@ def open_reward(
     eos_token_ids: Sequence[int] | None = None,
     protocol: Protocol = "classify",
     text: TextMode | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> RewardCallable:
     """A reward function, as TRL calls them, from its name.
 
@@ -57,6 +60,9 @@ def open_reward(
         As in :class:`companion.scoring.RemoteScorer`.
     text : {"chat", "plain"}, optional
         How prompts of text are read, in place of what the model says.
+    dtype : torch.dtype or str, optional
+        Of a reward model's weights, as in :meth:`RewardScorer.from_pretrained`; nothing to a server
+        or a function.
 
     Returns
     -------
@@ -79,10 +85,11 @@ def open_reward(
             )
         scorer: Any = RemoteScorer.from_pretrained(url, model, protocol=protocol, text=text)
         name = model
-    elif _FUNCTION.fullmatch(source):
+    elif not is_loaded(source):
         return _function(source)
     else:
-        scorer, name = partial(RewardScorer.from_pretrained, source, text=text), source
+        name = source
+        scorer = partial(RewardScorer.from_pretrained, source, text=text, dtype=dtype)
     last = re.sub(r"\W+", "_", name.rstrip("/").rsplit("/", 1)[-1])
     return RewardFunction(
         scorer,
@@ -92,6 +99,11 @@ def open_reward(
         eos_token_ids=eos_token_ids,
         name=f"reward_{last}",
     )
+
+
+def is_loaded(source: str) -> bool:
+    """Whether a reward of this name is a model that is loaded here."""
+    return not is_url(source) and _FUNCTION.fullmatch(source) is None
 
 
 def _function(source: str) -> RewardCallable:

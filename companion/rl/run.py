@@ -39,6 +39,7 @@ from companion.rl.monitor import OveroptimizationMonitor
 from companion.rl.policy_evaluation import Look, number
 from companion.rl.rewards import (
     RewardCallable,
+    is_loaded,
     joint_rewards,
     open_reward,
     reward_name,
@@ -275,6 +276,9 @@ def train_grpo(
     }
     tokenizer = load_tokenizer(name, **shared)
     rewards, proxy, gold, further = _scorers(config, policy_end_ids(name, **shared))
+    if said := _dtype_note(config):
+        notes.append(said)
+        tell(f"note: {said}")
 
     config.model_init_kwargs = {
         **(config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}),
@@ -325,6 +329,7 @@ def train_grpo(
         on_best=lambda: trainer.save_model(output),
         seed=config.seed,
     ).attach(trainer)
+    reward_dtype = _reduced_dtype(config, config.reward_model)
     trainer.run = {
         "policy": fingerprint_of(trainer.model, main),
         "rows": {
@@ -333,6 +338,8 @@ def train_grpo(
         },
         "lora": lora.to_dict() if (lora := _lora(model)) else None,
         **{field: getattr(config, field) for field in _DECIDING},
+        # absent where it is float32, as in checkpoints of versions that knew nothing else
+        **({} if reward_dtype is None else {"reward_dtype": reward_dtype}),
     }
     if other := check_run(resume, trainer.run, config.resume_other_run):
         notes.append(other)
@@ -435,7 +442,13 @@ def _scorers(
 
     protocol: Any = config.reward_protocol
     text: Any = config.reward_text
-    plain = partial(open_reward, eos_token_ids=eos_token_ids, protocol=protocol, text=text)
+    plain = partial(
+        open_reward,
+        eos_token_ids=eos_token_ids,
+        protocol=protocol,
+        text=text,
+        dtype=config.scorer_dtype,
+    )
     transform: Any = config.reward_transform
     opened = [
         plain(source, transform=transform, clip=config.reward_clip, truncated=config.truncated)
@@ -446,6 +459,23 @@ def _scorers(
     further = {reward_name(scorer): scorer for scorer in map(plain, config.also_measure)}
     rewards: list[Any] = list(opened if len(opened) == 1 else joint_rewards(opened))
     return rewards, proxy, gold, further
+
+
+def _reduced_dtype(config: GRPORunConfig, sources: list[str]) -> str | None:
+    """Below float32, what models among these rewards are loaded in; None otherwise."""
+    dtype = config.scorer_dtype
+    return dtype if dtype != "float32" and any(map(is_loaded, sources)) else None
+
+
+def _dtype_note(config: GRPORunConfig) -> str | None:
+    held_out = [] if config.held_out_scorer is None else [config.held_out_scorer]
+    dtype = _reduced_dtype(config, [*config.reward_model, *held_out, *config.also_measure])
+    if dtype is None:
+        return None
+    return (
+        f"reward models and scorers are loaded in {dtype}, in which a score moves a little with "
+        "its batch (--reward_dtype float32 takes twice the memory)"
+    )
 
 
 def _test_figures(

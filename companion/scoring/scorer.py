@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 import numpy as np
 import torch
 
+from companion.engine.devices import resolve_dtype
 from companion.engine.runner import BatchRunner, Packing
 from companion.errors import CompanionError, DataError, ModelError, ReadoutError
 from companion.formatting import Encoded, Overlong, RewardFormatter, Row, TextMode
@@ -368,7 +369,8 @@ class LocalScorer(Scorer[ScoresT]):
         device : str, optional
             Default: the GPU if there is one.
         dtype : torch.dtype or str, optional
-            Default float32. In half precision a score moves with its batch.
+            Default 'auto': bfloat16 on a GPU that has it, else float32. In half precision a score
+            moves with its batch.
         max_tokens_per_batch, packing
             As for the class.
         max_length, overlong, text
@@ -385,12 +387,14 @@ class LocalScorer(Scorer[ScoresT]):
         reward_model = load_reward_model(
             path_or_id,
             device=device,
-            dtype=dtype if dtype is not None else torch.float32,
+            dtype=resolve_dtype(dtype, device),
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
         reward_model.read_texts(max_length, overlong, text)
-        return cls(reward_model, max_tokens_per_batch=max_tokens_per_batch, packing=packing)
+        scorer = cls(reward_model, max_tokens_per_batch=max_tokens_per_batch, packing=packing)
+        reward_model.notes += scorer._runner.notes()
+        return scorer
 
     @classmethod
     def _check_kind(cls, path_or_id: str | os.PathLike[str], revision: str | None) -> None:

@@ -237,6 +237,58 @@ class Collator:
         return dict(padded)
 
 
+@dataclass
+class CutByTokens:
+    """Makes a micro-batch as several parts, each of at most so many tokens.
+
+    Memory is a matter of tokens and not of rows, and the parts' gradients add up to that of the
+    whole (:meth:`companion.training.trainer.ExactTrainer.training_step` runs them). The longest
+    rows come first.
+
+    Parameters
+    ----------
+    collator : callable
+        Makes a batch of rows.
+    own : Collator
+        Knows the texts of a row, and whether they are packed.
+    max_tokens : int
+        Most tokens of a part: all those of its texts, or with padding texts × longest. A single row
+        that has more is a part by itself.
+    padding : mapping
+        The padding row: a rank that has fewer parts than the others makes up for it by these.
+    """
+
+    collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+    own: Collator
+    max_tokens: int
+    padding: Mapping[str, Any]
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """``parts``, a list of batches, the ``weight`` of all rows, and ``input_ids`` ``[T]``."""
+        lengths = [list(map(len, self.own.texts([example]))) for example in examples]
+        order = sorted(range(len(examples)), key=lambda row: -sum(lengths[row]))
+        groups: list[list[int]] = []
+        texts: list[int] = []
+        for row in order:
+            texts = [*texts, *lengths[row]]
+            size = sum(texts) if self.own.packing else len(texts) * max(texts)
+            if not groups or size > self.max_tokens:
+                groups.append([])
+                texts = lengths[row]
+            groups[-1].append(row)
+        parts = [self.collator([examples[row] for row in group]) for group in groups]
+        return {
+            "parts": parts,
+            "weight": torch.cat([part["weight"] for part in parts]),
+            # transformers counts these
+            "input_ids": torch.cat([part["input_ids"].flatten() for part in parts]),
+        }
+
+    def filler(self) -> dict[str, Any]:
+        """A part that counts nowhere."""
+        return self.collator([{**self.padding, "weight": 0.0}])
+
+
 def text_lengths(inputs: Mapping[str, Any]) -> Tensor:
     """Tokens of each text of a batch, ``[N]``."""
     lengths: Tensor = inputs["lengths"] if "packed" in inputs else inputs["attention_mask"].sum(1)
@@ -297,6 +349,9 @@ class ExactBatches(_Base):
     #: see :func:`epoch_order`
     shuffle_steps: ClassVar[bool] = False
     _order: PaddedSampler | None = None
+    #: what cuts the micro-batches of training, if anything, and how many parts the next ones have
+    _cut: CutByTokens | None = None
+    _n_parts: Sequence[int] = ()
 
     def padding_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row that counts nowhere, made in the likeness of a real one.
@@ -320,6 +375,7 @@ class ExactBatches(_Base):
     ) -> DataLoader[Any]:
         """As in transformers, over rows that include padding."""
         args, ranks = self.args, self.accelerator.num_processes
+        most: int | None = getattr(args, "micro_batch_tokens", None)
         strategy = args.train_sampling_strategy if is_training else "sequential"
         lengths: list[int] | None = None
         if strategy == "group_by_length":
@@ -347,16 +403,25 @@ class ExactBatches(_Base):
             logger.warning(
                 f"dataloader_drop_last leaves {left_out} of {len(rows):,} rows out of an epoch"
             )
+        padding = self.padding_row(rows[0])
+        collator: Any = self.data_collator
         if is_training:
             self._order = sampler
-        return super()._get_dataloader(  # type: ignore[no-any-return]
-            PaddedRows(rows, self.padding_row(rows[0])),  # type: ignore[arg-type]
-            description,
-            batch_size,
-            sampler_fn=lambda _: sampler,
-            is_training=is_training,
-            dataloader_key=dataloader_key,
-        )
+            if most is not None:
+                self._cut = self.data_collator = CutByTokens(
+                    collator, self.own_collator, most, padding
+                )
+        try:
+            return super()._get_dataloader(  # type: ignore[no-any-return]
+                PaddedRows(rows, padding),  # type: ignore[arg-type]
+                description,
+                batch_size,
+                sampler_fn=lambda _: sampler,
+                is_training=is_training,
+                dataloader_key=dataloader_key,
+            )
+        finally:
+            self.data_collator = collator
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         # accelerate's `set_epoch` does not reach a sampler below `skip_first_batches`, so a run
@@ -368,7 +433,7 @@ class ExactBatches(_Base):
     def _prepare_input(self, data: Any) -> Any:
         # transformers would cast margins and weights to DeepSpeed's half precision
         if isinstance(data, (Tensor, PackedBatch)):
-            return data.to(self.args.device)
+            return data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor | None:
@@ -376,4 +441,11 @@ class ExactBatches(_Base):
         if not batch_samples:
             return None
         weight = torch.stack([batch["weight"].sum() for batch in batch_samples]).sum()
+        if self._cut is not None:
+            counts = [len(batch["parts"]) for batch in batch_samples]
+            if self.accelerator.num_processes > 1:
+                # each part is an exchange under ZeRO and FSDP, so ranks need as many as the others
+                own = torch.tensor([counts], device=device)
+                counts = self.accelerator.gather(own).amax(dim=0).tolist()
+            self._n_parts = counts
         return self.accelerator.gather(weight.to(device)).sum()  # type: ignore[no-any-return]

@@ -185,6 +185,14 @@ class PairwiseRewardConfig(CheckpointArguments, HubArguments, RewardConfig):
     ddp_broadcast_buffers: bool | None = setting(
         False, "Send rank 0's buffers to all at every forward; those of a decoder never change."
     )
+    micro_batch_tokens: int | None = setting(
+        None,
+        "Most tokens that go through the model at once: a micro-batch that holds more is cut into "
+        "parts, with the same gradient. So a few long rows do not decide how many fit in.",
+    )
+    logging_nan_inf_filter: bool = setting(
+        False, "Leave a loss that is not finite out of the log. Here it ends the run."
+    )
     dataset_num_proc: int | None = setting(
         None,
         "Processes that tokenise. Default: one for 4,000 rows, at most one a core; ranks of one"
@@ -247,7 +255,12 @@ class PairwiseRewardConfig(CheckpointArguments, HubArguments, RewardConfig):
                 f"label_smoothing_factor is {self.label_smoothing_factor}",
                 "give a probability in [0, 0.5) with which a label is flipped",
             )
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
+            raise CompanionError(
+                f"micro_batch_tokens is {self.micro_batch_tokens}", "give a positive number"
+            )
         settings: Any = self.accelerator_config
+        settings.non_blocking = self.dataloader_pin_memory
         if settings.split_batches or settings.dispatch_batches:
             raise CompanionError(
                 "accelerator_config: split_batches and dispatch_batches are not supported, since "

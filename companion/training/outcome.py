@@ -214,7 +214,8 @@ class OutcomeRewardTrainer(TokenTrainer):
         bad = ~finite.all(dim=1) & (inputs["real"] > 0)
         self.refuse_not_finite(bad, inputs["row"])
         loss = outcome_loss(logits, labels).sum(dim=1) / counted.sum(dim=1)
-        probabilities = torch.sigmoid(logits.detach()).masked_fill(~counted, 0.0)
+        # what is not finite ends the run, but perhaps after the backward
+        probabilities = torch.sigmoid(logits.detach()).masked_fill(~(counted & finite), 0.0)
         values = (aggregate(probabilities, counted, how) for how in AGGREGATES)
         return make_table(inputs, loss, text_lengths(inputs), inputs["outcome"], *values)
 

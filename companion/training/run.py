@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypedDict
 
+import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback
 
@@ -25,6 +26,7 @@ from companion.data.splits import (
     prompt_key,
     split_by_prompt,
 )
+from companion.engine.devices import device_notes
 from companion.errors import CompanionError, DataError
 from companion.layouts import columns_of
 from companion.models.card import write_card
@@ -189,6 +191,8 @@ def train(
         eval_dataset=rows.select(calibration_rows),
         callbacks=callbacks,
     )
+    for note in _device_notes(trainer):
+        tell(note)
     if named is None:
         tell(f"learning rate {config.learning_rate:g}: the default of what is trained")
     trainer.run = _run_of(kind, config, model, start, sets, base)
@@ -240,6 +244,22 @@ def train(
         manifest=manifest,
         notes=[*notes, *reward_model.notes],
     )
+
+
+def _device_notes(trainer: Any) -> list[str]:
+    """What was chosen for this device, and why; empty on a CPU."""
+    args = trainer.args
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    notes = device_notes(trainer.model, packed=trainer.own_collator.packing, autocast=autocast)
+    if notes:
+        size = f"micro-batches of {args.per_device_train_batch_size} {trainer.items}"
+        most = args.micro_batch_tokens
+        notes.append(
+            f"{size}, in parts of up to {most:,} tokens"
+            if most
+            else f"{size}, however long (--micro_batch_tokens sets a limit)"
+        )
+    return notes
 
 
 # ---------------------------------------------------------------------- rows

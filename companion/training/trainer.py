@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers.trainer_callback import ProgressCallback
@@ -49,6 +50,7 @@ from companion.models.head import find_head, install_head
 from companion.models.loading import load_base
 from companion.models.lora import apply_lora
 from companion.models.manifest import RewardManifest
+from companion.models.memory import does_not_fit, is_out_of_memory
 from companion.models.readout import Readout, ScalarReadout
 from companion.models.reward_model import RewardModel
 from companion.models.saving import package_versions
@@ -198,6 +200,8 @@ class ExactTrainer(WholeCheckpoints, ExactEvaluation):
         self._window = ItemTables()  # items since the last log
         self._sums = np.zeros(2)  # weighted loss, and weight, of this call of `train`
         self._tokens = 0.0
+        #: what :meth:`refuse_not_finite` has to look at when the backward is queued
+        self._doubts: list[tuple[Tensor, Tensor]] | None = None
 
     # ------------------------------------------------------------------ what a kind has to say
 
@@ -269,6 +273,53 @@ class ExactTrainer(WholeCheckpoints, ExactEvaluation):
 
     # ------------------------------------------------------------------ loss
 
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Forward and backward of a micro-batch, all of its parts; returns the loss."""
+        self._doubts = []
+        if "parts" in inputs:
+            loss = self._run_parts(model, inputs["parts"], num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        # read when the backward is queued, so that the GPU does not wait for the host
+        doubts, self._doubts = self._doubts, None
+        for bad, rows in doubts:
+            self.refuse_not_finite(bad, rows)
+        return loss
+
+    def _run_parts(
+        self, model: nn.Module, parts: Sequence[dict[str, Any]], weight: Tensor | int | None
+    ) -> Tensor:
+        """The parts one after the other; ranks exchange gradients after the last one alone."""
+        assert self._cut is not None
+        count, *self._n_parts = self._n_parts
+        *first, last = [*parts, *(self._cut.filler() for _ in range(count - len(parts)))]
+        losses = []
+        for part in first:
+            with self._without_exchange(model):
+                losses.append(super().training_step(model, part, weight))
+        return torch.stack([*losses, super().training_step(model, last, weight)]).sum()
+
+    @contextlib.contextmanager
+    def _without_exchange(self, model: nn.Module) -> Iterator[None]:
+        """Let gradients add up; within an accumulation transformers has seen to that."""
+        accelerator = self.accelerator
+        if not accelerator.sync_gradients:
+            yield
+            return
+        accelerator.gradient_state._set_sync_gradients(False)
+        try:
+            with contextlib.ExitStack() as stack:
+                if accelerator.distributed_type != DistributedType.DEEPSPEED:
+                    stack.enter_context(accelerator.no_sync(model))
+                yield
+        finally:
+            accelerator.gradient_state._set_sync_gradients(True)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -307,9 +358,11 @@ class ExactTrainer(WholeCheckpoints, ExactEvaluation):
         Raises
         ------
         ModelError
-            With the first such rows.
+            With the first such rows; in training once the backward is queued.
         """
-        if bool(bad.any()):
+        if self._doubts is not None:
+            self._doubts.append((bad, rows))
+        elif bool(bad.any()):
             named = rows[bad].tolist()
             where = f"rows {', '.join(map(str, named[:5]))}" if min(named) >= 0 else "a batch"
             raise ModelError(
@@ -350,8 +403,20 @@ class ExactTrainer(WholeCheckpoints, ExactEvaluation):
         return figures, table[:, self.predicted].to(torch.float32).numpy()
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in transformers; ``training_loss`` is the weighted mean over the whole run."""
-        output = super().train(*args, **kwargs)
+        """As in transformers; ``training_loss`` is the weighted mean over the whole run.
+
+        Raises
+        ------
+        ModelError
+            Where the GPU's memory ends, with what takes it and the cure.
+        """
+        try:
+            output = super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            where = f"step {self.state.global_step}"
+            raise does_not_fit(self.model, self.args.device, where) from error
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def restore(self, totals: Mapping[str, Any]) -> None:

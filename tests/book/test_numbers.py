@@ -15,6 +15,11 @@ from book_pages import PAGES, ROOT
 
 #: page -> number -> why it is no result
 TYPED = {
+    "README.md": {
+        **dict.fromkeys(("7.0", "7.5", "9.0", "8.6"), "a GPU's compute capability"),
+        **dict.fromkeys(("12.6", "13.0"), "a version of CUDA"),
+        **dict.fromkeys(("21.6", "22.1"), "of lines that show their form, said to be no run"),
+    },
     "book/ch01_bradley_terry.md": {
         "75%": "an accuracy that a reader may meet",
         "0.8": "an example of a probability",

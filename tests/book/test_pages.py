@@ -125,6 +125,21 @@ def test_every_public_name_has_its_chapter():
     assert homeless == [], "name its chapter in the docstring, or in that of its module"
 
 
+def test_reading_time_is_that_of_words_and_shown_code():
+    reading_minutes = load_module(BOOK / "_ext" / "companion_docs.py").reading_minutes
+    cell = "```{code-cell} ipython3\n%s" + "x = 1\n" * 75 + "```\n"
+    assert reading_minutes("word " * 600) == 5
+    assert reading_minutes("word " * 601) == 10
+    assert reading_minutes(cell % "") == 5
+    assert reading_minutes("---\nkernelspec: words words\n---\n" + cell % "" + "word\n") == 10
+    hidden = (":tags: [hide-input]\n\n", "---\ntags: [hide-cell]\nmystnb:\n  figure: a b\n---\n")
+    for options in hidden:
+        assert reading_minutes(cell % options) == 0
+    exercise = "````{exercise} A\n:label: b\n" + "word " * 590 + "\n" + cell % "" + "````\n"
+    assert reading_minutes(exercise) == 10
+    assert reading_minutes("$$\n" + "word " * 900 + "\n$$\n") == 0
+
+
 def test_a_function_without_a_chapter_takes_that_of_its_module():
     extension = load_module(BOOK / "_ext" / "companion_docs.py")
     from companion.functional import last_token_index

@@ -58,6 +58,8 @@ def main(stage: int, output: str, name: str) -> None:
                 per_device_train_batch_size=STEP_MICRO // ranks,
                 per_device_eval_batch_size=2,
                 gradient_accumulation_steps=ACCUMULATION,
+                # each part is an exchange of weights: ranks must run as many as the others
+                micro_batch_tokens=25 if stage else None,
                 learning_rate=0.05,
                 lr_scheduler_type="constant",
                 optim="sgd",

@@ -66,6 +66,8 @@ PAIR_CASES = [
     (1, 2, 1),
     (8, 2, 2),
 ]
+#: with micro-batches cut into parts of so many tokens, on ranks that would have unlike numbers
+CUT_CASES = [((9, 4, 2), 25)]
 #: those that are also run without margins and label smoothing
 PLAIN_CASES = [(9, 4, 1), (13, 2, 2)]
 STOCK_CASES = [(5, 4, 2), (9, 4, 1), (5, 2, 1), (8, 2, 2)]
@@ -468,10 +470,18 @@ def main(output: str) -> None:
     results: list[dict[str, Any]] = []
     for name, make in KINDS.items():
         kind = make()
-        for n, batch, accumulation in kind.cases:
-            rows = kind.rows(n)
+        for (n, batch, accumulation), cut in [*((c, None) for c in kind.cases), *CUT_CASES]:
+            rows, model, forwards = kind.rows(n), kind.model(), []
+            model.register_forward_hook(lambda *_, forwards=forwards: forwards.append(1))
             steps, trainer = run(
-                kind.trainer, kind.config, kind.model(), rows, batch, accumulation, **kind.settings
+                kind.trainer,
+                kind.config,
+                model,
+                rows,
+                batch,
+                accumulation,
+                micro_batch_tokens=cut,
+                **kind.settings,
             )
             size = batch * accumulation * ranks
             errors = []
@@ -484,6 +494,8 @@ def main(output: str) -> None:
                 {
                     "kind": name,
                     "case": [n, batch, accumulation],
+                    "cut": cut,
+                    "forwards": len(forwards),
                     "errors": errors,
                     "expected_steps": -(-n // size),
                     "train_loss": last["train_loss"],

@@ -32,6 +32,16 @@ def test_every_step_has_the_gradient_of_the_mean(results: Any, ranks: int) -> No
         assert max(entry["errors"]) < 1e-5, entry
 
 
+@ranks_of
+def test_a_cut_micro_batch_has_the_same_gradient(results: Any, ranks: int) -> None:
+    """That it has one is seen above; here that it was cut, on all ranks alike."""
+    entries = [entry for entry in results[ranks] if entry.get("cut")]
+    assert len({entry["kind"] for entry in entries}) == 8
+    for entry in entries:
+        rows, batch, _ = entry["case"]
+        assert entry["forwards"] > -(-rows // (batch * ranks)), entry
+
+
 def test_the_logged_loss_is_the_same_for_every_cut(results: Any) -> None:
     """9 rows in batches of 4 or of 2, on one rank or on two: nothing was learned in between."""
     means: dict[Any, list[float]] = {}

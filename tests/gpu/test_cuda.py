@@ -46,7 +46,10 @@ def test_maths_agrees_with_the_cpu(dtype):
 
 
 def test_scores_agree_with_the_cpu(tiny_reward, tiny_texts):
-    here, there = (RewardScorer.from_pretrained(tiny_reward, device=d) for d in ("cpu", "cuda"))
+    here, there = (
+        RewardScorer.from_pretrained(tiny_reward, device=d, dtype="float32")
+        for d in ("cpu", "cuda")
+    )
     assert there.device.type == "cuda"
     assert np.abs(here.score(tiny_texts).raw - there.score(tiny_texts).raw).max() < 1e-4
 

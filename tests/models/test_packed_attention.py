@@ -376,16 +376,15 @@ def test_the_path_of_cuda_with_its_kernel_emulated(
         assert max(off(result(model, by_tree))) < 2e-5
     assert set(seen) == {torch.float32}
     seen.clear()
-    plain = result(model, by_tree, torch.bfloat16)
+    mixed = [result(model, by_tree, torch.bfloat16)]
     for reentrant in (False, True):
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
-        again = result(model, by_tree, torch.bfloat16)
-        torch.testing.assert_close(again[0], plain[0], atol=0.05, rtol=0.05)
-        assert again[1].keys() == plain[1].keys()
+        mixed.append(result(model, by_tree, torch.bfloat16))
     model.activation_checkpointing_disable()
     restore_attention(model)
-    cases = [(plain, result(model, padded, torch.bfloat16))]
+    reference = result(model, padded, torch.bfloat16)
+    cases = [(found, reference) for found in mixed]
     for dtype in (torch.bfloat16, torch.float16):
         half = copy.deepcopy(model).to(dtype)
         half.score.float()

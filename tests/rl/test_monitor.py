@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -158,3 +160,18 @@ def test_set_ups_that_cannot_work_are_refused(tiny_base: Any, tmp_path: Any) -> 
         OveroptimizationMonitor([], words)
     with pytest.raises(CompanionError, match="no beta above 0"):
         train("grpo", tiny_base, tmp_path, watch(on_budget="raise_beta", kl_budget=1.0))
+
+
+@pytest.mark.parametrize(
+    ("corrected", "level", "warned"),
+    [(True, "token", False), (False, "token", True), (True, "sequence", True)],
+)
+def test_raise_beta_says_when_the_penalty_pulls_on_another_kl(
+    corrected: bool, level: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    monitor = watch(on_budget="raise_beta", kl_budget=1.0)
+    args = SimpleNamespace(use_bias_correction_kl=corrected, importance_sampling_level=level)
+    monitor._trainer = SimpleNamespace(beta=0.1, args=args)
+    with caplog.at_level(logging.WARNING, "companion"):
+        monitor._check(args)
+    assert ("gradient of another KL" in caplog.text) is warned

@@ -1,0 +1,75 @@
+"""When the memory of a GPU is at its end: how that shows, and what to say of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from companion.errors import ModelError
+
+_GIB = 2**30
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory is at its end; cuBLAS has its own words for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+
+
+def place(model: Any, device: str | torch.device) -> Any:
+    """Put a model on a device.
+
+    Raises
+    ------
+    ModelError
+        If it does not fit there: its size, the card's, and the cure.
+    """
+    try:
+        return model.to(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise does_not_fit(model, device) from error
+
+
+def does_not_fit(model: Any, device: str | torch.device, what: str = "") -> ModelError:
+    """The error that a model, or its training, is too large for a card.
+
+    Parameters
+    ----------
+    model : nn.Module
+    device : str or torch.device
+    what : str
+        What was going on, if the model is being trained.
+    """
+    parameters = list(model.parameters())
+    count = sum(p.numel() for p in parameters)
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters if p.dim() > 1})
+    held = sum(p.numel() * p.element_size() for p in parameters)
+    said = f"{type(model).__name__} of {count / 1e9:.2g}B parameters in {'/'.join(dtypes)}"
+    card = _card(device)
+    if not what:
+        return ModelError(
+            f"{said} needs {held / _GIB:.1f} GiB for its weights, and {card}",
+            "take half precision (dtype bfloat16), a smaller model, or a GPU that is free "
+            "(CUDA_VISIBLE_DEVICES)",
+        )
+    trained = [p for p in parameters if p.requires_grad]
+    more = sum(p.numel() * (p.element_size() + 8) for p in trained)  # gradient, and Adam's moments
+    return ModelError(
+        f"{what}: the GPU's memory is at its end. {said}: {held / _GIB:.1f} GiB for the weights, "
+        f"{more / _GIB:.1f} GiB for the gradients and Adam's moments of what is trained, the rest "
+        f"for activations; {card}",
+        "fewer activations: micro_batch_tokens (the gradient stays the same), "
+        "activation_checkpointing; fewer weights: use_peft (LoRA), DeepSpeed ZeRO-3 over several "
+        "GPUs (recipes/accelerate/zero3.yaml)",
+    )
+
+
+def _card(device: str | torch.device) -> str:
+    """What a card has, as a clause."""
+    if torch.device(device).type != "cuda":
+        return f"the device {device} has less"
+    free, total = torch.cuda.mem_get_info(device)
+    name = torch.cuda.get_device_name(device)
+    return f"the {name} has {total / _GIB:.1f} GiB, {free / _GIB:.1f} GiB of them free"
