@@ -402,14 +402,13 @@ def step(here: Probe) -> Pieces:
 def gather_case(here: Probe, texts: TokenIds, backward: bool) -> Found:
     """Attention of one layer: the share of copies in its time, and their bytes."""
     batch = packed(texts, here.device)
-    heads = (16, 8, 8) if here.gpu else (4, 2, 2)
-    size, dtype = (batch.computed, 128 if here.gpu else 32), here.half
-    tensors = [
-        torch.randn(1, h, *size, dtype=dtype, device=here.device, requires_grad=backward)
-        for h in heads
+    (heads, keys), width = ((16, 8), 128) if here.gpu else ((4, 2), 32)
+    tensors = query, key, value = [
+        torch.randn(1, count, batch.computed, width, dtype=here.half, device=here.device)
+        for count in (heads, keys, keys)
     ]
-
-    query, key, value = tensors
+    for x in tensors:
+        x.requires_grad_(backward)
 
     def attend() -> None:
         output, _ = packed_attention(
