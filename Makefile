@@ -29,13 +29,17 @@ TORCH_STAMP := $(VENV)/.stamp-torch$(if $(TORCH_INDEX),-$(notdir $(patsubst %/,%
 
 # DeepSpeed compiles nothing at install; its operators are built on the GPU machine when first used.
 export DS_BUILD_OPS = 0
-# Outside of this environment nothing may leak in.
-unexport PYTHONPATH
+# Outside of this environment nothing may leak in. Images of containers often forbid bytecode, and
+# then each of some thirty processes compiles all files of the companion and of the tests anew.
+unexport PYTHONPATH PYTHONDONTWRITEBYTECODE
 # What runs offline: tests and the book. Quickstart needs no network either, but sets nothing, so
 # that a model id of the hub works in its place.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Running all exercises is nobody's progress.
 NO_PROGRESS := COMPANION_PROGRESS_FILE=
+# Of a notebook's kernel: collects no garbage while the first cell imports. Python itself reads it
+# only at a prompt.
+KERNEL := PYTHONSTARTUP=$(abspath book/_tools/startup.py)
 
 NOTEBOOK_SOURCES := $(wildcard book/ch*.md book/speed.md exercises/ch*.md solutions/ch*.md)
 NOTEBOOKS := $(patsubst %.md,$(BUILD)/notebooks/%.ipynb,$(NOTEBOOK_SOURCES))
@@ -46,7 +50,7 @@ PAGES := $(BUILD)/_build/html
 OUTPUTS := $(BUILD)/_build/.jupyter_cache
 # Made when all pages were built, and without a warning.
 BUILT := $(BUILD)/.stamp-pages
-BUILD_BOOK = rm -f $(BUILT) && $(OFFLINE) $(NO_PROGRESS) $(VENV)/bin/jupyter-book build . \
+BUILD_BOOK = rm -f $(BUILT) && $(OFFLINE) $(NO_PROGRESS) $(KERNEL) $(VENV)/bin/jupyter-book build . \
 	--toc book/_toc.yml --path-output $(BUILD) --all -W --keep-going --quiet && touch $(BUILT)
 # Whoever changes one of these changes outputs without changing a cell.
 BEHIND_OUTPUTS = constraints.txt $(wildcard benchmarks/results/*.json) \
@@ -78,7 +82,7 @@ test: $(VENV)/.stamp-all $(NOTEBOOKS) ## lint, types, import floors, unit tests,
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	@rm -f $(BUILT)
-	-$(PYTEST) --nbmake --nbmake-timeout=300 --overwrite $(NOTEBOOKS) && \
+	-$(KERNEL) $(PYTEST) --nbmake --nbmake-timeout=300 --overwrite $(NOTEBOOKS) && \
 		$(PY) book/_tools/outputs.py $(BUILD)/notebooks $(OUTPUTS) && \
 		touch $(BUILD)/.stamp-outputs && $(BUILD_BOOK)
 	COMPANION_BOOK=$(abspath $(BUILD)) $(PYTEST) --dist loadfile tests

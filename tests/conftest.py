@@ -15,6 +15,14 @@ import gc
 
 gc.disable()  # while everything is imported; `pytest_collection_finish` switches it on again
 
+import functools
+import importlib.metadata
+
+# accelerate asks at each step of a training whether DeepSpeed and PEFT are there, and each time the
+# answer is parsed anew (3,100 times in the trainings alone). What is installed stays as it is.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+importlib.metadata.version = functools.cache(importlib.metadata.version)
+
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +31,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forking import end_stem, start_stem
 from hypothesis import settings
 
 torch.set_num_threads(1)
@@ -31,7 +40,7 @@ settings.register_profile("companion", deadline=None)
 settings.load_profile("companion")
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """What is imported by now stays: a collection need not walk it.
 
     accelerate collects before each training (`clear_device_cache`), which took 0.6 s of a training
@@ -39,7 +48,14 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    if any(item.get_closest_marker("distributed") for item in session.items):
+        start_stem()
     gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """No process is left behind."""
+    end_stem()
 
 
 _TEXT = (

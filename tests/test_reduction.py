@@ -157,7 +157,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_agree_on_the_mean_over_all_items(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
     for rank in range(2):
         means, count = torch.load(tmp_path / f"{rank}.pt")
         assert means == {"accuracy": pytest.approx(0.6), "only_zero": 1.0}

@@ -57,15 +57,14 @@ class Visit(NamedTuple):
     seen: dict
 
 
-def _open(context, address):
-    page = context.new_page()
+def _watch(page):
+    """Lists that fill as the page is used: its console, its requests, those that failed."""
     console, requests, failed = [], [], []
     page.on("console", lambda m: console.append(m.text) if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: console.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
     page.on("requestfailed", lambda request: failed.append(request.url))
-    page.goto(address, wait_until="load")
-    return page, console, requests, failed
+    return console, requests, failed
 
 
 @pytest.fixture(scope="session")
@@ -76,10 +75,15 @@ def visits(site, browser):
         with browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
         ) as context:
+            page = context.new_page()  # one tab: another process for each page takes longer
+            records = _watch(page)
             for path in sorted((site / "book").rglob("*.html")):
-                page, *records = _open(context, path.as_uri())
-                found.append(Visit(path.stem, view, *records, page.evaluate(_LOOK)))
-                page.close()
+                page.goto("about:blank")  # the last page is closed, and says nothing any more
+                for record in records:
+                    record.clear()
+                page.goto(path.as_uri(), wait_until="load")
+                seen = page.evaluate(_LOOK)
+                found.append(Visit(path.stem, view, *map(list, records), seen))
     assert len({visit.page for visit in found}) >= 10
     return found
 
@@ -145,7 +149,9 @@ def open_figure(browser, slider_pages):
     with browser.new_context(viewport={"width": 390, "height": 900}, offline=True) as context:
 
         def open_it(kind):
-            page, console, *_ = _open(context, slider_pages[kind])
+            page = context.new_page()
+            console, *_ = _watch(page)
+            page.goto(slider_pages[kind], wait_until="load")
             assert console == []
             return page, page.locator(f'[data-slider-figure="{kind}"]')
 

@@ -10,6 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from forking import Program, run_forked
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -19,10 +21,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(arguments: list[str], *, torchrun: bool = False, **environment: str) -> str:
+def launch(
+    arguments: list[str], *, torchrun: bool = False, forked: bool = False, **environment: str
+) -> str:
     """Run a program on two ranks; its output, and its failure as an assertion.
 
     ``torchrun`` says whether it starts them: it imports torch for itself, which takes its time.
+    ``forked`` spares the ranks their imports (see ``forking``).
     """
     command, path = [sys.executable], [str(ROOT), os.environ.get("PYTHONPATH")]
     shared = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -35,30 +40,40 @@ def launch(arguments: list[str], *, torchrun: bool = False, **environment: str) 
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
         shared |= {"LOCAL_WORLD_SIZE": "2"}
         ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    environments = [{**shared, **own, **environment} for own in ranks]
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / str(rank) for rank in range(len(ranks))]
-        started = []
-        for own, file in zip(ranks, said, strict=True):
-            with file.open("w") as out:
-                started.append(
-                    subprocess.Popen(
-                        [*command, *arguments],
-                        env={**shared, **own, **environment},
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-        try:
-            end = time.monotonic() + 540
-            while any(process.poll() is None for process in started):
-                failed = any(process.poll() for process in started)  # the other one may wait for it
-                if failed or time.monotonic() > end:
-                    break
-                time.sleep(0.05)
-        finally:
-            for process in started:
-                process.kill()
-            codes = [process.wait() for process in started]
+        if forked:
+            programs = [
+                Program(arguments, variables, str(file))
+                for variables, file in zip(environments, said, strict=True)
+            ]
+            codes = run_forked(programs, seconds=540)
+        else:
+            codes = _run([*command, *arguments], environments, said)
         text = "\n".join(file.read_text(errors="replace") for file in said)
     assert codes == [0] * len(codes), text[-9000:]
     return text
+
+
+def _run(
+    command: list[str], environments: list[dict[str, str]], said: list[Path]
+) -> list[int | None]:
+    """Start the command once in each environment; the exit codes."""
+    started = []
+    for variables, file in zip(environments, said, strict=True):
+        with file.open("w") as out:
+            started.append(
+                subprocess.Popen(command, env=variables, stdout=out, stderr=subprocess.STDOUT)
+            )
+    try:
+        end = time.monotonic() + 540
+        while any(process.poll() is None for process in started):
+            failed = any(process.poll() for process in started)  # the other one may wait for it
+            if failed or time.monotonic() > end:
+                break
+            time.sleep(0.05)
+    finally:
+        for process in started:
+            process.kill()
+    return [process.wait() for process in started]

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.distributed
 
 def test_packed_scores_and_gradients_of_a_sharded_model(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
-    launch([str(Path(__file__).with_name("fsdp_worker.py")), str(output)])
+    launch([str(Path(__file__).with_name("fsdp_worker.py")), str(output)], forked=True)
     plain, checkpointed = json.loads(output.read_text(encoding="utf-8"))
     for found in (plain, checkpointed):
         assert found["sharded"] == "DTensor"

@@ -18,7 +18,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     """All kinds and cases, on one rank in this process, on two in one start of the processes."""
     folder = tmp_path_factory.mktemp("gradient")
     gradient_worker.main(f"{folder}/1.json")
-    launch([gradient_worker.__file__, f"{folder}/2.json"])
+    launch([gradient_worker.__file__, f"{folder}/2.json"], forked=True)
     return {ranks: json.loads((folder / f"{ranks}.json").read_text()) for ranks in (1, 2)}
 
 

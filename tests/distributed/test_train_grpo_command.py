@@ -94,7 +94,7 @@ def test_two_processes_look_alike_write_once_and_stop_together(
             text = "".join(capsys.readouterr())
         else:
             path = os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])
-            text = launch(["-m", "companion", *arguments], PYTHONPATH=path)
+            text = launch(["-m", "companion", *arguments], forked=True, PYTHONPATH=path)
         assert text.count("saved in") == 1  # rank 0 alone speaks
         assert text.count("stopped at step 1: the KL budget is spent") == 2  # then, in the table
         looks.append([json.loads(line) for line in (output / "monitor.jsonl").open()])

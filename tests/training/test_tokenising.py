@@ -17,6 +17,7 @@ import datasets
 import pytest
 from datasets import Dataset, disable_progress_bars
 from filelock import FileLock
+from forking import Program, run_forked
 
 from companion import RewardFormatter, load_rows, split_by_prompt
 from companion.errors import DataError
@@ -295,6 +296,8 @@ def test_ranks_wait_for_the_one_that_tokenises(
 
 RANK = """
 import sys
+from pathlib import Path
+import datasets
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer
 from companion.tutor import make_rows
@@ -302,6 +305,7 @@ from companion import RewardFormatter
 from companion.training import tokenising
 from companion.training.rows import format_all, ids_feature
 disable_progress_bars()
+datasets.config.HF_DATASETS_CACHE = Path(sys.argv[2])
 tokenising.CACHE_FROM = 1
 formatter = RewardFormatter(AutoTokenizer.from_pretrained(sys.argv[1]))
 def to_ids(rows, names, formatter):
@@ -321,19 +325,17 @@ def test_of_two_processes_one_tokenises(
     tmp_path: Path, fresh: Callable[..., RewardFormatter]
 ) -> None:
     fresh().tokenizer.save_pretrained(tmp_path / "tokenizer")
-    place = {"HF_DATASETS_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path / "tokenizer")],
-            env={**os.environ, **place},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    said = [rank.communicate(timeout=300)[0].split() for rank in ranks]
-    assert sorted(int(rows) for rows, _ in said) == [0, 200]
-    assert said[0][1] == said[1][1]
+    (tmp_path / "rank.py").write_text(RANK, encoding="utf-8")
+    arguments = [str(tmp_path / name) for name in ("rank.py", "tokenizer", "cache")]
+    files = [tmp_path / f"said_{rank}" for rank in range(2)]
+    programs = [Program(arguments, {}, str(file)) for file in files]
+    codes = run_forked(programs, seconds=300)
+    said = [file.read_text(encoding="utf-8") for file in files]
+    assert codes == [0, 0], said
+    (first, sum_of_first), (second, sum_of_second) = map(str.split, said)
+    assert sorted(map(int, (first, second))) == [0, 200]
+    assert sum_of_first == sum_of_second
+    assert list((tmp_path / "cache").rglob("*.arrow"))
 
 
 # ---------------------------------------------------------------------- without a cache
