@@ -16,7 +16,7 @@ from benchmarks.shapes import PAD, SHAPES, USUAL, TokenIds, make_model, needed_t
 from companion.engine import BatchRunner
 
 #: largest difference of the mean score that rounding explains
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+_TOLERANCE = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
 
 
 def arguments(description: str | None) -> argparse.Namespace:

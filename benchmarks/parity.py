@@ -209,13 +209,16 @@ def parity_pieces(here: Probe) -> Iterator[tuple[str, Piece]]:
         for precision in PRECISIONS:
             cases = [c for n, c in here.found.items() if f"; {precision};" in n and "packed" in c]
             of = found[precision] = {"cases": len(cases)}
-            of["by varlen"] = sum(bool(c["kernels"].get("varlen")) for c in cases)
+            of["by varlen"] = sum(c["kernels"]["varlen"] > 0 for c in cases)
+            of["by both"] = sum(min(c["kernels"].values()) > 0 for c in cases)
             for way in ("packed", "padded"):
                 for what in ("scores", "gradient"):
                     of[f"{way}, {what}"] = max((c[way][what] for c in cases), default=None)
         errors = ", ".join(f"{name} {of['packed, scores'] or 0:.1g}" for name, of in found.items())
-        varlen, cases = (sum(of[x] for of in found.values()) for x in ("by varlen", "cases"))
+        names = ("cases", "by varlen", "by both")
+        cases, varlen, both = (sum(of[name] for of in found.values()) for name in names)
         line = f"largest error of scores: {errors}; {varlen} of {cases} cases by varlen"
+        line += f", {both} of these by SDPA too" if both else ""
         return {"worst": found, "line": line}
 
     yield "worst", worst

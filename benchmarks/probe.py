@@ -124,7 +124,8 @@ def own_time(here: Probe, event: Any) -> float:
 def largest(here: Probe, events: Any) -> tuple[list[Found], float]:
     """The ten events that took the longest on the device, and the microseconds of all."""
     kind = torch.autograd.DeviceType.CUDA if here.gpu else torch.autograd.DeviceType.CPU
-    events = sorted((e for e in events if e.device_type == kind), key=lambda e: -own_time(here, e))
+    events = [e for e in events if e.device_type == kind and not e.is_user_annotation]
+    events.sort(key=lambda e: -own_time(here, e))
     total = sum(own_time(here, e) for e in events) or 1.0
     rows = [
         {"name": e.key, "calls": e.count, "share": own_time(here, e) / total} for e in events[:10]
@@ -186,7 +187,7 @@ def make_trainer(here: Probe, model: Any, rows: Sequence[Any], **settings: Any) 
 # ---------------------------------------------------------------------- is it right?
 
 
-@part(0.08)
+@part(0.1)
 def versions(here: Probe) -> Pieces:
     """More about the device than every JSON says; then the tests that need one."""
 
@@ -251,9 +252,9 @@ def sdpa_case(here: Probe, causal: bool, grouped: bool, kernel: str | None) -> F
             stack.enter_context(sdpa_kernel(getattr(SDPBackend, kernel)))
         try:
             gap = float((attend() - want).abs().max())
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if kernel is None or isinstance(error, torch.OutOfMemoryError):
+                raise
             return {"refused": str(error), "why": [str(w.message) for w in why]}
         found: Found = {"gap": gap, "ok": gap < 1e-4, "peak_bytes": bytes_of(attend, here.device)}
         found["milliseconds"] = milliseconds(here, attend)
@@ -274,10 +275,8 @@ def sdpa(here: Probe) -> Pieces:
         for grouped in (True, False):
             case = f"{'causal' if causal else 'mask'}, {'grouped' if grouped else 'repeated'} heads"
             for kernel in ("MATH", "EFFICIENT_ATTENTION", "FLASH_ATTENTION", "CUDNN_ATTENTION"):
-                yield (
-                    f"{case}: {kernel}",
-                    functools.partial(sdpa_case, here, causal, grouped, kernel),
-                )
+                run = functools.partial(sdpa_case, here, causal, grouped, kernel)
+                yield f"{case}: {kernel}", run
             yield f"{case}: chosen", functools.partial(sdpa_case, here, causal, grouped, None)
 
     def chosen() -> Found:
@@ -288,22 +287,37 @@ def sdpa(here: Probe) -> Pieces:
     yield "chosen", chosen
 
 
+@contextlib.contextmanager
+def waits(here: Probe) -> Iterator[Counter[str]]:
+    """Where the host waits for the GPU, and how often."""
+    found: Counter[str] = Counter()
+    if not here.gpu:
+        yield found
+        return
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(0)
+            said = [w for w in seen if "called a synchronizing" in str(w.message)]
+            found.update(f"{w.filename}:{w.lineno}" for w in said)
+
+
 class _Watch(TrainerCallback):
     """Of a training: waits of the host in the second step, a profile of the last, seconds."""
 
     def __init__(self, here: Probe, steps: int) -> None:
         self.here, self.steps = here, steps
         self.seconds: list[float] = []
-        self.waits: list[warnings.WarningMessage] = []
+        self.waits: Counter[str] = Counter()
         self.profile: Any = profiler(here)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.stack = contextlib.ExitStack()
-        if state.global_step == 1 and self.here.gpu:
-            self.waits = self.stack.enter_context(warnings.catch_warnings(record=True)) or []
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            self.stack.callback(torch.cuda.set_sync_debug_mode, 0)
+        if state.global_step == 1:
+            self.waits = self.stack.enter_context(waits(self.here))
         if state.global_step == self.steps - 1:
             self.stack.enter_context(self.profile)
         wait(self.here.device)
@@ -315,20 +329,26 @@ class _Watch(TrainerCallback):
         self.stack.close()
 
 
-def forward_without_wait(here: Probe) -> Found:
-    """A packed forward of a new layout; on CUDA a wait of the host is an exception."""
+def forward_without_wait(here: Probe, mode: str) -> Found:
+    """A packed forward of a new layout; where the host waits, or that as an exception."""
     model = make_model(here.shape, here.device, here.half).train()
     packed_scores(model, packed(candidates(2, 4), here.device))  # what is made once
     batch = packed(candidates(2, 4, seed=1), here.device)
-    if not here.gpu:
-        packed_scores(model, batch)
-        return {"line": "packed forward: ran; waits of the host show on CUDA only"}
-    torch.cuda.set_sync_debug_mode("error")
+    if mode == "warn":
+        with waits(here) as found:
+            packed_scores(model, batch)
+        line = (
+            f"{found.total()} waits of the host" if here.gpu else "ran (waits show on CUDA alone)"
+        )
+        return {"waits": dict(found), "ok": not found, "line": f"packed forward: {line}"}
+    if here.gpu:
+        torch.cuda.set_sync_debug_mode(mode)
     try:
         packed_scores(model, batch)
     finally:
-        torch.cuda.set_sync_debug_mode(0)
-    return {"line": "packed forward: the host never waits"}
+        if here.gpu:
+            torch.cuda.set_sync_debug_mode(0)
+    return {}
 
 
 def training_step(here: Probe) -> Found:
@@ -340,8 +360,6 @@ def training_step(here: Probe) -> Found:
     trainer = make_trainer(here, model, rows, **settings)
     trainer.add_callback(watch)
     trainer.train()
-    waits = [w for w in watch.waits if "called a synchronizing" in str(w.message)]
-    at = Counter(f"{w.filename}:{w.lineno}" for w in waits)
     top, busy = largest(here, watch.profile.key_averages())
     seconds = statistics.median(watch.seconds[2:-1] or watch.seconds[1:])
     weights = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
@@ -359,7 +377,8 @@ def training_step(here: Probe) -> Found:
     )
     return {
         "dtype": dtype,
-        "waits": {"count": len(waits), "at": dict(at.most_common())} if here.gpu else None,
+        "checkpointing": bool(model.is_activation_checkpointing),
+        "waits": dict(watch.waits.most_common()) if here.gpu else "seen on CUDA alone",
         "seconds": watch.seconds,
         "tokens": tokens,
         "tokens_a_second": tokens / seconds,
@@ -368,28 +387,28 @@ def training_step(here: Probe) -> Found:
         "share_of_peak": share,
         "device_busy": busy / 1e6 / watch.seconds[-1],
         "largest": top,
-        "line": line + (f", {len(waits)} waits of the host" if here.gpu else ""),
+        "line": line + (f", {watch.waits.total()} waits of the host" if here.gpu else ""),
     }
 
 
 @part(0.12)
 def step(here: Probe) -> Pieces:
     """Does the host wait; then where the time of a step goes."""
-    yield "packed forward without a wait", functools.partial(forward_without_wait, here)
+    for mode in ("warn", "error"):
+        yield f"packed forward, {mode}", functools.partial(forward_without_wait, here, mode)
     yield "training step", functools.partial(training_step, here)
 
 
 def gather_case(here: Probe, texts: TokenIds, backward: bool) -> Found:
     """Attention of one layer: the share of copies in its time, and their bytes."""
     batch = packed(texts, here.device)
-    heads = (16, 8, 8) if here.gpu else (4, 2, 2)
-    size, dtype = (batch.computed, 128 if here.gpu else 32), here.half
-    tensors = [
-        torch.randn(1, h, *size, dtype=dtype, device=here.device, requires_grad=backward)
-        for h in heads
+    (heads, keys), width = ((16, 8), 128) if here.gpu else ((4, 2), 32)
+    tensors = query, key, value = [
+        torch.randn(1, count, batch.computed, width, dtype=here.half, device=here.device)
+        for count in (heads, keys, keys)
     ]
-
-    query, key, value = tensors
+    for x in tensors:
+        x.requires_grad_(backward)
 
     def attend() -> None:
         output, _ = packed_attention(
@@ -570,7 +589,7 @@ def default_budget(here: Probe) -> Found:
 
 def scoring_out_of_memory(here: Probe) -> Found:
     """One batch of all, with less than half the memory that it took; then once more."""
-    model = make_model("small" if here.gpu else "tiny", here.device).eval()
+    model = make_model("tiny" if here.shape == "tiny" else "small", here.device).eval()
     texts = mixed_lengths(here.size(256, 16), seed=1)
     tokens = sum(map(len, texts))
     runner = BatchRunner(model, PAD, max_tokens=2 * tokens)
@@ -590,7 +609,7 @@ def scoring_out_of_memory(here: Probe) -> Found:
 
 def evaluation_out_of_memory(here: Probe) -> Found:
     """The same for the evaluation of a trainer."""
-    model = make_model("small" if here.gpu else "tiny", here.device)
+    model = make_model("tiny" if here.shape == "tiny" else "small", here.device)
     rows = pairs(here.size(64, 8), seed=2)
     settings = {"per_device_eval_batch_size": len(rows), "max_steps": 1, "bf16": False}
     trainer = make_trainer(here, model, rows, **settings)
@@ -696,14 +715,21 @@ def train(here: Probe) -> Pieces:
 
 
 def sample_full(here: Probe, policy: Any) -> Found:
-    """One full batch at the default budget, and a few completions more."""
+    """At the default budget, as many completions as the memory would hold at once, and more."""
     from companion.tutor import make_rows
 
     new, each = here.size(192, 8), here.size(16, 2)
-    lengths = [60 + new] * here.size(4096, 8)
-    full = len(next(policy.in_batches(lengths, lambda places: places))[0])
-    prompts = [row["prompt"] for row in make_rows("prompts", full // each + 1, seed=2)]
-    found: Found = {"rows_of_a_batch": full, "free_bytes": here.free_bytes()}
+    config, free = policy.model.config, here.free_bytes()
+    of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    of_a_token *= next(policy.model.parameters()).element_size()  # keys and values
+    fitting = (free or 0) // (of_a_token * (60 + new))
+    rows = max(each, min(2048, fitting * 11 // 10)) if here.gpu else 10
+    prompts = [row["prompt"] for row in make_rows("prompts", rows // each, seed=2)]
+    found: Found = {"free_bytes": free, "rows_that_fit": fitting if here.gpu else None}
+    widths: list[int] = []
+    hook = policy.model.register_forward_pre_hook(
+        lambda _, given, named: widths.append(len(named["input_ids"])), with_kwargs=True
+    )
     drawn: list[Any] = []
     begin = time.perf_counter()
     with logged() as said:
@@ -711,11 +737,14 @@ def sample_full(here: Probe, policy: Any) -> Found:
             lambda: drawn.extend(policy.sample(prompts, each, max_new_tokens=new)), here.device
         )
     seconds = time.perf_counter() - begin
+    hook.remove()
+    found["rows_of_a_batch"] = max(widths)
     samples = [sample for several in drawn for sample in several]
     found["new_tokens"] = sum(sample.n_tokens for sample in samples)
     found |= {"tokens_a_second": found["new_tokens"] / seconds, "said": said}
     found["ok"] = all(np.isfinite(sample.logprob) for sample in samples)
-    found["line"] = f"{len(samples)} completions, {found['tokens_a_second']:,.0f} tokens/s"
+    found["line"] = f"{len(samples)} completions, {max(widths)} at a time: "
+    found["line"] += f"{found['tokens_a_second']:,.0f} tokens/s"
     if here.gpu:
         share = found["peak_bytes"] / found["free_bytes"]
         found["line"] += f", {share:.0%} of the free memory, {halvings(said)} halvings"

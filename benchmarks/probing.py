@@ -148,7 +148,7 @@ def header(device: torch.device, quick: bool) -> Found:
             **found,
             "gpu": name if gpu else None,
             "capability": torch.cuda.get_device_capability(device) if gpu else None,
-            "cuda": torch.version.cuda,
+            "cuda": torch.version.cuda if gpu else None,
             "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
             if gpu
             else None,
@@ -197,6 +197,8 @@ def run_part(name: str, here: Probe) -> bool:
             found = {"ok": False, "error": f"{type(error).__name__}: {error}"}
             found |= {"traceback": traceback.format_exc()}
             found |= {"line": f"{piece}: {found['error']}"[:200]}
+        if "ok" in found:
+            found["ok"] = bool(found["ok"])  # NumPy's False is not False
         here.found[piece] = {**found, "took_seconds": round(time.monotonic() - at, 2)}
         if found.get("line"):
             print(f"   {found['line']}", flush=True)

@@ -9,8 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,7 +81,7 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(
 ) -> None:
     made_up(
         first={"divides": lambda: {"x": 1 / 0}, "stops": bad, "good": good},
-        second={"far off": lambda: {"ok": False}, "left out": lambda: {"skipped": "one GPU"}},
+        second={"far off": lambda: {"ok": np.False_}, "left out": lambda: {"skipped": "one GPU"}},
         third={"good": good},
     )
 
@@ -233,6 +235,50 @@ def test_parity_fails_with_a_wrong_kernel(
 
 
 # --- the whole
+
+
+class ActedGpu(Probe):
+    """Takes the branches of a GPU, on small shapes."""
+
+    gpu = True  # type: ignore[assignment]
+    shape = "tiny"  # type: ignore[assignment]
+
+    def size(self, gpu: int, cpu: int) -> int:
+        return cpu
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_the_branches_of_a_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUDA's functions acted; what a GPU would answer is another question."""
+    modes, limits = [], []
+    total = 80 * 2**30
+    about = SimpleNamespace(total_memory=total)
+    acted: dict[str, Any] = {
+        "mem_get_info": lambda *_: (total * 19 // 20, total),
+        "get_device_properties": lambda *_: about,
+        "set_sync_debug_mode": modes.append,
+        "empty_cache": lambda: None,
+        "memory_reserved": lambda *_: 0,
+        "set_per_process_memory_fraction": lambda share, _: limits.append(share),
+        "is_bf16_supported": lambda **_: True,
+    }
+    for name, function in acted.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    here = ActedGpu(torch.device("cpu"), quick=True, folder=tmp_path, work=tmp_path)
+    here.deadline = time.monotonic() + 500
+    for name in ("versions", "step", "gathers", "memory", "out_of_memory", "sampling"):
+        assert probing.run_part(name, here)
+    found = records(tmp_path)
+    errors = [x for record in found.values() for x in record["pieces"].values() if "error" in x]
+    assert errors == []
+    results = {name: record["result"] for name, record in found.items()}
+    assert results.pop("versions") == "failed: tests/gpu"  # they were skipped, which shows nothing
+    assert results.pop("out_of_memory") == "failed: scoring; evaluation"  # nothing was halved
+    assert set(results.values()) == {"ok"}
+    assert modes == ["warn", 0, "error", 0, "warn", 0]
+    assert limits[1::2] == [1.0, 1.0]
+    assert all(0 < limit < 0.1 for limit in limits[::2])
 
 
 @pytest.mark.slow
