@@ -183,13 +183,14 @@ def last_layer_attention(
     """
     assert wanted.key is not None
     assert wanted.value is not None
-    dtype = half if half is not None and query.is_cuda else query.dtype
+    by_kernel = half is not None and fits_varlen(query)
+    dtype = half if half is not None and (by_kernel or query.is_cuda) else query.dtype
     query = query.to(dtype)
     keys = wanted.key.to(dtype).index_copy(2, wanted.places, key.to(dtype))
     values = wanted.value.to(dtype).index_copy(2, wanted.places, value.to(dtype))
     # [1, H, T, D] to [T, H, D]: a token is then one run of memory
     query, keys, values = (x[0].transpose(0, 1) for x in (query, keys, values))
-    by = _by_varlen if dtype == half and fits_varlen(query) else _by_group
+    by = _by_varlen if by_kernel else _by_group
     return by(query, keys, values, _seen(wanted, window, query.device), scaling)[None]
 
 

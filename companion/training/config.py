@@ -136,7 +136,7 @@ class PairwiseRewardConfig(CheckpointArguments, HubArguments, RewardConfig):
     =============================  ===================  ==========================================
     learning_rate                  1e-4 with LoRA,      TRL's is a rate for LoRA;
                                    else 1e-5 (1e-4)     :func:`default_learning_rate`
-    num_train_epochs               1 (3)                reward models overfit beyond one epoch
+    num_train_epochs               1 (3)                the safe default (chapter 4)
     center_rewards_coefficient     0.01 (none)          else the scores drift: Bradley–Terry sees
                                                         differences only (arXiv 2312.09244)
     bf16                           on CUDA with bf16    it rounds, and on a CPU it is faster for
@@ -160,7 +160,7 @@ class PairwiseRewardConfig(CheckpointArguments, HubArguments, RewardConfig):
         None, "Peak of the learning rate. Default: 1e-4 with LoRA, 1e-5 for all weights."
     )  # type: ignore[assignment]
     num_train_epochs: float = setting(
-        1.0, "Passes over the data; reward models overfit beyond one."
+        1.0, "Passes over the data; more than one may learn pairs by heart."
     )
     center_rewards_coefficient: float | None = setting(
         0.01, "Weight of the penalty (chosen + rejected)^2 that keeps scores near 0."
