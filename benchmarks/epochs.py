@@ -1,10 +1,11 @@
 """How many epochs? ``python -m benchmarks.epochs``.
 
 Reward models are trained for four epochs on pairs of the tutor at the settings of chapter 4, from
-several seeds, each with pairs, a head and an order of its own. The learning rate is constant, so
-the model after k epochs is the one that ``num_train_epochs=k`` gives. All are looked at on the same
-held-out pairs, whose true probabilities are known: accuracy and loss are expectations over the
-labels. What is finished lies in ``--work`` and is not done again.
+several seeds, each with pairs, a head and an order of its own. With a constant learning rate the
+model after k epochs is the one that ``num_train_epochs=k`` gives; with a rate that falls to zero
+each k is a run of its own. All are looked at on the same held-out pairs, whose true probabilities
+are known: accuracy and loss are expectations over the labels. What is finished lies in ``--work``
+and is not done again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy.typing as npt
 import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.measuring import table
 from benchmarks.overoptimization import once
@@ -47,14 +48,16 @@ class Setting:
     name: str
     pairs: int  #: a multiple of twice the batch, so that half an epoch is whole steps
     noise: float = 0.0  #: share of labels that are a coin's flip
+    schedule: str = "constant"  #: of the learning rate
+    epochs: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  #: after which it is looked at
 
 
 SETTINGS = (
     Setting("256 pairs", 256),
     Setting("1024 pairs", 1024),
+    Setting("256 pairs, cosine", 256, schedule="cosine", epochs=(1.0, 2.0, 4.0)),
     Setting("256 pairs, 40% coin flips", 256, 0.4),
 )
-LOOKS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 
 
 class Snapshots(TrainerCallback):
@@ -76,16 +79,35 @@ def make_test(n: int) -> list[dict[str, Any]]:
     return list(rows.values())[:n]
 
 
-def run(
-    setting: Setting, seed: int, looks: Sequence[float], test: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """Train once; the margin of each held-out pair at each look, and the training figures."""
+def run(setting: Setting, seed: int, test: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The margin of each held-out pair at each look, and the training figures of all epochs."""
     begin = time.process_time()
     held_out = {prompt_key(row) for row in test}
     drawn = make_rows("pairs", 2 * setting.pairs, seed=TRAIN_SEED + seed, noise=setting.noise)
     rows = [row for row in drawn if prompt_key(row) not in held_out][: setting.pairs]
-    per_epoch = setting.pairs // BATCH
-    snapshots = Snapshots([round(look * per_epoch) for look in looks])
+    margins = []
+    together = setting.schedule == "constant"
+    for looks in [setting.epochs] if together else [(look,) for look in setting.epochs]:
+        trainer, weights = train(setting, rows, seed, looks)
+        trained = trainer.reward_model()
+        for kept in weights:
+            trained.model.load_state_dict(kept)
+            scores = RewardScorer(trained).score_pairs(test)
+            margins.append((scores.chosen - scores.rejected).round(5).tolist())
+    log = [row for row in trainer.state.log_history if "nll" in row]  # of the longest
+    return {
+        "margins": margins,
+        "train_loss": [row["nll"] for row in log],
+        "train_accuracy": [row["accuracy"] for row in log],
+        "seconds": time.process_time() - begin,
+    }
+
+
+def train(
+    setting: Setting, rows: list[dict[str, Any]], seed: int, looks: Sequence[float]
+) -> tuple[PairwiseRewardTrainer, list[dict[str, torch.Tensor]]]:
+    """Train to the last look; the trainer, and the weights at each look."""
+    snapshots = Snapshots([round(look * setting.pairs / BATCH) for look in looks])
     with TemporaryDirectory() as scratch:
         trainer = PairwiseRewardTrainer(
             model=load_base(TUTOR_BASE, head_seed=seed),
@@ -93,7 +115,7 @@ def run(
                 scratch,
                 num_train_epochs=max(looks),
                 learning_rate=1e-3,
-                lr_scheduler_type="constant",
+                lr_scheduler_type=setting.schedule,
                 center_rewards_coefficient=0.01,
                 per_device_train_batch_size=BATCH,
                 train_sampling_strategy="group_by_length",
@@ -108,20 +130,9 @@ def run(
             train_dataset=Dataset.from_list(rows),
             callbacks=[snapshots],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
-    log = [row for row in trainer.state.log_history if "nll" in row]
-    trained = trainer.reward_model()
-    margins = []
-    for weights in snapshots.kept:
-        trained.model.load_state_dict(weights)
-        scores = RewardScorer(trained).score_pairs(test)
-        margins.append((scores.chosen - scores.rejected).round(5).tolist())
-    return {
-        "margins": margins,
-        "train_loss": [row["nll"] for row in log],
-        "train_accuracy": [row["accuracy"] for row in log],
-        "seconds": time.process_time() - begin,
-    }
+    return trainer, snapshots.kept
 
 
 def figures_of(margins: Array, probability: Array) -> dict[str, Array]:
@@ -177,15 +188,14 @@ def study(args: argparse.Namespace) -> dict[str, Any]:
         runs = []
         for seed in range(args.seeds):
             name = f"{setting.name.replace(', ', '-').replace(' ', '_')}-{seed}.json"
-            runs.append(once(args.work / name, partial(run, setting, seed, args.looks, test)))
+            runs.append(once(args.work / name, partial(run, setting, seed, test)))
             print(f"{time.process_time() - begin:6.0f} s  {name}", flush=True)
-        settings.append({**asdict(setting), **summarise(runs, args.looks, probability)})
+        settings.append({**asdict(setting), **summarise(runs, setting.epochs, probability)})
     best = limits(test)
     return {
         "seeds": args.seeds,
         "held_out": len(test),
         "batch": BATCH,
-        "epochs": list(args.looks),
         "best": {"accuracy": best.accuracy, "loss": best.loss},
         "settings": settings,
     }
@@ -201,9 +211,12 @@ def main() -> None:
     args = parser.parse_args()
     args.seeds = args.seeds or (2 if args.quick else 5)
     args.test = 40 if args.quick else 1000
-    args.settings, args.looks = SETTINGS[: args.settings], LOOKS
+    args.settings = SETTINGS[: args.settings]
     if args.quick:
-        args.settings, args.looks = (Setting("32 pairs", 32),), (0.5, 1.0, 2.0)
+        args.settings = (
+            Setting("32 pairs", 32, epochs=(0.5, 1.0, 2.0)),
+            Setting("32 pairs, cosine", 32, schedule="cosine", epochs=(1.0, 2.0)),
+        )
         args.work = args.work / "quick"
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -222,7 +235,7 @@ def main() -> None:
             },
         }
         for setting in figures["settings"]
-        for k, look in enumerate(figures["epochs"])
+        for k, look in enumerate(setting["epochs"])
     ]
     print(table(rows))
     print(f"written: {save('epochs', figures, args)}")

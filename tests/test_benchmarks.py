@@ -519,13 +519,17 @@ def test_a_quick_study_of_epochs_is_that_of_shorter_runs(
     monkeypatch.setattr(sys, "argv", ["x", *flags])
     epochs.main()
     record = json.loads(target.read_text(encoding="utf-8"))
-    (setting,) = record["settings"]
-    assert record["epochs"] == [0.5, 1.0, 2.0]
+    setting, cosine = record["settings"]
+    assert setting["epochs"] == [0.5, 1.0, 2.0]
     assert setting["against_epoch_1"]["loss"]["mean"][1] == 0
     assert setting["loss"]["each_seed"][0] != setting["loss"]["each_seed"][1]
+    assert cosine["epochs"] == [1.0, 2.0]
+    assert cosine["loss"]["mean"][0] != setting["loss"]["mean"][1]
     test = epochs.make_test(40)
     assert len({row["prompt"][0]["content"] for row in test}) == 40
-    long = epochs.run(epochs.Setting("32 pairs", 32), 0, (0.5, 1.0, 2.0), test)
-    short = epochs.run(epochs.Setting("32 pairs", 32), 0, (0.5, 1.0), test)
+    long, short = (
+        epochs.run(epochs.Setting("32 pairs", 32, epochs=looks), 0, test)
+        for looks in ((0.5, 1.0, 2.0), (0.5, 1.0))
+    )
     np.testing.assert_allclose(long["margins"][:2], short["margins"], atol=1e-3)
     np.testing.assert_allclose(long["train_loss"][:1], short["train_loss"], atol=1e-3)
