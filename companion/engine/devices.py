@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from companion.models.memory import is_out_of_memory as is_out_of_memory
-
 
 def has_bf16() -> bool:
     """Whether there is a CUDA device that computes in bf16.

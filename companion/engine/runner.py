@@ -16,7 +16,7 @@ from torch import Tensor
 
 from companion.engine.agreement import Forward, forward_of, packing_fault
 from companion.engine.budget import cuda_token_budget, keys_a_token
-from companion.engine.devices import device_notes, free_memory, is_out_of_memory
+from companion.engine.devices import device_notes, free_memory
 from companion.engine.forward import (
     check_texts,
     own_logits,
@@ -31,6 +31,7 @@ from companion.engine.plan import plan_batches
 from companion.engine.positions import length_classes
 from companion.errors import DataError, ModelError
 from companion.models.locking import inference_of
+from companion.models.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

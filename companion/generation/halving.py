@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from companion.engine.devices import is_out_of_memory
 from companion.engine.padded import token_budget_batches
 from companion.errors import ModelError
 from companion.models.head import without_adapter
+from companion.models.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

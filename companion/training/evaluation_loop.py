@@ -13,8 +13,8 @@ import torch
 from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
 
-from companion.engine.devices import is_out_of_memory
 from companion.errors import ModelError
+from companion.models.memory import is_out_of_memory
 from companion.training.batches import ExactBatches, ItemTables
 
 if TYPE_CHECKING:
