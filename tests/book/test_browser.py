@@ -68,10 +68,18 @@ def _watch(page):
     return console, requests, failed
 
 
-def _axe(page):
+#: the pages whose contrast is measured in `make test`, one of each sort: it takes the browser
+#: longer than all else together, and all pages have the same colours
+CONTRAST = ("index", "ch01_bradley_terry", "maths")
+
+
+def _axe(page, contrast):
     """What axe calls critical or serious, with the first element."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    rules = {"label-content-name-mismatch": {"enabled": True}}
+    rules = {
+        "label-content-name-mismatch": {"enabled": True},
+        "color-contrast": {"enabled": contrast},
+    }
     options = {"rules": rules, "resultTypes": ["violations"]}
     return [
         f"{found['id']}: {found['nodes'][0]['html'][:120]}"
@@ -96,7 +104,8 @@ def visits(site, browser):
                     record.clear()
                 page.goto(path.as_uri(), wait_until="load")
                 seen = page.evaluate(_LOOK)
-                found.append(Visit(path.stem, view, *map(list, records), seen, _axe(page)))
+                found.append(Visit(path.stem, view, *map(list, records), seen, []))
+                found[-1].axe.extend(_axe(page, path.stem in CONTRAST))
     assert len({visit.page for visit in found}) >= 10
     return found
 
@@ -111,6 +120,22 @@ def test_no_error_in_the_console(visits):
 
 def test_axe_finds_nothing_serious(visits):
     assert _problems(visits, lambda v: v.axe) == {}
+    assert set(CONTRAST) <= {v.page for v in visits}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("view", VIEWS)
+def test_axe_finds_no_contrast_too_low(site, browser, view):
+    width, scheme = VIEWS[view]
+    with browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+    ) as context:
+        page, found = context.new_page(), {}
+        for path in sorted((site / "book").rglob("*.html")):
+            page.goto(path.as_uri(), wait_until="load")
+            if problem := _axe(page, True):
+                found[path.stem] = problem
+    assert found == {}
 
 
 def test_nothing_is_asked_of_the_network(visits):
