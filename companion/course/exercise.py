@@ -2,7 +2,8 @@
 
 An exercise of the course is an :class:`Exercise` (a function to write or to mend) or a
 :class:`Prediction` (questions to answer before the cell is run). Both hold *mutants*: wrong
-answers, each with the misconception behind it. An attempt that behaves like a mutant is told so.
+answers, each with the misconception behind it. An attempt that behaves like a mutant on all that it
+was asked is told so; to any other is said what does not hold.
 """
 
 from __future__ import annotations
@@ -111,6 +112,10 @@ class Unmet(AssertionError):
     """A property does not hold; the text is the evidence: what went in, what came out."""
 
 
+class Unusable(Unmet):
+    """What came back is not of the kind that was asked for, so nothing about it can be tested."""
+
+
 @dataclass(frozen=True)
 class Property:
     """Something that every right answer does.
@@ -120,7 +125,8 @@ class Property:
     name : str
         A few words: "one loss for each pair".
     misconception : str
-        What is probably believed if it fails, for attempts that no mutant explains.
+        What is said if it fails, for attempts that no mutant explains. It must hold for all of
+        them: what is asked for, not what somebody may have believed. Empty: the name says it.
     test : callable
         Takes the attempt; raises :class:`Unmet` with the evidence.
     thread : str, optional

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from companion.course.exercise import Unmet
+from companion.course.exercise import Unmet, Unusable
 
 Attempt = Callable[..., Any]
 
@@ -22,7 +22,9 @@ def expect(condition: Any, evidence: str) -> None:
 
 def tensor(value: Any, shape: tuple[int, ...] | None = None, what: str = "the result") -> Tensor:
     """The value, which must be a tensor, and of that shape."""
-    expect(isinstance(value, Tensor), f"{what} is a {type(value).__name__}, not a tensor")
+    if not isinstance(value, Tensor):
+        wanted = "a Tensor" if shape is None else f"a Tensor of shape {list(shape)}"
+        raise Unusable(f"{what}: expected {wanted}, got {a_kind(value)}")
     if shape is not None:
         got = tuple(value.shape)
         expect(got == shape, f"{what} has shape {list(got)}; it should be {list(shape)}")
@@ -35,7 +37,7 @@ def number(value: Any, what: str = "the result") -> float:
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise Unmet(f"{what} is {show(value)}, not one number") from None
+        raise Unusable(f"{what}: expected one number, got {a_kind(value)}") from None
 
 
 def close(got: Any, want: Any, setting: str, rtol: float = 1e-5, atol: float = 1e-6) -> None:
@@ -49,6 +51,15 @@ def close(got: Any, want: Any, setting: str, rtol: float = 1e-5, atol: float = 1
         where = f" at place {place}" if a.size > 1 else ""
         raise Unmet(f"{setting}: {a.ravel()[place]:.6g}{where}; "
                     f"it should be {b.ravel()[place]:.6g}")  # fmt: skip
+
+
+def a_kind(value: Any) -> str:
+    """Type of a value with its article, and its shape if it has one."""
+    module, name = type(value).__module__, type(value).__name__
+    name = f"NumPy {name}" if module == "numpy" else name
+    article = "an" if name[0] in "aeiouAEIOU" else "a"
+    shape = getattr(value, "shape", None)
+    return f"{article} {name}" if shape is None else f"{article} {name} of shape {list(shape)}"
 
 
 def show(value: Any) -> str:
