@@ -25,7 +25,7 @@ from typing import Any
 
 from companion.course import progress
 from companion.course.catalogue import BY_ID
-from companion.course.exercise import Exercise, Mutant, Prediction, Property, Unmet, Unusable
+from companion.course.exercise import Exercise, Mutant, Prediction, Unmet, Unusable
 from companion.course.result import CheckResult
 from companion.course.time_limit import TimeLimit, TooLong
 from companion.errors import DataError
@@ -95,7 +95,7 @@ def check(exercise_id: str, attempt: Any = _MISSING, *, hint: int | None = None)
     Parameters
     ----------
     exercise_id : str
-        Such as ``"ch01.bradley_terry_loss"``.
+        Such as ``"ch01.pair_loss"``.
     attempt : callable or dict, optional
         Your function itself (not its result), or the dict of your predictions.
     hint : {1, 2, 3}, optional
@@ -230,17 +230,16 @@ def _judge_function(exercise: Exercise, attempt: Any) -> CheckResult:
     if isinstance(error, _NoAnswer):
         what = "The function returns None. Is a `return` missing?"
         return result("wrong", what, properties=marks)
-    said = rule.misconception or f"This does not hold: {rule.name}."
-    found = result("wrong", said, str(error), rule.thread, marks)
+    found = result("wrong", rule.requirement, str(error), properties=marks)
     if isinstance(error, _Crash):
-        found.message, found.thread = "The function raises an exception.", None
+        found.message = "The function raises an exception."
         found.evidence = _told(error.error, attempt)
     elif isinstance(error, Unusable):
-        found.message, found.thread = "The result is not of the kind that was asked for.", None
+        found.message = "The result is not of the kind that was asked for."
     elif isinstance(error, _Changed):
-        found.message, found.evidence, found.thread = IN_PLACE, "", None
+        found.message, found.evidence = IN_PLACE, ""
     elif not isinstance(error, Unmet):
-        found.message, found.thread = "The result cannot be used.", None
+        found.message = "The result cannot be used."
         found.evidence = f"{type(error).__name__}: {error}"
     try:
         known = diagnose(exercise, attempt, seen, limit)
@@ -259,25 +258,21 @@ def _marks(
     A result that cannot be used (of another type or shape, an exception on every input) fails in
     one place, and leaves the other properties untested.
     """
-    marks: list[tuple[str, bool | None]] = []
     any_good = any(name not in failures for name in reached)
     first = next(iter(failures.values()), None)
-    for rule in exercise.properties:
-        error = failures.get(rule.name)
-        good: bool | None = error is None
-        if rule.name not in reached:
-            good = None
-        elif isinstance(error, (_Crash, _NoAnswer)) and not any_good:
-            good = None
-        elif (
-            error is not None
-            and error is not first
-            and isinstance(error, (Unusable, _Changed))
-            and type(error) is type(first)
-        ):
-            good = None
-        marks.append((rule.name, good))
-    return marks
+
+    def held(name: str) -> bool | None:
+        if name not in reached:
+            return None
+        if name not in failures:
+            return True
+        error = failures[name]
+        if isinstance(error, (_Crash, _NoAnswer)) and not any_good:
+            return None
+        again = error is not first and type(error) is type(first)
+        return None if again and isinstance(error, (Unusable, _Changed)) else False
+
+    return [(rule.name, held(rule.name)) for rule in exercise.properties]
 
 
 def _of_the_companion(attempt: Any) -> str:

@@ -124,19 +124,16 @@ class Property:
     ----------
     name : str
         A few words: "one loss for each pair".
-    misconception : str
-        What is said if it fails, for attempts that no mutant explains. It must hold for all of
-        them: what is asked for, not what somebody may have believed. Empty: the name says it.
+    requirement : str
+        What is said if it fails and no mutant explains the attempt: what is asked for, not what
+        somebody may have believed.
     test : callable
         Takes the attempt; raises :class:`Unmet` with the evidence.
-    thread : str, optional
-        Key of :data:`THREADS`.
     """
 
     name: str
-    misconception: str
+    requirement: str
     test: Callable[[Callable[..., Any]], None]
-    thread: str | None = None
 
 
 @dataclass(frozen=True)

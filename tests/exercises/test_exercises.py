@@ -73,7 +73,8 @@ def test_misconceptions_of_an_exercise_differ(name):
     assert len(texts) >= 5
     assert len(texts) == len(set(texts))
     threads = [mutant.thread for mutant in exercise.mutants]
-    threads += [rule.thread for rule in getattr(exercise, "properties", ())]
+    # what a mutant believes is said to nobody else
+    assert not set(texts) & {rule.requirement for rule in getattr(exercise, "properties", ())}
     assert set(threads) - {None} <= set(THREADS)
 
 
@@ -91,7 +92,7 @@ def test_every_property_is_broken_by_something(name):
         rule
         for number in range(len(exercise.mutants))
         for rule, good in results_of(name, number)[0].properties
-        if not good
+        if good is False
     }
     assert broken == {rule.name for rule in exercise.properties}
 

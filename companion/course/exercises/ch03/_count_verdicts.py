@@ -236,18 +236,30 @@ EXERCISE = Exercise(
             "as unparsed.",
             _sum,
         ),
-        Property("the second order's letters are turned back", LETTERS, _wins),
+        Property(
+            "the second order's letters are turned back",
+            "A and B are places: in the second order [[A]] speaks for the *second* completion.",
+            _wins,
+        ),
         Property(
             "a disagreement is a tie",
             "The two orders must name the same completion; anything else that was parsed is a tie.",
             _ties,
         ),
-        Property("a pair without two verdicts is unparsed", UNPARSED, _unparsed, "NeMo Gym #2103"),
-        Property("a verdict is never guessed", GUESS, _guess),
+        Property(
+            "a pair without two verdicts is unparsed",
+            "A pair of which a reply has no verdict should count as unparsed, and as nothing else.",
+            _unparsed,
+        ),
+        Property(
+            "a verdict is never guessed",
+            "Only what stands in double brackets is a verdict.",
+            _guess,
+        ),
         Property(
             "a reply with two different verdicts has none",
-            "A reply that holds both [[A]] and [[B]] contradicts itself. Whichever you take is a "
-            "guess: count it as unparsed.",
+            "A reply that holds both [[A]] and [[B]] contradicts itself, and should count as not "
+            "parsed.",
             _contradictions,
         ),
         Property(

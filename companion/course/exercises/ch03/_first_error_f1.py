@@ -189,8 +189,8 @@ EXERCISE = Exercise(
         ),
         Property(
             "one that calls all steps wrong, or none, has 0",
-            "Crying wolf finds errors and passes nothing; never crying passes all and finds "
-            "nothing. Both halves must count, so that either is worth 0.",
+            "A model that calls all steps wrong passes no solution, and one that calls none wrong "
+            "finds no error: either is worth 0.",
             _wolf,
         ),
         Property(
@@ -207,8 +207,7 @@ EXERCISE = Exercise(
         ),
         Property(
             "0, not NaN, where both accuracies are 0",
-            "Where nothing is found and nothing passed, 2ab/(a + b) divides 0 by 0. The figure is "
-            "0.",
+            "Where nothing is found and nothing passed the figure is 0.",
             _zero,
         ),
     ),

@@ -167,15 +167,14 @@ EXERCISE = Exercise(
     properties=(
         Property(
             "every row in one part, none lost, none twice",
-            "Rows are lost or doubled. A split deals the rows out; leaving some out is a decision "
-            "of its own, and is counted.",
+            "Every row should stand in one of the two parts, once.",
             _whole,
         ),
-        Property("no prompt in both parts", LEAK, _exact),
+        Property("no prompt in both parts", "No prompt may stand in both parts.", _exact),
         Property(
             "not even written with other spaces or capitals",
-            "Prompts that differ in white space or capitals are taken for different ones. Compare "
-            "them normalised: `' '.join(text.casefold().split())`.",
+            "Prompts that differ in white space or capitals alone are one prompt, and may not "
+            "stand in both parts.",
             _normalised,
         ),
         Property(

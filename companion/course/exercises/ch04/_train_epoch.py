@@ -181,15 +181,28 @@ EXERCISE = Exercise(
             "pairs.",
             _plain,
         ),
-        Property("each step with its own gradient alone", STALE, _steps),
+        Property(
+            "each step with its own gradient alone",
+            "Each step should go along its own gradient, and no earlier one's.",
+            _steps,
+        ),
         Property(
             "a step for every `accumulation` batches",
             "The weights should move once for every `accumulation` micro-batches, by the gradient "
             "of the mean over all their pairs.",
             _even,
         ),
-        Property("each pair counts once, also in a short batch", MEANS, _uneven),
-        Property("what is left over at the end is stepped on", LEFT_OVER, _rest),
+        Property(
+            "each pair counts once, also in a short batch",
+            "A step goes by the mean over *all* its pairs, so each pair counts once, whatever its "
+            "micro-batch's size.",
+            _uneven,
+        ),
+        Property(
+            "what is left over at the end is stepped on",
+            "The micro-batches that are left over at the end make a step too.",
+            _rest,
+        ),
     ),
     mutants=(
         Mutant(

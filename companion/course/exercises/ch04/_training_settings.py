@@ -177,13 +177,44 @@ EXERCISE = Exercise(
     broken=broken,
     properties=(
         Property("a dict with the same keys", "The settings should keep their keys.", _is_dict),
-        Property("not longer than one epoch", EPOCHS, _epochs),
-        Property("no pair is dropped for its length", LENGTH, _length),
-        Property("a pad token of its own", PAD, _pad, "transformers #35352"),
-        Property("scores that are tied to 0", CENTRE, _centre),
-        Property("a look at held-out pairs", BLIND, _evaluated),
-        Property("a head that is trained and saved", HEAD, _head),
-        Property("a learning rate that fits what is trained", RATE, _rate),
+        Property(
+            "not longer than one epoch",
+            "`num_train_epochs`: one is the safe default for a reward model, and what is asked "
+            "for here.",
+            _epochs,
+        ),
+        Property(
+            "no pair is dropped for its length",
+            "`max_length` should leave room for the longest text, of 900 tokens: TRL drops longer "
+            "pairs.",
+            _length,
+        ),
+        Property(
+            "a pad token of its own",
+            "`pad_token` should be a token that the texts do not use, here `<|endoftext|>`.",
+            _pad,
+        ),
+        Property(
+            "scores that are tied to 0",
+            "`center_rewards_coefficient` should be positive and small: TRL's documentation "
+            "recommends 0.01.",
+            _centre,
+        ),
+        Property(
+            "a look at held-out pairs",
+            "`eval_strategy` should have the held-out pairs looked at during the run.",
+            _evaluated,
+        ),
+        Property(
+            "a head that is trained and saved",
+            "The new head, `score`, should be trained and saved too: `modules_to_save`.",
+            _head,
+        ),
+        Property(
+            "a learning rate that fits what is trained",
+            "`learning_rate`: 1e-4 suits LoRA, so this field was right.",
+            _rate,
+        ),
     ),
     mutants=(
         Mutant("All six traps are still there. One of them: " + EPOCHS, broken),

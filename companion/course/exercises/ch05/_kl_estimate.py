@@ -213,7 +213,6 @@ EXERCISE = Exercise(
             "A single completion has a negative estimate. Its expectation is right, but a budget "
             "is compared with few samples.",
             _positive,
-            "trl #3240",
         ),
         Property(
             "the sum over the tokens",

@@ -277,7 +277,7 @@ EXERCISE = Exercise(
         ),
         Property("a dip within the noise stops nothing", NOISE, _noise),
         Property("a KL budget that is spent stops the run", BUDGET, _budget),
-        Property("the best evaluation is kept", LAST, _keep, "transformers #40221"),
+        Property("the best evaluation is kept", LAST, _keep),
         Property(
             "what is kept lies within the budget",
             "The evaluation that broke the budget is kept. It is not within it.",

@@ -246,7 +246,7 @@ def _probes() -> list[tuple[Any, ...]]:
 
 
 EXERCISE = Exercise(
-    id="ch03.step_labels",
+    id="ch03.label_steps",
     parameters=("tokenizer", "prompt", "steps"),
     broken=broken,
     properties=(
@@ -260,15 +260,25 @@ EXERCISE = Exercise(
             "A step's label belongs on the token that ends it, its separator; all else is −100.",
             _places,
         ),
-        Property("−1, 0, +1 are the classes 0, 1, 2", RAW, _classes),
+        Property(
+            "−1, 0, +1 are the classes 0, 1, 2",
+            "The ratings −1, 0 and +1 should become the classes 0, 1 and 2.",
+            _classes,
+        ),
         Property(
             "a step that nobody rated has no label",
             "A rating of None is no rating: the step's separator stays at −100.",
             _unrated,
         ),
-        Property("nothing is labelled after the first wrong step", ON, _stops),
         Property(
-            "a separator that is no token of its own raises", MERGED, _merges, "OpenRLHF #683"
+            "nothing is labelled after the first wrong step",
+            "Nothing should be labelled after the first step that is rated −1.",
+            _stops,
+        ),
+        Property(
+            "a separator that is no token of its own raises",
+            "Where the separator is joined with what stands before it, a ValueError was asked for.",
+            _merges,
         ),
     ),
     mutants=(
