@@ -25,7 +25,15 @@ from typing import Any
 
 from companion.course import progress
 from companion.course.catalogue import BY_ID
-from companion.course.exercise import Exercise, Mutant, Prediction, Unmet, Unusable
+from companion.course.exercise import (
+    Exercise,
+    Mutant,
+    Prediction,
+    Property,
+    Unmet,
+    Unusable,
+    WrongShape,
+)
 from companion.course.result import CheckResult
 from companion.course.time_limit import TimeLimit, TooLong
 from companion.errors import DataError
@@ -160,7 +168,7 @@ def _judge_prediction(exercise: Prediction, attempt: Any) -> CheckResult:
             return result("wrong", what, repr(answer)[:200])
         chosen[question.key] = found[0]
     truth = exercise.run()
-    marks = [(key, _is(attempt[key], truth[key])) for key in keys]
+    marks: list[tuple[str, bool | None]] = [(key, _is(attempt[key], truth[key])) for key in keys]
     for question, (key, good) in zip(exercise.questions, marks, strict=True):
         if not good:
             what = question.misconceptions[chosen[key]]
@@ -234,7 +242,7 @@ def _judge_function(exercise: Exercise, attempt: Any) -> CheckResult:
     if isinstance(error, _Crash):
         found.message = "The function raises an exception."
         found.evidence = _told(error.error, attempt)
-    elif isinstance(error, Unusable):
+    elif isinstance(error, Unusable) and not isinstance(error, WrongShape):
         found.message = "The result is not of the kind that was asked for."
     elif isinstance(error, _Changed):
         found.message, found.evidence = IN_PLACE, ""

@@ -116,6 +116,10 @@ class Unusable(Unmet):
     """What came back is not of the kind that was asked for, so nothing about it can be tested."""
 
 
+class WrongShape(Unusable):
+    """A tensor, of another shape than was asked for."""
+
+
 @dataclass(frozen=True)
 class Property:
     """Something that every right answer does.

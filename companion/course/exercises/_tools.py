@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from companion.course.exercise import Unmet, Unusable
+from companion.course.exercise import Unmet, Unusable, WrongShape
 
 Attempt = Callable[..., Any]
 
@@ -27,7 +27,8 @@ def tensor(value: Any, shape: tuple[int, ...] | None = None, what: str = "the re
         raise Unusable(f"{what}: expected {wanted}, got {a_kind(value)}")
     if shape is not None:
         got = tuple(value.shape)
-        expect(got == shape, f"{what} has shape {list(got)}; it should be {list(shape)}")
+        if got != shape:
+            raise WrongShape(f"{what} has shape {list(got)}; it should be {list(shape)}")
     result: Tensor = value
     return result
 
@@ -44,7 +45,8 @@ def close(got: Any, want: Any, setting: str, rtol: float = 1e-5, atol: float = 1
     """Raise :class:`Unmet` unless the numbers agree; the evidence shows the worst place."""
     a = np.asarray(got.detach().double() if isinstance(got, Tensor) else got, dtype=np.float64)
     b = np.asarray(want.detach().double() if isinstance(want, Tensor) else want, dtype=np.float64)
-    expect(a.shape == b.shape, f"{setting}: shape {list(a.shape)}; it should be {list(b.shape)}")
+    if a.shape != b.shape:
+        raise WrongShape(f"{setting}: shape {list(a.shape)}; it should be {list(b.shape)}")
     bad = ~np.isclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
     if bad.any():
         place = int(np.flatnonzero(bad.ravel())[0])

@@ -187,7 +187,7 @@ def _probes() -> list[tuple[Any, ...]]:
         _batch(CUT, 6, "left"),
         _batch(DIALOGUE, 7, "both"),
         _batch([*FINISHED, *CUT], 6, "right", pad=EOS),
-        _batch([*FINISHED, *CUT], 6, "left", pad=7),
+        _batch([*FINISHED, *CUT], 6, "right", pad=7),
         _batch([[5, 6, 7], []], 4, "right"),
     ]
 
