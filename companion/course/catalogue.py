@@ -88,7 +88,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("ch04.train_epoch", "A training loop with three bugs", "find the bug", 30, 3),
     Entry("ch05.best_of_few_kl", "Best-of-n among few texts", "derive it", 15, 2),
     Entry("ch05.group_scaling", "What GRPO makes of a reward", "predict, then run", 10, 1),
-    Entry("ch05.kl_estimate", "Estimating the KL divergence", "write it", 15, 2),
+    Entry("ch05.kl_estimate", "An estimate that is never negative", "write it", 15, 2),
     Entry("ch05.expected_best", "All of best-of-n from one pool", "write it", 20, 2),
     Entry("ch05.when_to_stop", "When to stop", "find the bug", 20, 2),
     Entry("ch05.reward_function", "A reward function with eight bugs", "find the bug", 30, 3),
