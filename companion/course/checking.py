@@ -29,7 +29,6 @@ from companion.course.exercise import (
     Exercise,
     Mutant,
     Prediction,
-    Property,
     Unmet,
     Unusable,
     WrongShape,

@@ -168,6 +168,11 @@ def rounds_below(policy_logps: Tensor, reference_logps: Tensor, mask: Tensor) ->
     return ((torch.exp(gap) - 1.0) - gap).sum(1)
 
 
+def forgets_one(policy_logps: Tensor, reference_logps: Tensor, mask: Tensor) -> Tensor:
+    gap = _gap(policy_logps, reference_logps, mask)
+    return _total(gap.exp() - gap, mask)
+
+
 def one_number(policy_logps: Tensor, reference_logps: Tensor, mask: Tensor) -> Tensor:
     gap = _gap(policy_logps, reference_logps, mask)
     return (torch.expm1(gap) - gap).sum(1).mean()
@@ -283,6 +288,11 @@ EXERCISE = Exercise(
             "rounds at 6e-8: what comes out is noise, and may be negative. `torch.expm1(d) - d`.",
             rounds,
             also=(rounds_below,),
+        ),
+        Mutant(
+            "The −1 is missing: e^d has the mean 1 under the policy, so each token adds 1 too "
+            "much.",
+            forgets_one,
         ),
         Mutant(
             "There is one number for the batch. Return one for each completion; the mean over them "
