@@ -28,6 +28,7 @@ from companion.course.catalogue import BY_ID
 from companion.course.exercise import (
     Exercise,
     Mutant,
+    NotReached,
     Prediction,
     Unmet,
     Unusable,
@@ -214,6 +215,8 @@ def _judge_function(exercise: Exercise, attempt: Any) -> CheckResult:
         reached.append(rule.name)
         try:
             rule.test(_guarded(attempt, limit, seen))
+        except NotReached:
+            reached.pop()
         except Exception as caught:
             failures[rule.name] = caught
         except TooLong as caught:
@@ -306,7 +309,7 @@ def diagnose(
     limit: TimeLimit | None = None,
 ) -> Mutant | None:
     """The mutant that behaves like the attempt on all probes and on all that was `seen`."""
-    inputs = [*exercise.probes(), *(seen or [])]
+    inputs = [*exercise.probes(), *(seen if seen and exercise.replay else [])]
     looks = [_observe(exercise, attempt, arguments, limit) for arguments in inputs]
     if all(isinstance(one, _Raised) for one in looks):
         return None  # an exception says nothing about what its author believes
@@ -390,6 +393,7 @@ def _guarded(
             raise _NoAnswer(result)
         return result
 
+    call.attempt = function  # type: ignore[attr-defined]  # for what runs it in another process
     return call
 
 

@@ -120,6 +120,10 @@ class WrongShape(Unusable):
     """A tensor, of another shape than was asked for."""
 
 
+class NotReached(Exception):
+    """A property says nothing while others do not hold."""
+
+
 @dataclass(frozen=True)
 class Property:
     """Something that every right answer does.
@@ -132,7 +136,7 @@ class Property:
         What is said if it fails and no mutant explains the attempt: what is asked for, not what
         somebody may have believed.
     test : callable
-        Takes the attempt; raises :class:`Unmet` with the evidence.
+        Takes the attempt; raises :class:`Unmet` with the evidence, or :class:`NotReached`.
     """
 
     name: str
@@ -190,6 +194,9 @@ class Exercise:
         A word to who solved it: what else is worth knowing.
     look : callable
         ``look(function, arguments)`` gives what is compared with the mutants; default: the result.
+    replay : bool
+        Whether mutants are also compared on all inputs that the properties tried, not on the probes
+        alone. Not where a right answer may be one of many and `look` is slow.
     broken : callable, optional
         The script with the bugs; the generator of the notebooks puts its body into the stub.
     """
@@ -202,6 +209,7 @@ class Exercise:
     hints: tuple[str, str, str]
     right: str
     look: Callable[[Callable[..., Any], tuple[Any, ...]], Any] = _call
+    replay: bool = True
     broken: Callable[..., Any] | None = None
 
 
