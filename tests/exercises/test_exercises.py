@@ -197,12 +197,12 @@ def test_links_lead_to_sections_that_exist(chapter):
 def test_generator_makes_stubs():
     cell = (
         "```{code-cell} ipython3\nimport x\n\n# <only>\nsecret = 1\n# </only>\n"
-        "def bt_gradient(a, b):\n    # <solution>\n    return 1\n    # </solution>\n```\n"
+        "def choice_gradient(a):\n    # <solution>\n    return 1\n    # </solution>\n```\n"
     )
     made = build.to_exercise("<!-- solution -->\nshown only solved\n<!-- /solution -->\n" + cell, 1)
     assert made == (
         "```{code-cell} ipython3\nimport x\n"
-        "def bt_gradient(a, b):\n    raise NotImplementedError  # your code here\n```\n"
+        "def choice_gradient(a):\n    raise NotImplementedError  # your code here\n```\n"
     )
     with pytest.raises(DataError):
         build.to_exercise("```{code-cell} ipython3\n# <solution>\n1\n# </solution>\n```\n", 1)

@@ -33,9 +33,17 @@ def tensor(value: Any, shape: tuple[int, ...] | None = None, what: str = "the re
     return result
 
 
+def kind(value: Any, kinds: type | tuple[type, ...], wanted: str, what: str = "the result") -> None:
+    """Raise :class:`Unusable` unless the value is of these types; `wanted` names them."""
+    if not isinstance(value, kinds):
+        raise Unusable(f"{what}: expected {wanted}, got {a_kind(value)}")
+
+
 def number(value: Any, what: str = "the result") -> float:
     """The value as one float."""
     try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         raise Unusable(f"{what}: expected one number, got {a_kind(value)}") from None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from companion.course.exercise import Exercise, Mutant, Property
-from companion.course.exercises._tools import Attempt, close, expect, show
+from companion.course.exercises._tools import Attempt, close, expect, kind
 
 KEYS = ("log_product", "min", "mean", "last")
 PROMPT = (
@@ -46,7 +46,7 @@ def _by_hand(values: Tensor, mask: Tensor) -> dict[str, list[float]]:
 
 def _get(attempt: Attempt, values: Tensor, mask: Tensor, key: str) -> Any:
     got = attempt(values, mask)
-    expect(isinstance(got, Mapping), f"the result is {show(got)}; it should be a dict")
+    kind(got, Mapping, "a dict of four tensors")
     missing = [name for name in KEYS if name not in got]
     expect(not missing, f"these keys are missing: {', '.join(missing)}")
     size = tuple(np.shape(got[key]))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from companion.course.exercise import Exercise, Mutant, Property
-from companion.course.exercises._tools import Attempt, expect, number, show
+from companion.course.exercises._tools import Attempt, expect, kind, number
 
 KEYS = ("first", "second", "tie", "unparsed", "first_place")
 Replies = list[tuple[str, str]]
@@ -39,7 +39,7 @@ def _item(one: str, other: str, times: int = 1) -> Replies:
 
 def _count(attempt: Attempt, replies: Replies) -> dict[str, float]:
     got = attempt(replies)
-    expect(isinstance(got, Mapping), f"the result is {show(got)}; it should be a dict")
+    kind(got, Mapping, "a dict of counts")
     missing = [key for key in KEYS if key not in got]
     expect(not missing, f"these keys are missing: {', '.join(missing)}")
     return {key: number(got[key], f"`{key}`") for key in KEYS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from companion.course.exercise import Exercise, Mutant, Property
-from companion.course.exercises._tools import Attempt, expect, show
+from companion.course.exercises._tools import Attempt, expect, kind, show
 from companion.course.exercises.ch03._toys import step_tokenizer
 
 IGNORE, CLASSES = -100, {-1: 0, 0: 1, 1: 2}
@@ -60,7 +60,7 @@ def _run(attempt: Attempt, steps: Steps, prompt: str = PROMPT) -> list[int]:
     got = attempt(step_tokenizer(merges=False), prompt, steps)
     if hasattr(got, "tolist"):
         got = got.tolist()
-    expect(isinstance(got, (list, tuple)), f"the result is {show(got)}; it should be a list")
+    kind(got, (list, tuple), "a list of labels")
     return list(got)
 
 

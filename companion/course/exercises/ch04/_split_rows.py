@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from companion.course.exercise import Exercise, Mutant, NotReached, Property, Unmet
-from companion.course.exercises._tools import Attempt, expect, show
+from companion.course.exercises._tools import Attempt, expect, kind
 
 Row = dict[str, Any]
 Rows = list[Row]
@@ -40,10 +40,11 @@ def _key(row: Row) -> str:
 
 def _parts(split: Attempt, rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     value = split([dict(row) for row in rows], fraction, seed)
-    good = isinstance(value, (tuple, list)) and len(value) == 2
-    good = good and all(isinstance(part, list) for part in value)
-    expect(good, f"the result is {show(value)}; it should be two lists of rows, train and test")
+    kind(value, (tuple, list), "two lists of rows, train and test")
+    expect(len(value) == 2, f"the result has {len(value)} parts, not train and test alone")
     train, test = value
+    kind(train, list, "a list of rows", "train")
+    kind(test, list, "a list of rows", "test")
     expect(
         all(isinstance(row, dict) and "id" in row for row in [*train, *test]),
         "a part holds something that is no row of the input",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from companion.course.exercise import Exercise, Mutant, Property
-from companion.course.exercises._tools import Attempt, expect, show
+from companion.course.exercises._tools import Attempt, expect, kind, show
 
 #: what the exercise says of the data and the base
 LONGEST, EOS, FREE = 900, "<|im_end|>", "<|endoftext|>"
@@ -51,7 +51,7 @@ RATE = (
 
 def _settings(attempt: Attempt) -> dict[str, Any]:
     got = attempt()
-    expect(isinstance(got, Mapping), f"the result is {show(got)}; it should be a dict")
+    kind(got, Mapping, "a dict of settings")
     missing = [key for key in KEYS if key not in got]
     expect(not missing, f"these keys are gone: {', '.join(missing)}")
     return dict(got)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from companion.course.exercise import Exercise, Mutant, Property
-from companion.course.exercises._tools import Attempt, close, expect, show
+from companion.course.exercises._tools import Attempt, close, expect, kind, show
 from companion.course.exercises.ch05 import _wiring as wiring
 from companion.course.exercises.ch05._toys import (
     BOS,
@@ -110,7 +110,7 @@ def _seen(attempt: Attempt, item: Item) -> tuple[list[int], list[int], Any]:
 
 def _rewards(attempt: Attempt, items: list[Item]) -> Rewards:
     got = attempt(*_arguments(items))
-    expect(isinstance(got, (list, tuple)), f"the result is a {type(got).__name__}, not a list")
+    kind(got, (list, tuple), "a list of rewards")
     expect(len(got) == len(items), f"{len(got)} rewards for {len(items)} completions")
     for value in got:
         simple = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
