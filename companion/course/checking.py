@@ -277,7 +277,7 @@ def _marks(
         if name not in failures:
             return True
         error = failures[name]
-        if isinstance(error, (_Crash, _NoAnswer)) and not any_good:
+        if isinstance(error, (_Crash, _NoAnswer, TooLong)) and not any_good:
             return None
         again = error is not first and type(error) is type(first)
         return None if again and isinstance(error, (Unusable, _Changed)) else False

@@ -50,28 +50,33 @@ class TimeLimit:
             return
         if self.used >= self.seconds:
             raise TooLong
-        finished = threading.Event()
+        finished, lock = threading.Event(), threading.RLock()
         thread = threading.get_ident()
 
         def watch() -> None:
             wait = self.seconds - self.used
             while not finished.wait(wait):
-                _raise_in(thread)
+                with lock:
+                    if not finished.is_set():
+                        _raise_in(thread, TooLong)
                 wait = _AGAIN
 
         started = time.monotonic()
         self._running = True
         threading.Thread(target=watch, daemon=True).start()
         try:
-            try:
-                yield
-            finally:
-                finished.set()
+            yield
         finally:
-            finished.set()  # once more: the exception may arrive within the line above
-            self._running = False
+            # the exception may be on its way while the call ends: take it back, or catch it here
+            while self._running:
+                with contextlib.suppress(TooLong), lock:
+                    finished.set()
+                    _raise_in(thread, None)
+                    self._running = False
             self.used += time.monotonic() - started
 
 
-def _raise_in(thread: int) -> None:
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TooLong))
+def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
+    """Raise this in another thread as soon as it runs Python code; None takes it back."""
+    raised = None if kind is None else ctypes.py_object(kind)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)

@@ -127,8 +127,13 @@ def _merges(attempt: Attempt) -> None:
             got = attempt(tokenizer, PROMPT, chosen)
         except Exception as error:
             inner = getattr(error, "error", error)
-            if isinstance(inner, NotImplementedError) or not isinstance(inner, ValueError):
+            if isinstance(inner, NotImplementedError):
                 raise
+            expect(
+                isinstance(inner, ValueError),
+                "a tokenizer with the token '.\\n', a step that ends with a full stop: "
+                f"{type(inner).__name__} was raised; ValueError was asked for",
+            )
             continue
         labels = got.tolist() if hasattr(got, "tolist") else got
         expect(

@@ -123,7 +123,8 @@ def _elsewhere(split: Attempt, rows: Rows, fraction: float, seed: int) -> list[l
             "let it use nothing but its arguments, imports and functions"
         ) from None
     other = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-    environment = {**os.environ, "PYTHONHASHSEED": other}
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    environment = {**os.environ, "PYTHONHASHSEED": other, "PYTHONPATH": paths}
     try:
         done = subprocess.run(
             [sys.executable, "-c", _CHILD],
