@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import json
 import re
 import sys
 import textwrap
@@ -56,7 +57,8 @@ def stub_of(exercise_id: str) -> str:
     if isinstance(exercise, Prediction):
         lines = []
         for question in exercise.questions:
-            options = ", ".join(map(repr, question.options)).replace("'", '"')
+            # JSON's quotes are double ones, and leave an apostrophe within a text alone
+            options = ", ".join(json.dumps(one, ensure_ascii=False) for one in question.options)
             lines.append(f'# {options}\n"{question.key}": ...,')
         return "\n".join(lines)
     if exercise.broken is not None:

@@ -1,7 +1,7 @@
 """The course's own helpers: exercises that know your mistake, and your progress.
 
 >>> from companion.course import check
->>> check("ch01.bradley_terry_loss", hint=1)  # doctest: +SKIP
+>>> check("ch01.pair_loss", hint=1)  # doctest: +SKIP
 """
 
 from __future__ import annotations

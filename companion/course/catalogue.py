@@ -15,7 +15,7 @@ class Entry:
     Attributes
     ----------
     id : str
-        As :func:`companion.course.check` takes it, such as ``"ch01.bradley_terry_loss"``.
+        As :func:`companion.course.check` takes it, such as ``"ch01.pair_loss"``.
     title : str
     kind : str
         What is to be done: write, find the bug, predict, derive.
@@ -23,6 +23,8 @@ class Entry:
         What it takes a reader who has read the chapter.
     difficulty : int
         1 to 3.
+    warm_up : bool
+        It asks for no more than the chapter shows; all others ask for a variant of it.
     """
 
     id: str
@@ -30,6 +32,7 @@ class Entry:
     kind: Kind
     minutes: int
     difficulty: int
+    warm_up: bool = False
 
     @property
     def chapter(self) -> int:
@@ -40,7 +43,8 @@ class Entry:
     def line(self) -> str:
         """Kind, minutes and difficulty, as they stand under an exercise's heading."""
         stars = "●" * self.difficulty + "○" * (3 - self.difficulty)
-        return f"{self.kind} · {self.minutes} minutes · {stars}"
+        warm_up = "warm-up · " if self.warm_up else ""
+        return f"{warm_up}{self.kind} · {self.minutes} minutes · {stars}"
 
 
 #: chapter -> its title, and the stem of its notebooks in ``exercises/`` and ``solutions/``
@@ -59,32 +63,32 @@ CHAPTERS: dict[int, tuple[str, str]] = {
 #: :meta hide-value:
 CATALOGUE: tuple[Entry, ...] = (
     Entry("ch01.predict_shift", "What the loss sees", "predict, then run", 5, 1),
-    Entry("ch01.bradley_terry_loss", "A loss that never overflows", "write it", 10, 1),
-    Entry("ch01.bt_gradient", "The gradient by hand", "derive it", 10, 1),
+    Entry("ch01.pair_loss", "A loss that never overflows", "write it", 10, 1, warm_up=True),
+    Entry("ch01.choice_gradient", "A choice among many", "derive it", 10, 1),
     Entry("ch01.margin_loss", "Margins that train the wrong pairs", "find the bug", 10, 2),
     Entry("ch01.fit_strengths", "Strengths from comparisons", "find the bug", 20, 2),
     Entry("ch01.plackett_luce", "Rankings of any length", "write it", 30, 3),
-    Entry("ch02.last_token_index", "The last real token", "write it", 10, 1),
+    Entry("ch02.last_content_index", "The last token of content", "write it", 10, 1),
     Entry("ch02.pad_is_eos", "When the pad token is EOS", "predict, then run", 10, 1),
     Entry("ch02.encode_chat", "One BOS, one EOS", "find the bug", 15, 2),
     Entry("ch02.position_ids", "Positions under left padding", "write it", 10, 2),
     Entry("ch02.read_scores", "From hidden states to a score", "write it", 15, 2),
     Entry("ch02.is_padding_invariant", "A test that catches it", "write it", 30, 3),
-    Entry("ch03.outcome_labels", "An outcome on every token", "write it", 10, 1),
+    Entry("ch03.label_outcomes", "An outcome on every token", "write it", 10, 1),
     Entry("ch03.pairs_or_outcomes", "Pairs are no outcomes", "predict, then run", 10, 1),
     Entry("ch03.aggregates", "From tokens to one score", "write it", 15, 1),
     Entry("ch03.first_error_f1", "Where does it go wrong?", "write it", 15, 2),
     Entry("ch03.count_verdicts", "A judge asked in both orders", "find the bug", 20, 2),
-    Entry("ch03.step_labels", "The label of a step", "find the bug", 30, 3),
+    Entry("ch03.label_steps", "The label of a step", "find the bug", 30, 3),
     Entry("ch04.epoch_accuracy", "Accuracy, ties and a short batch", "write it", 10, 1),
-    Entry("ch04.best_shift", "Where centring puts the scores", "derive it", 10, 1),
+    Entry("ch04.weighted_shift", "Where a target puts the scores", "derive it", 10, 1),
     Entry("ch04.one_epoch_or_many", "One epoch or many", "predict, then run", 10, 1),
     Entry("ch04.training_settings", "A configuration with six traps", "find the bug", 20, 2),
     Entry("ch04.split_rows", "A held-out set that is held out", "write it", 20, 2),
     Entry("ch04.train_epoch", "A training loop with three bugs", "find the bug", 30, 3),
-    Entry("ch05.best_of_n_kl", "How far best-of-n goes", "derive it", 10, 1),
+    Entry("ch05.best_of_few_kl", "Best-of-n among few texts", "derive it", 15, 2),
     Entry("ch05.group_scaling", "What GRPO makes of a reward", "predict, then run", 10, 1),
-    Entry("ch05.kl_estimate", "Estimating the KL divergence", "write it", 15, 2),
+    Entry("ch05.kl_estimate", "An estimate that is never negative", "write it", 15, 2),
     Entry("ch05.expected_best", "All of best-of-n from one pool", "write it", 20, 2),
     Entry("ch05.when_to_stop", "When to stop", "find the bug", 20, 2),
     Entry("ch05.reward_function", "A reward function with eight bugs", "find the bug", 30, 3),

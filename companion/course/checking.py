@@ -1,8 +1,9 @@
 """``check``: is this answer right, and if it is not, what does its author believe?
 
 The attempt is held against properties on several shapes, dtypes and seeds. If one fails, the
-attempt is compared with the exercise's known wrong answers: one that gives the same results on the
-same inputs names the misconception. A check never raises on what an attempt does.
+attempt is compared with the exercise's known wrong answers. One that gives the same results on all
+inputs that the check has tried names the misconception; if there is none, the check says what does
+not hold, and guesses nothing. A check never raises on what an attempt does.
 """
 
 from __future__ import annotations
@@ -24,15 +25,35 @@ from typing import Any
 
 from companion.course import progress
 from companion.course.catalogue import BY_ID
-from companion.course.exercise import Exercise, Mutant, Prediction, Property, Unmet
+from companion.course.exercise import (
+    Exercise,
+    Mutant,
+    NotReached,
+    Prediction,
+    Unmet,
+    Unusable,
+    WrongShape,
+)
 from companion.course.result import CheckResult
+from companion.course.time_limit import TimeLimit, TooLong
 from companion.errors import DataError
 
 _MISSING: Any = object()
 _HERE = str(Path(__file__).resolve().parents[1])  # the package: frames in it are not the learner's
 IN_PLACE = (
-    "The function changes its argument in place (`+=`, `-=`, `x[...] = ...`). Its caller still "
-    "needs the old values: work on a new tensor."
+    "The function changes its argument in place (`+=`, `x[...] = ...`, `.sort()`, `.pop()`). Its "
+    "caller still needs the old values: work on a new tensor, or a new list."
+)
+#: All calls of an attempt together may take that long; a right answer takes milliseconds.
+SECONDS = 20.0
+TOO_LONG = (
+    "The function did not come to its end within {seconds:g} seconds, so it was stopped. Look for "
+    "a loop whose condition never becomes false, and for work that grows with all subsets or "
+    "orders of the input."
+)
+NOT_YOURS = (
+    "This is `{name}` of the companion, not yours: the name was imported, or the cell with your "
+    "function has not been run. "
 )
 
 
@@ -42,6 +63,10 @@ class _Crash(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+class _Changed(Exception):
+    """The attempt changed an argument in place."""
 
 
 class _NoAnswer(Exception):
@@ -78,7 +103,7 @@ def check(exercise_id: str, attempt: Any = _MISSING, *, hint: int | None = None)
     Parameters
     ----------
     exercise_id : str
-        Such as ``"ch01.bradley_terry_loss"``.
+        Such as ``"ch01.pair_loss"``.
     attempt : callable or dict, optional
         Your function itself (not its result), or the dict of your predictions.
     hint : {1, 2, 3}, optional
@@ -143,7 +168,7 @@ def _judge_prediction(exercise: Prediction, attempt: Any) -> CheckResult:
             return result("wrong", what, repr(answer)[:200])
         chosen[question.key] = found[0]
     truth = exercise.run()
-    marks = [(key, _is(attempt[key], truth[key])) for key in keys]
+    marks: list[tuple[str, bool | None]] = [(key, _is(attempt[key], truth[key])) for key in keys]
     for question, (key, good) in zip(exercise.questions, marks, strict=True):
         if not good:
             what = question.misconceptions[chosen[key]]
@@ -176,71 +201,143 @@ def _judge_function(exercise: Exercise, attempt: Any) -> CheckResult:
         return result("wrong", what, f"a {type(attempt).__name__}")
     if _is_stub(attempt):
         return result("not attempted", todo)
+    if owner := _of_the_companion(attempt):
+        return result("not attempted", NOT_YOURS.format(name=owner) + todo)
     wrong_call = _signature_problem(exercise, attempt)
     if wrong_call:
         return result("wrong", wrong_call)
 
-    failures: list[tuple[Property, Exception]] = []
+    limit = TimeLimit(SECONDS)
+    seen: list[tuple[Any, ...]] = []  # arguments of all calls
+    failures: dict[str, BaseException] = {}
+    reached = []
     for rule in exercise.properties:
+        reached.append(rule.name)
         try:
-            rule.test(_guarded(attempt))
+            rule.test(_guarded(attempt, limit, seen))
+        except NotReached:
+            reached.pop()
         except Exception as caught:
-            failures.append((rule, caught))
-    for _, error in failures:
+            failures[rule.name] = caught
+        except TooLong as caught:
+            failures[rule.name] = caught
+            break
+    for error in failures.values():
         raised_todo = isinstance(error, _Crash) and isinstance(error.error, NotImplementedError)
         if raised_todo or (
             isinstance(error, _NoAnswer) and (error.value is Ellipsis or not _source(attempt))
         ):
             return result("not attempted", todo)
-    failed = {rule.name for rule, _ in failures}
-    marks = [(rule.name, rule.name not in failed) for rule in exercise.properties]
+    marks = _marks(exercise, reached, failures)
     if not failures:
         return result("right", exercise.right, properties=marks)
 
-    rule, error = failures[0]
+    rule, error = next((r, failures[r.name]) for r in exercise.properties if r.name in failures)
+    timed_out = next((e for e in failures.values() if isinstance(e, TooLong)), None)
+    if timed_out is not None:
+        message = TOO_LONG.format(seconds=limit.seconds)
+        return result("wrong", message, _place(timed_out, attempt), properties=marks)
     if isinstance(error, _NoAnswer):
         what = "The function returns None. Is a `return` missing?"
         return result("wrong", what, properties=marks)
-    found = result("wrong", rule.misconception, str(error), rule.thread, marks)
+    found = result("wrong", rule.requirement, str(error), properties=marks)
     if isinstance(error, _Crash):
-        found.message, found.thread = "The function raises an exception.", None
+        found.message = "The function raises an exception."
         found.evidence = _told(error.error, attempt)
-        if not any(good for _, good in marks):
-            found.properties = []  # nothing was tested beyond the first line
+    elif isinstance(error, Unusable) and not isinstance(error, WrongShape):
+        found.message = "The result is not of the kind that was asked for."
+    elif isinstance(error, _Changed):
+        found.message, found.evidence = IN_PLACE, ""
     elif not isinstance(error, Unmet):
-        found.evidence = f"the result cannot be used: {type(error).__name__}: {error}"
-    elif str(error) == IN_PLACE:
-        found.message, found.evidence, found.thread = IN_PLACE, "", None
-    known = diagnose(exercise, attempt)
+        found.message = "The result cannot be used."
+        found.evidence = f"{type(error).__name__}: {error}"
+    try:
+        known = diagnose(exercise, attempt, seen, limit)
+    except TooLong:
+        known = None
     if known is not None:
         found.message, found.thread = known.misconception, known.thread
     return found
 
 
-def diagnose(exercise: Exercise, attempt: Callable[..., Any]) -> Mutant | None:
-    """The mutant that behaves like the attempt on all of the exercise's probes, if there is one."""
-    probes = exercise.probes()
-    seen = [_observe(exercise, attempt, arguments) for arguments in probes]
-    if all(isinstance(one, _Raised) for one in seen):
+def _marks(
+    exercise: Exercise, reached: list[str], failures: Mapping[str, BaseException]
+) -> list[tuple[str, bool | None]]:
+    """Of each property whether it holds; None where nothing was tested.
+
+    A result that cannot be used (of another type or shape, an exception on every input) fails in
+    one place, and leaves the other properties untested.
+    """
+    any_good = any(name not in failures for name in reached)
+    first = next(iter(failures.values()), None)
+
+    def held(name: str) -> bool | None:
+        if name not in reached:
+            return None
+        if name not in failures:
+            return True
+        error = failures[name]
+        if isinstance(error, (_Crash, _NoAnswer, TooLong)) and not any_good:
+            return None
+        again = error is not first and type(error) is type(first)
+        return None if again and isinstance(error, (Unusable, _Changed)) else False
+
+    return [(rule.name, held(rule.name)) for rule in exercise.properties]
+
+
+def _of_the_companion(attempt: Any) -> str:
+    """Name of the companion's function that the attempt is, or wraps; empty if it is another's."""
+    while True:
+        if isinstance(attempt, functools.partial):
+            attempt = attempt.func
+        elif hasattr(attempt, "__wrapped__"):
+            attempt = attempt.__wrapped__
+        else:
+            break
+    kind = attempt if hasattr(attempt, "__qualname__") else type(attempt)
+    module = getattr(kind, "__module__", None) or ""
+    # the exercises' own wrong answers are attempts in the tests
+    if module.partition(".")[0] != "companion" or module.startswith("companion.course.exercises."):
+        return ""
+    return f"{module}.{kind.__qualname__}"
+
+
+def diagnose(
+    exercise: Exercise,
+    attempt: Callable[..., Any],
+    seen: list[tuple[Any, ...]] | None = None,
+    limit: TimeLimit | None = None,
+) -> Mutant | None:
+    """The mutant that behaves like the attempt on all probes and on all that was `seen`."""
+    inputs = [*exercise.probes(), *(seen if seen and exercise.replay else [])]
+    looks = [_observe(exercise, attempt, arguments, limit) for arguments in inputs]
+    if all(isinstance(one, _Raised) for one in looks):
         return None  # an exception says nothing about what its author believes
     for mutant in exercise.mutants:
         for answer in (mutant.answer, *mutant.also):
             if all(
                 alike(one, _observe(exercise, answer, arguments))
-                for one, arguments in zip(seen, exercise.probes(), strict=True)
+                for one, arguments in zip(looks, inputs, strict=True)
             ):
                 return mutant
     return None
 
 
 class _Raised:
+    """What an attempt raised, for comparison with what a mutant raises."""
+
     def __init__(self, error: BaseException) -> None:
-        self.kind = type(error.error if isinstance(error, _Crash) else error)
+        self.kind = type(error.error) if isinstance(error, _Crash) else type(error)
 
 
-def _observe(exercise: Exercise, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _observe(
+    exercise: Exercise,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    limit: TimeLimit | None = None,
+) -> Any:
     try:
-        return exercise.look(_guarded(function), arguments)
+        return exercise.look(_guarded(function, limit), _copy(arguments))
     except Exception as error:
         return _Raised(error)
 
@@ -274,22 +371,29 @@ def _array(value: Any) -> Any:
     return np.asarray(value, dtype=np.float64)
 
 
-def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The attempt, with its exceptions marked as its own, and its arguments watched."""
+def _guarded(
+    function: Callable[..., Any],
+    limit: TimeLimit | None = None,
+    seen: list[tuple[Any, ...]] | None = None,
+) -> Callable[..., Any]:
+    """The attempt, with its exceptions marked as its own, and its arguments watched and kept."""
 
     def call(*arguments: Any, **named: Any) -> Any:
-        before = [_copy(value) for value in arguments]
+        before = _copy(arguments)
+        if seen is not None and not named:
+            seen.append(before)
         try:
-            result = function(*arguments, **named)
+            with limit.running() if limit else contextlib.nullcontext():
+                result = function(*arguments, **named)
         except (Exception, SystemExit) as error:
             raise _Crash(error) from error
-        for old, new in zip(before, arguments, strict=True):
-            if old is not None and not _unchanged(old, new):
-                raise Unmet(IN_PLACE)
+        if not _unchanged(before, arguments):
+            raise _Changed(IN_PLACE)
         if result is None or result is Ellipsis:
             raise _NoAnswer(result)
         return result
 
+    call.attempt = function  # type: ignore[attr-defined]  # for what runs it in another process
     return call
 
 
@@ -305,16 +409,28 @@ def raised(function: Callable[..., Any], *arguments: Any) -> BaseException | Non
 
 
 def _copy(value: Any) -> Any:
-    """A copy of a tensor or array; None for anything else."""
-    if hasattr(value, "detach"):
-        return value.detach().clone()
-    return value.copy() if type(value).__module__ == "numpy" else None
+    """A copy of tensors and arrays, also within lists and dicts; any other object itself."""
+    if isinstance(value, dict):
+        return {key: _copy(one) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copy(one) for one in value)
+    if hasattr(value, "detach") and hasattr(value, "requires_grad_") and hasattr(value, "clone"):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    return value.copy() if type(value).__module__ == "numpy" else value
 
 
 def _unchanged(old: Any, new: Any) -> bool:
+    if old is new:
+        return True
+    if isinstance(old, dict):
+        return old.keys() == new.keys() and all(_unchanged(old[key], new[key]) for key in old)
+    if isinstance(old, (list, tuple)):
+        return len(old) == len(new) and all(map(_unchanged, old, new))
+    if not hasattr(old, "shape"):
+        return bool(old == new)
     if tuple(old.shape) != tuple(new.shape):
         return False
-    new = new.detach() if hasattr(new, "detach") else new
+    old, new = (one.detach() if hasattr(one, "detach") else one for one in (old, new))
     return bool(((old == new) | ((old != old) & (new != new))).all())
 
 
@@ -362,6 +478,13 @@ def _signature_problem(exercise: Exercise, attempt: Callable[..., Any]) -> str:
 
 def _told(error: BaseException, attempt: Any) -> str:
     """The exception, and the line of the learner's code that it came from."""
+    text = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    where = "" if isinstance(error, SyntaxError) else _place(error, attempt)
+    return f"{text}\n{where}" if where else text
+
+
+def _place(error: BaseException, attempt: Any) -> str:
+    """The learner's function and line that an exception went through; empty if there is none."""
     code = getattr(inspect.unwrap(attempt), "__code__", None)
     own = getattr(code, "co_filename", None)
     frames = traceback.extract_tb(error.__traceback__)
@@ -372,9 +495,8 @@ def _told(error: BaseException, attempt: Any) -> str:
             for frame in frames
             if not frame.filename.startswith(_HERE) and "site-packages" not in frame.filename
         ]
-    text = f"{type(error).__name__}: {str(error).strip()[:300]}"
-    if isinstance(error, SyntaxError) or not mine:
-        return text
+    if not mine:
+        return ""
     line = (mine[-1].line or linecache.getline(mine[-1].filename, mine[-1].lineno or 0)).strip()
     where = f"line {mine[-1].lineno}" + (f": `{line}`" if line else "")
-    return f"{text}\nin {mine[-1].name}, {where}"
+    return f"in {mine[-1].name}, {where}"

@@ -2,7 +2,8 @@
 
 An exercise of the course is an :class:`Exercise` (a function to write or to mend) or a
 :class:`Prediction` (questions to answer before the cell is run). Both hold *mutants*: wrong
-answers, each with the misconception behind it. An attempt that behaves like a mutant is told so.
+answers, each with the misconception behind it. An attempt that behaves like a mutant on all that it
+was asked is told so; to any other is said what does not hold.
 """
 
 from __future__ import annotations
@@ -111,6 +112,18 @@ class Unmet(AssertionError):
     """A property does not hold; the text is the evidence: what went in, what came out."""
 
 
+class Unusable(Unmet):
+    """What came back is not of the kind that was asked for, so nothing about it can be tested."""
+
+
+class WrongShape(Unusable):
+    """A tensor, of another shape than was asked for."""
+
+
+class NotReached(Exception):
+    """A property says nothing while others do not hold."""
+
+
 @dataclass(frozen=True)
 class Property:
     """Something that every right answer does.
@@ -119,18 +132,16 @@ class Property:
     ----------
     name : str
         A few words: "one loss for each pair".
-    misconception : str
-        What is probably believed if it fails, for attempts that no mutant explains.
+    requirement : str
+        What is said if it fails and no mutant explains the attempt: what is asked for, not what
+        somebody may have believed.
     test : callable
-        Takes the attempt; raises :class:`Unmet` with the evidence.
-    thread : str, optional
-        Key of :data:`THREADS`.
+        Takes the attempt; raises :class:`Unmet` with the evidence, or :class:`NotReached`.
     """
 
     name: str
-    misconception: str
+    requirement: str
     test: Callable[[Callable[..., Any]], None]
-    thread: str | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +194,9 @@ class Exercise:
         A word to who solved it: what else is worth knowing.
     look : callable
         ``look(function, arguments)`` gives what is compared with the mutants; default: the result.
+    replay : bool
+        Whether mutants are also compared on all inputs that the properties tried, not on the probes
+        alone. Not where a right answer may be one of many and `look` is slow.
     broken : callable, optional
         The script with the bugs; the generator of the notebooks puts its body into the stub.
     """
@@ -195,6 +209,7 @@ class Exercise:
     hints: tuple[str, str, str]
     right: str
     look: Callable[[Callable[..., Any], tuple[Any, ...]], Any] = _call
+    replay: bool = True
     broken: Callable[..., Any] | None = None
 
 

@@ -33,8 +33,8 @@ class CheckResult:
         What was seen: input, result, what it should be.
     thread : str or None
         The upstream bug that the attempt rebuilds, a key of ``THREADS``.
-    properties : list of (str, bool)
-        What was checked, and whether it holds.
+    properties : list of (str, bool or None)
+        What was checked, and whether it holds; None if it was not reached.
     hint : str
         The hint that was asked for.
     notes : list of str
@@ -46,7 +46,7 @@ class CheckResult:
     message: str
     evidence: str = ""
     thread: str | None = None
-    properties: list[tuple[str, bool]] = field(default_factory=list)
+    properties: list[tuple[str, bool | None]] = field(default_factory=list)
     hint: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -77,7 +77,7 @@ class CheckResult:
         if self.thread:
             thread = THREADS[self.thread]
             add(f"{self.thread} ({thread.about}): {thread.address}", "  Upstream: ")
-        lines += [f"    {'✓' if good else '✗'} {name}" for name, good in self.properties]
+        lines += [f"    {_mark(name, good)}" for name, good in self.properties]
         if self.hint:
             add(self.hint, "  Hint: ")
         for note in self.notes:
@@ -106,7 +106,7 @@ class CheckResult:
             parts.append(f"<p style='margin:.3em 0'>{told}</p>")
         if self.properties:
             items = "".join(
-                f"<li>{'✓' if good else '✗'} {_marked(name)}</li>" for name, good in self.properties
+                f"<li>{_marked(_mark(name, good))}</li>" for name, good in self.properties
             )
             parts.append(f"<ul style='list-style:none;padding-left:1em;margin:.3em 0'>{items}</ul>")
         parts.append(paragraph(self.hint, "<em>Hint:</em> "))
@@ -116,6 +116,12 @@ class CheckResult:
             f"<div style='border-left:4px solid {colour};padding:.2em 0 .2em .8em'>"
             f"<strong>{_marked(self._head)}</strong>{''.join(parts)}</div>"
         )
+
+
+def _mark(name: str, good: bool | None) -> str:
+    if good is None:
+        return f"· {name} (not reached)"
+    return f"{'✓' if good else '✗'} {name}"
 
 
 def _marked(text: str) -> str:

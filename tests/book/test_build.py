@@ -150,6 +150,19 @@ def test_roles_that_name_code_became_links(site):
         assert dead == [], page.name
 
 
+def test_what_was_predicted_is_folded_away(site):
+    """The output of "then run" stands on the page, behind a line that the reader opens."""
+    for folder in ("exercises", "solutions"):
+        for path in sorted((site / folder).glob("ch*.html")):
+            cells = bs4.BeautifulSoup(path.read_text("utf-8"), "html.parser").select(
+                ".tag_hide-output"
+            )
+            assert len(cells) == 1, path.name
+            outputs_ = cells[0].select(".cell_output")
+            assert outputs_
+            assert all(one.find_parent("details") for one in outputs_)
+
+
 def test_both_themes_have_their_drawings(site):
     for name in ("index", "when"):
         page = (site / "book" / f"{name}.html").read_text(encoding="utf-8")

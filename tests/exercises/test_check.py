@@ -19,7 +19,7 @@ from companion.errors import DataError
 sys.path.insert(0, str(Path(__file__).parent))
 from notebooks import IDS
 
-LOSS = "ch01.bradley_terry_loss"
+LOSS = "ch01.pair_loss"
 
 
 def right(chosen, rejected):
@@ -144,7 +144,7 @@ def test_the_result_in_place_of_the_function():
 def test_another_signature_is_named():
     result = check(LOSS, lambda chosen: chosen)
     assert result.outcome == "wrong"
-    assert "bradley_terry_loss(chosen, rejected)" in result.message
+    assert "pair_loss(chosen, rejected)" in result.message
 
 
 def test_an_unknown_mistake_gets_the_propertys_words():
@@ -180,8 +180,8 @@ def test_odd_callables(name):
 
 
 def test_wrong_use_is_an_error_with_a_cure():
-    with pytest.raises(DataError, match="bradley_terry_loss"):
-        check("ch01.bradley_tery_loss", right)
+    with pytest.raises(DataError, match="pair_loss"):
+        check("ch01.pair_los", right)
     with pytest.raises(DataError, match="no hint 4"):
         check(LOSS, hint=4)
 

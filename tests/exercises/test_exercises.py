@@ -73,7 +73,8 @@ def test_misconceptions_of_an_exercise_differ(name):
     assert len(texts) >= 5
     assert len(texts) == len(set(texts))
     threads = [mutant.thread for mutant in exercise.mutants]
-    threads += [rule.thread for rule in getattr(exercise, "properties", ())]
+    # what a mutant believes is said to nobody else
+    assert not set(texts) & {rule.requirement for rule in getattr(exercise, "properties", ())}
     assert set(threads) - {None} <= set(THREADS)
 
 
@@ -91,7 +92,7 @@ def test_every_property_is_broken_by_something(name):
         rule
         for number in range(len(exercise.mutants))
         for rule, good in results_of(name, number)[0].properties
-        if not good
+        if good is False
     }
     assert broken == {rule.name for rule in exercise.properties}
 
@@ -196,12 +197,12 @@ def test_links_lead_to_sections_that_exist(chapter):
 def test_generator_makes_stubs():
     cell = (
         "```{code-cell} ipython3\nimport x\n\n# <only>\nsecret = 1\n# </only>\n"
-        "def bt_gradient(a, b):\n    # <solution>\n    return 1\n    # </solution>\n```\n"
+        "def choice_gradient(a):\n    # <solution>\n    return 1\n    # </solution>\n```\n"
     )
     made = build.to_exercise("<!-- solution -->\nshown only solved\n<!-- /solution -->\n" + cell, 1)
     assert made == (
         "```{code-cell} ipython3\nimport x\n"
-        "def bt_gradient(a, b):\n    raise NotImplementedError  # your code here\n```\n"
+        "def choice_gradient(a):\n    raise NotImplementedError  # your code here\n```\n"
     )
     with pytest.raises(DataError):
         build.to_exercise("```{code-cell} ipython3\n# <solution>\n1\n# </solution>\n```\n", 1)

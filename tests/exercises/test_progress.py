@@ -15,7 +15,7 @@ from companion.course import check, progress
 from companion.course.catalogue import CATALOGUE
 from companion.course.progress import VARIABLE, Record
 
-LOSS = "ch01.bradley_terry_loss"
+LOSS = "ch01.pair_loss"
 
 
 def right(chosen, rejected):

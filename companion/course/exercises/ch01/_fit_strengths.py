@@ -154,8 +154,7 @@ EXERCISE = Exercise(
     properties=(
         Property(
             "one score for each item, none running away",
-            "The scores should be finite, one for each item. If they run away, look at the force "
-            "with which a comparison pulls once it is learned.",
+            "The scores should be finite, one for each item, and not run away.",
             _shape,
         ),
         Property(

@@ -91,16 +91,19 @@ EXERCISE = Exercise(
     properties=(
         Property(
             "one loss for each pair, also for a batch of one",
-            "The result has not the shape `[B]`: somewhere a broadcast or a squeeze changed it.",
+            "The result should have the shape `[B]`, whatever B is.",
             _shapes,
-            "ms-swift #9927",
         ),
         Property(
             "it is −log σ(chosen − rejected − margin)",
             "The margin is what chosen has to be ahead by: it is subtracted inside of σ.",
             _values,
         ),
-        Property("a pair's margin moves that pair's loss alone", BROADCAST, _own, "ms-swift #9927"),
+        Property(
+            "a pair's margin moves that pair's loss alone",
+            "The loss of a pair should depend on its own margin and on no other pair's.",
+            _own,
+        ),
     ),
     mutants=(
         Mutant(BROADCAST, broken, "ms-swift #9927"),

@@ -181,26 +181,23 @@ EXERCISE = Exercise(
         ),
         Property(
             "the probabilities of all orders add up to one",
-            "Something is counted that is not a choice: the probabilities of all orders of a "
-            "ranking do not add up to one.",
+            "The probabilities of all orders of a ranking, e^(−loss), should add up to one.",
             _sums_to_one,
         ),
         Property(
             "what stands in masked places does not matter, NaN included",
-            "Masked places reach the loss: they must be no candidates in any denominator, and "
-            "no choices either.",
+            "Masked places should be no candidates in any denominator, and no choices either.",
             _masked,
         ),
         Property(
             "the gradient is finite, and 0 at masked places",
-            "The value is right, but its gradient is not: masked places must be replaced *before* "
-            "they are computed with, since NaN times 0 is NaN.",
+            "The gradient should be finite, and 0 at masked places: what stands there is to be "
+            "replaced *before* it is computed with.",
             _gradient,
         ),
         Property(
             "finite at scores of ±1000",
-            "A power overflows. Sum in log space: `logsumexp`, or `logcumsumexp` for all places at "
-            "once.",
+            "The loss should be finite for scores of ±1000, so no power may overflow.",
             _stable,
         ),
     ),

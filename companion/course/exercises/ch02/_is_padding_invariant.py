@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from companion.course.exercise import Exercise, Mutant, Property, Unmet
-from companion.course.exercises._tools import Attempt, expect, show
+from companion.course.exercises._tools import Attempt, expect, kind
 from companion.course.exercises.ch02 import _toys as toys
 
 Rows = list[list[int]]
@@ -31,7 +31,7 @@ def _verdict(test: Attempt, scorer: toys.Scorer, seed: int) -> bool:
         got = got.item()
     if type(got).__module__ == "numpy":
         got = got.item()
-    expect(isinstance(got, bool), f"the result is {show(got)}; it should be True or False")
+    kind(got, bool, "True or False")
     return bool(got)
 
 
@@ -135,6 +135,14 @@ def upside_down(score: toys.Scorer, rows: Rows, pad_id: int) -> bool:
     return not _agree(score, rows, pad_id, BOTH, 1e-4)
 
 
+def always_true(score: toys.Scorer, rows: Rows, pad_id: int) -> bool:
+    return True
+
+
+def always_false(score: toys.Scorer, rows: Rows, pad_id: int) -> bool:
+    return False
+
+
 _ALL: tuple[toys.Scorer, ...] = (
     toys.good,
     toys.last_column,
@@ -150,40 +158,47 @@ def _probes() -> list[tuple[Any, ...]]:
     return [(scorer, _rows(seed), 0) for scorer in _ALL for seed in range(2)]
 
 
+def _look(test: Attempt, arguments: tuple[Any, ...]) -> Any:
+    """The verdict, and whether the scorer was asked at all."""
+    score, *rest = arguments
+    asked = []
+
+    def watched(ids: Tensor, mask: Tensor) -> Tensor:
+        asked.append(1)
+        return score(ids, mask)
+
+    return test(watched, *rest), bool(asked)
+
+
 EXERCISE = Exercise(
     id="ch02.is_padding_invariant",
     parameters=("score", "rows", "pad_id"),
     properties=(
         Property(
             "a right scorer passes, rounding and all",
-            "A right scorer is refused. Sums of another width round differently: leave about 1e-4 "
-            "for that.",
+            "A right scorer should pass. Sums of another width round differently: leave about "
+            "1e-4 for that.",
             _passes_good,
         ),
         Property(
             "reading the padding is caught",
-            "A scorer that reads padding passes. Compare each text's score alone with its score in "
-            "a batch of different lengths.",
+            "A scorer that reads padding should not pass.",
             _catches(toys.last_column, toys.longest_right),
-            "reward-bench #137",
         ),
         Property(
             "what fails on the left side alone is caught",
-            SIDE,
+            "A scorer that is wrong with left padding alone should not pass.",
             _catches(toys.length_minus_one, toys.absolute_positions),
-            "transformers #46782",
         ),
         Property(
             "half precision is caught",
-            "A scorer whose scores move by a few hundredths with the width of the batch passes: "
-            "the tolerance hides half precision.",
+            "A scorer whose scores move by a few hundredths with the width of the batch should "
+            "not pass.",
             _catches(toys.half_precision),
-            "reward-bench #137",
         ),
         Property(
             "a score that depends on its neighbours is caught",
-            "A scorer that looks at the other texts of the batch passes: score each text alone, "
-            "and compare with the whole batch.",
+            "A scorer that looks at the other texts of the batch should not pass.",
             _catches(toys.neighbours),
         ),
     ),
@@ -229,9 +244,15 @@ EXERCISE = Exercise(
             "scorer that is wrong in the same way on both sides passes.",
             sides_compared,
         ),
+        Mutant(
+            "The scorer is never called: the answer is the same for all of them.",
+            always_true,
+            also=(always_false,),
+        ),
         Mutant("The answer is upside down: True says that the scorer is invariant.", upside_down),
     ),
     probes=_probes,
+    look=_look,
     hints=(
         "The truth is the score of a text alone, without padding. What has to be equal to it?",
         "Two batches of all texts: one padded right, one padded left. Each must give the scores "

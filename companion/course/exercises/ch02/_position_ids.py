@@ -97,7 +97,6 @@ EXERCISE = Exercise(
             "real tokens are numbered 0, 1, 2, …",
             "The first real token of each row has position 0, wherever the padding stands.",
             _real,
-            "trl #469",
         ),
         Property(
             "padding gets a position that exists",

@@ -127,17 +127,25 @@ EXERCISE = Exercise(
         ),
         Property(
             "read at the last real token, either side",
-            "The score is read at another place than the last real token.",
+            "The score should be that of the hidden state at the last real token.",
             _token,
         ),
         Property(
             "what stands in the padding does not matter",
-            "Hidden states of padding reach the score: it will change with the batch.",
+            "Hidden states of padding must not reach the score.",
             _junk,
-            "reward-bench #137",
         ),
-        Property("the head's product is taken in float32", HALF, _exact),
-        Property("2,000 texts, 2,000 scores", HALF, _distinct),
+        Property(
+            "the head's product is taken in float32",
+            "The scores should be exact to float32.",
+            _exact,
+        ),
+        Property(
+            "2,000 texts, 2,000 scores",
+            "Texts whose hidden states differ should have scores that differ: float32 tells them "
+            "apart.",
+            _distinct,
+        ),
     ),
     mutants=(
         Mutant(

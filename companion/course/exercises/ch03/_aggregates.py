@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from companion.course.exercise import Exercise, Mutant, Property
-from companion.course.exercises._tools import Attempt, close, expect, show
+from companion.course.exercises._tools import Attempt, close, expect, kind
 
 KEYS = ("log_product", "min", "mean", "last")
 PROMPT = (
@@ -46,7 +46,7 @@ def _by_hand(values: Tensor, mask: Tensor) -> dict[str, list[float]]:
 
 def _get(attempt: Attempt, values: Tensor, mask: Tensor, key: str) -> Any:
     got = attempt(values, mask)
-    expect(isinstance(got, Mapping), f"the result is {show(got)}; it should be a dict")
+    kind(got, Mapping, "a dict of four tensors")
     missing = [name for name in KEYS if name not in got]
     expect(not missing, f"these keys are missing: {', '.join(missing)}")
     size = tuple(np.shape(got[key]))
@@ -198,12 +198,20 @@ EXERCISE = Exercise(
             "shape [B].",
             _keys,
         ),
-        Property("the mean over the mask", PROMPT.format("mean, or into its count"), _one("mean")),
-        Property("the least within the mask", PROMPT.format("minimum"), _one("min")),
+        Property(
+            "the mean over the mask",
+            "`mean` should be the mean over the tokens where the mask is true.",
+            _one("mean"),
+        ),
+        Property(
+            "the least within the mask",
+            "`min` should be the least value where the mask is true.",
+            _one("min"),
+        ),
         Property(
             "the value at the last token of the mask",
-            "`last` is read at the last place where the mask is true, not in the last column and "
-            "not at count − 1: a prompt stands before.",
+            "`last` should be the value at the last place where the mask is true, wherever that "
+            "is.",
             _one("last"),
         ),
         Property(
@@ -219,14 +227,13 @@ EXERCISE = Exercise(
         ),
         Property(
             "a product of 4,000 tokens does not vanish",
-            "The product of 4,000 values of 0.9 is about 10⁻¹⁸³, which float32 rounds to 0. Sum "
-            "logarithms instead.",
+            "The product of 4,000 values of 0.9 is about 10⁻¹⁸³, which float32 rounds to 0; its "
+            "logarithm is a plain number.",
             _long,
         ),
         Property(
             "what stands outside of the mask does not matter, NaN included",
-            "NaN outside of the mask comes through. NaN times 0 is NaN: replace what is outside "
-            "(`masked_fill`) instead of multiplying by the mask.",
+            "What stands outside of the mask must not reach the scores, NaN included.",
             _junk,
         ),
     ),

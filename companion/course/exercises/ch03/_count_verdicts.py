@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from companion.course.exercise import Exercise, Mutant, Property
-from companion.course.exercises._tools import Attempt, expect, number, show
+from companion.course.exercises._tools import Attempt, expect, kind, number
 
 KEYS = ("first", "second", "tie", "unparsed", "first_place")
 Replies = list[tuple[str, str]]
@@ -39,7 +39,7 @@ def _item(one: str, other: str, times: int = 1) -> Replies:
 
 def _count(attempt: Attempt, replies: Replies) -> dict[str, float]:
     got = attempt(replies)
-    expect(isinstance(got, Mapping), f"the result is {show(got)}; it should be a dict")
+    kind(got, Mapping, "a dict of counts")
     missing = [key for key in KEYS if key not in got]
     expect(not missing, f"these keys are missing: {', '.join(missing)}")
     return {key: number(got[key], f"`{key}`") for key in KEYS}
@@ -236,18 +236,30 @@ EXERCISE = Exercise(
             "as unparsed.",
             _sum,
         ),
-        Property("the second order's letters are turned back", LETTERS, _wins),
+        Property(
+            "the second order's letters are turned back",
+            "A and B are places: in the second order [[A]] speaks for the *second* completion.",
+            _wins,
+        ),
         Property(
             "a disagreement is a tie",
             "The two orders must name the same completion; anything else that was parsed is a tie.",
             _ties,
         ),
-        Property("a pair without two verdicts is unparsed", UNPARSED, _unparsed, "NeMo Gym #2103"),
-        Property("a verdict is never guessed", GUESS, _guess),
+        Property(
+            "a pair without two verdicts is unparsed",
+            "A pair of which a reply has no verdict should count as unparsed, and as nothing else.",
+            _unparsed,
+        ),
+        Property(
+            "a verdict is never guessed",
+            "Only what stands in double brackets is a verdict.",
+            _guess,
+        ),
         Property(
             "a reply with two different verdicts has none",
-            "A reply that holds both [[A]] and [[B]] contradicts itself. Whichever you take is a "
-            "guess: count it as unparsed.",
+            "A reply that holds both [[A]] and [[B]] contradicts itself, and should count as not "
+            "parsed.",
             _contradictions,
         ),
         Property(

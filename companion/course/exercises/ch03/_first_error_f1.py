@@ -79,6 +79,8 @@ def _which(f1: Attempt) -> None:
         ([0.1, 0.2, 0.9], [0, 1, 1], 0.0, "a later step is named"),
         ([0.1, 0.6, 0.9], [0, 1, 0], 1.0, "a later step has a higher P(wrong) than the first one"),
         ([0.9, 0.1, 0.9], [1, 1, 0], 1.0, "the second wrong step is not called wrong"),
+        ([0.5, 0.9, 0.1], [0, 1, 0], 1.0, "a right step lies *at* the threshold, not above it"),
+        ([0.5, 0.9, 0.1], [1, 1, 0], 0.0, "the first wrong step lies at the threshold"),
     ):
         got = number(f1(_split((chance, wrong), clean), 0.5))
         close(got, want, f"{what}, and one right solution that is passed")
@@ -156,6 +158,10 @@ def any_error(solutions: Solutions, threshold: float) -> float:
     return _harmonic(float(np.mean(found)), float(np.mean(passed)))
 
 
+def at_least(solutions: Solutions, threshold: float) -> float:
+    return _f1(solutions, np.nextafter(threshold, -np.inf))
+
+
 def below(solutions: Solutions, threshold: float) -> float:
     return _f1([(1 - chance, wrong) for chance, wrong in solutions], threshold)
 
@@ -175,7 +181,14 @@ def divides_by_zero(solutions: Solutions, threshold: float) -> float:
 
 def _probes() -> list[tuple[Any, ...]]:
     nothing = _split(([0.9, 0.1], [0, 1]), ([0.9], [0]))
-    return [(_draw(1, 12, 12), 0.4), (_draw(2, 20, 6), 0.5), (_draw(3, 8, 9), 0.6), (nothing, 0.5)]
+    at = _split(([0.5, 0.9, 0.1], [0, 1, 0]), ([0.1, 0.2], [0, 0]))
+    return [
+        (at, 0.5),
+        (_draw(1, 12, 12), 0.4),
+        (_draw(2, 20, 6), 0.5),
+        (_draw(3, 8, 9), 0.6),
+        (nothing, 0.5),
+    ]
 
 
 EXERCISE = Exercise(
@@ -189,8 +202,8 @@ EXERCISE = Exercise(
         ),
         Property(
             "one that calls all steps wrong, or none, has 0",
-            "Crying wolf finds errors and passes nothing; never crying passes all and finds "
-            "nothing. Both halves must count, so that either is worth 0.",
+            "A model that calls all steps wrong passes no solution, and one that calls none wrong "
+            "finds no error: either is worth 0.",
             _wolf,
         ),
         Property(
@@ -207,8 +220,7 @@ EXERCISE = Exercise(
         ),
         Property(
             "0, not NaN, where both accuracies are 0",
-            "Where nothing is found and nothing passed, 2ab/(a + b) divides 0 by 0. The figure is "
-            "0.",
+            "Where nothing is found and nothing passed the figure is 0.",
             _zero,
         ),
     ),
@@ -248,6 +260,11 @@ EXERCISE = Exercise(
             "The direction is turned round: the array holds P(wrong), so a step is called wrong "
             "*above* the threshold.",
             below,
+        ),
+        Mutant(
+            "A step whose P(wrong) *is* the threshold counts as called wrong (`>=`). It is one "
+            "above it: `>`.",
+            at_least,
         ),
         Mutant(
             "All steps of a solution must be called right. After the first error nobody judged "

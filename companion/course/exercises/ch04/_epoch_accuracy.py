@@ -140,17 +140,24 @@ EXERCISE = Exercise(
     id="ch04.epoch_accuracy",
     parameters=("batches",),
     properties=(
-        Property("a tie is not a win", TIE, _ties),
+        Property(
+            "a tie is not a win",
+            "A pair is right only if chosen is *strictly* above rejected.",
+            _ties,
+        ),
         Property(
             "one batch: the share of pairs with chosen above rejected",
             "Accuracy is the share of pairs whose chosen score is above the rejected one.",
             _one,
         ),
-        Property("the same however the pairs are cut into batches", MEANS, _split, "trl #7010"),
+        Property(
+            "the same however the pairs are cut into batches",
+            "The accuracy should not depend on how the pairs are cut into batches.",
+            _split,
+        ),
         Property(
             "an empty batch changes nothing",
-            "The mean of nothing is NaN, and one NaN spoils the whole. Sums and counts have no "
-            "such trouble.",
+            "A batch without pairs should change nothing.",
             _empty,
         ),
         Property("a plain float", "The result should be one Python float, from 0 to 1.", _plain),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from companion.course.exercise import Exercise, Mutant, Property
-from companion.course.exercises._tools import Attempt, close, normal, tensor
+from companion.course.exercises._tools import Attempt, close, expect, normal, tensor
 
 MEANS = (
     "Each micro-batch takes its own mean, divided by the number of micro-batches: a mean of means. "
@@ -48,6 +48,14 @@ def _against(loop: Attempt, sizes: list[int], accumulation: int, what: str) -> N
         start, batches = normal(seed, 6, scale=0.3), _batches(seed + 3, sizes)
         got = tensor(loop(start, batches, 0.3, accumulation), (6,), "the weights")
         close(got, _want(start, batches, 0.3, accumulation), what, rtol=1e-4, atol=1e-5)
+
+
+def _detached(loop: Attempt) -> None:
+    got = tensor(loop(normal(0, 6), _batches(1, [4]), 0.3, 1), (6,), "the weights")
+    expect(
+        not got.requires_grad,
+        "the new weights require a gradient: with them the graph of the whole epoch is kept",
+    )
 
 
 def _plain(loop: Attempt) -> None:
@@ -163,6 +171,16 @@ def upside_down(weight: Tensor, batches: list[Tensor], rate: float, accumulation
     return _epoch(weight, batches, rate, accumulation, sign=-1.0)
 
 
+def keeps_graph(weight: Tensor, batches: list[Tensor], rate: float, accumulation: int) -> Tensor:
+    with torch.enable_grad():
+        return _want(weight.clone().requires_grad_(True), batches, rate, accumulation)
+
+
+def _look(loop: Attempt, arguments: tuple[Any, ...]) -> Any:
+    got = loop(*arguments)
+    return got, getattr(got, "requires_grad", None)
+
+
 def _probes() -> list[tuple[Any, ...]]:
     return [
         (normal(0, 6, scale=0.3), _batches(0, [4, 3, 4, 4, 2]), 0.3, 2),
@@ -181,17 +199,41 @@ EXERCISE = Exercise(
             "pairs.",
             _plain,
         ),
-        Property("each step with its own gradient alone", STALE, _steps),
+        Property(
+            "each step with its own gradient alone",
+            "Each step should go along its own gradient, and no earlier one's.",
+            _steps,
+        ),
         Property(
             "a step for every `accumulation` batches",
             "The weights should move once for every `accumulation` micro-batches, by the gradient "
             "of the mean over all their pairs.",
             _even,
         ),
-        Property("each pair counts once, also in a short batch", MEANS, _uneven),
-        Property("what is left over at the end is stepped on", LEFT_OVER, _rest),
+        Property(
+            "each pair counts once, also in a short batch",
+            "A step goes by the mean over *all* its pairs, so each pair counts once, whatever its "
+            "micro-batch's size.",
+            _uneven,
+        ),
+        Property(
+            "what is left over at the end is stepped on",
+            "The micro-batches that are left over at the end make a step too.",
+            _rest,
+        ),
+        Property(
+            "weights without a gradient",
+            "The new weights should not require a gradient.",
+            _detached,
+        ),
     ),
     mutants=(
+        Mutant(
+            "The new weights still hang on the graph of the epoch: it is kept in memory, and the "
+            "next step differentiates through this one. `.detach()` them, or step under "
+            "`torch.no_grad()`.",
+            keeps_graph,
+        ),
         Mutant(
             "All three bugs are still there. The first: the gradient is never set back to zero, so "
             "every step walks along all gradients since the beginning.",
@@ -242,6 +284,7 @@ EXERCISE = Exercise(
         ),
     ),
     probes=_probes,
+    look=_look,
     hints=(
         "Three questions: what is in `weight.grad` when a step begins? How much does each pair "
         "count in it? What happens after the last full step?",

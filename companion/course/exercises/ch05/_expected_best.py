@@ -183,14 +183,13 @@ EXERCISE = Exercise(
         ),
         Property(
             "a NaN score is never drawn",
-            "A completion that could not be scored is left out of the pool. (Sorting puts NaN "
-            "last, as if it were the largest: it would win.)",
+            "A completion that could not be scored is left out of the pool, whatever its value.",
             _nan,
         ),
         Property(
             "exact for a pool of a thousand",
-            "The number of subsets does not fit into a float. Python divides whole numbers of any "
-            "size by each other: take the ratio before you leave them.",
+            "For a pool of a thousand completions the mean should be exact too, and no number on "
+            "the way may overflow.",
             _large,
         ),
     ),

@@ -168,6 +168,11 @@ def rounds_below(policy_logps: Tensor, reference_logps: Tensor, mask: Tensor) ->
     return ((torch.exp(gap) - 1.0) - gap).sum(1)
 
 
+def forgets_one(policy_logps: Tensor, reference_logps: Tensor, mask: Tensor) -> Tensor:
+    gap = _gap(policy_logps, reference_logps, mask)
+    return _total(gap.exp() - gap, mask)
+
+
 def one_number(policy_logps: Tensor, reference_logps: Tensor, mask: Tensor) -> Tensor:
     gap = _gap(policy_logps, reference_logps, mask)
     return (torch.expm1(gap) - gap).sum(1).mean()
@@ -199,21 +204,19 @@ EXERCISE = Exercise(
         ),
         Property(
             "0 if both models are the same",
-            "Policy and reference agree on every token, and yet the estimate is not 0.",
+            "Where policy and reference agree on every token the estimate should be 0.",
             _equal,
         ),
         Property(
             "unbiased: its mean over all texts is the KL divergence",
-            "Weighted by the policy's probabilities, the estimates do not give KL(policy ‖ "
+            "Weighted by the policy's probabilities, the estimates should give KL(policy ‖ "
             "reference).",
             _unbiased,
         ),
         Property(
             "never negative",
-            "A single completion has a negative estimate. Its expectation is right, but a budget "
-            "is compared with few samples.",
+            "Each completion's estimate should be 0 or more.",
             _positive,
-            "trl #3240",
         ),
         Property(
             "the sum over the tokens",
@@ -222,22 +225,22 @@ EXERCISE = Exercise(
         ),
         Property(
             "prompt and padding do not matter, NaN included",
-            "What stands outside of the mask reaches the estimate. Replace it (`torch.where`) "
-            "before you compute with it.",
+            "What stands outside of the mask should not reach the estimate.",
             _masked,
         ),
         Property(
             "not lost in rounding where the models nearly agree",
-            "At the start of a run the models differ by very little. e^d − 1 − d then takes two "
-            "numbers of size 1 from each other; `torch.expm1(d) - d` does not.",
+            "At the start of a run the models differ by very little, and float32 rounds at 6e-8 "
+            "of what is computed with: the sum should still be right to a few percent.",
             _small,
         ),
     ),
     mutants=(
         Mutant(
-            "This is the log-ratio itself (k1). It is unbiased, but any single text may give a "
-            "negative number, and its variance is large. Add e^d − 1, with d = reference − policy: "
-            "it has the mean 0 and takes the sign away.",
+            "This is the log-ratio itself (k1). Its mean is right as well, and far from the "
+            "reference it spreads less, which is why the companion's budget goes by it. But it may "
+            "be negative, and asked for is an estimate that never is. Add e^d − 1, with "
+            "d = reference − policy: it has the mean 0 and takes the sign away.",
             k1,
             "trl #3240",
         ),
@@ -269,7 +272,7 @@ EXERCISE = Exercise(
         ),
         Mutant(
             "The mean over the tokens is taken. A divergence between texts is the sum: as a mean, "
-            "a long text could move ten times as far for the same budget.",
+            "a long text would count no more than a short one.",
             mean_of_tokens,
         ),
         Mutant(
@@ -287,6 +290,11 @@ EXERCISE = Exercise(
             also=(rounds_below,),
         ),
         Mutant(
+            "The −1 is missing: e^d has the mean 1 under the policy, so each token adds 1 too "
+            "much.",
+            forgets_one,
+        ),
+        Mutant(
             "There is one number for the batch. Return one for each completion; the mean over them "
             "is the trainer's business.",
             one_number,
@@ -302,5 +310,6 @@ EXERCISE = Exercise(
         "`d = torch.where(mask, reference - policy, 0.0)`, then `(torch.expm1(d) - d).sum(1)`.",
     ),
     right="This is Schulman's k3, which TRL's GRPO uses for its penalty. Its *value* is unbiased; "
-    "its gradient is not that of the divergence, which is another matter.",
+    "its gradient is not that of the divergence. For a budget take k1: far from the reference k3's "
+    "few huge ratios make it spread more, as the chapter shows.",
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from companion.course.exercise import Exercise, Mutant, Property
-from companion.course.exercises._tools import Attempt, close, expect, show
+from companion.course.exercises._tools import Attempt, close, expect, kind, show
 from companion.course.exercises.ch05 import _wiring as wiring
 from companion.course.exercises.ch05._toys import (
     BOS,
@@ -110,7 +110,7 @@ def _seen(attempt: Attempt, item: Item) -> tuple[list[int], list[int], Any]:
 
 def _rewards(attempt: Attempt, items: list[Item]) -> Rewards:
     got = attempt(*_arguments(items))
-    expect(isinstance(got, (list, tuple)), f"the result is a {type(got).__name__}, not a list")
+    kind(got, (list, tuple), "a list of rewards")
     expect(len(got) == len(items), f"{len(got)} rewards for {len(items)} completions")
     for value in got:
         simple = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
@@ -241,30 +241,49 @@ EXERCISE = Exercise(
             "TRL wants a list with one float, or None, for each completion, in their order.",
             _list,
         ),
-        Property("messages become text by the chat template", JOINED, _template, "slime #2120"),
+        Property(
+            "messages become text by the chat template",
+            "Messages should become text by the chat template, as in training.",
+            _template,
+        ),
         Property(
             "one BOS",
             "The model was trained with one BOS before each text.",
             _bos,
-            "reward-bench #164",
         ),
         Property(
             "one EOS behind what was finished, none behind what was cut off",
-            CUT,
+            "What was finished should end in one EOS, and what was cut off in none; "
+            "`completion_ids` tells them apart.",
             _eos,
-            "reward-bench #94",
         ),
-        Property("the ids of the whole text, also at the border", PIECES, _border, "trl #5224"),
-        Property("inputs on the model's device", DEVICE, _device, "OpenRLHF #938"),
-        Property("no gradient", GRADIENT, _no_gradient),
-        Property("eval mode", TRAINING, _eval_mode, "trl #2685"),
-        Property("what is not finite becomes None", INFINITE, _finite, "UniRL #335"),
+        Property(
+            "the ids of the whole text, also at the border",
+            "The ids should be those of the whole text, also at the border of prompt and "
+            "completion.",
+            _border,
+        ),
+        Property(
+            "inputs on the model's device", "The inputs should lie on `model.device`.", _device
+        ),
+        Property(
+            "no gradient",
+            "The model should be called without gradients: TRL calls reward functions with them "
+            "switched on.",
+            _no_gradient,
+        ),
+        Property(
+            "eval mode", "The model should be called in eval mode, however it was left.", _eval_mode
+        ),
+        Property(
+            "what is not finite becomes None",
+            "A score that is not finite should become None, which TRL leaves out.",
+            _finite,
+        ),
         Property(
             "a text has the same reward in any batch",
-            "The reward of a text depends on the other texts of the batch. Pass the attention "
-            "mask, and keep the order.",
+            "A text should have the same reward in any batch.",
             _alone,
-            "reward-bench #137",
         ),
     ),
     mutants=(

@@ -142,13 +142,13 @@ def _look(loss: Attempt, arguments: tuple[Any, ...]) -> Any:
 
 
 EXERCISE = Exercise(
-    id="ch01.bradley_terry_loss",
+    id="ch01.pair_loss",
     parameters=("chosen", "rejected"),
     properties=(
         Property(
             "one loss for each pair",
-            "The loss has another shape than the scores. Which mean is right depends on how the "
-            "batch was cut up, so a loss returns one value for each pair.",
+            "The loss should have the shape of the scores: one value for each pair. Which mean is "
+            "right depends on how the batch was cut up, and the trainer knows that.",
             _shapes,
         ),
         Property(
@@ -158,22 +158,19 @@ EXERCISE = Exercise(
         ),
         Property(
             "finite at margins of ±1000, and the size of the margin where it is wrong",
-            "The loss of a pair that is badly wrong should be the size of its margin. A formula "
-            "that overflows cannot give that, nor can one that was patched against the overflow: "
-            "rewrite −log σ so that no power can overflow.",
+            "The loss of a pair that is badly wrong should be the size of its margin, in every "
+            "dtype.",
             _finite,
-            "DeepSpeedExamples #423",
         ),
         Property(
             "its gradient is −(1 − p), however wrong the pair",
-            "The values are right, but the gradient is not: autograd must be able to follow every "
-            "step from the scores to the loss.",
+            "The gradient should be −(1 − p) for the chosen score: autograd must be able to "
+            "follow every step from the scores to the loss.",
             _gradient,
         ),
         Property(
             "as exact as the scores' dtype",
-            "The computation leaves the dtype of the scores: float64 goes in, and something "
-            "coarser comes out.",
+            "float64 scores should give a float64 loss, as exact as float64 is.",
             _dtype,
         ),
     ),

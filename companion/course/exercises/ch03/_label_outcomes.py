@@ -154,7 +154,7 @@ def _probes() -> list[tuple[Any, ...]]:
 
 
 EXERCISE = Exercise(
-    id="ch03.outcome_labels",
+    id="ch03.label_outcomes",
     parameters=("attention_mask", "prompt_lengths", "outcomes"),
     properties=(
         Property("one label for each token", "The labels should be [B, T].", _shape),
@@ -171,13 +171,12 @@ EXERCISE = Exercise(
         ),
         Property(
             "−100 on the padding",
-            "Padding carries a label. It must be −100, which every loss skips.",
+            "Padding should carry −100, which every loss skips.",
             _padding,
         ),
         Property(
             "the same with padding on the left",
-            "With padding on the left the prompt does not begin in column 0: count real tokens, "
-            "not columns.",
+            "With padding on the left the labels should stand on the same tokens.",
             _left,
         ),
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from companion.course.exercise import Exercise, Mutant, Property
-from companion.course.exercises._tools import Attempt, expect, show
+from companion.course.exercises._tools import Attempt, expect, kind, show
 from companion.course.exercises.ch03._toys import step_tokenizer
 
 IGNORE, CLASSES = -100, {-1: 0, 0: 1, 1: 2}
@@ -60,7 +60,7 @@ def _run(attempt: Attempt, steps: Steps, prompt: str = PROMPT) -> list[int]:
     got = attempt(step_tokenizer(merges=False), prompt, steps)
     if hasattr(got, "tolist"):
         got = got.tolist()
-    expect(isinstance(got, (list, tuple)), f"the result is {show(got)}; it should be a list")
+    kind(got, (list, tuple), "a list of labels")
     return list(got)
 
 
@@ -127,8 +127,13 @@ def _merges(attempt: Attempt) -> None:
             got = attempt(tokenizer, PROMPT, chosen)
         except Exception as error:
             inner = getattr(error, "error", error)
-            if isinstance(inner, NotImplementedError) or not isinstance(inner, ValueError):
+            if isinstance(inner, NotImplementedError):
                 raise
+            expect(
+                isinstance(inner, ValueError),
+                "a tokenizer with the token '.\\n', a step that ends with a full stop: "
+                f"{type(inner).__name__} was raised; ValueError was asked for",
+            )
             continue
         labels = got.tolist() if hasattr(got, "tolist") else got
         expect(
@@ -246,7 +251,7 @@ def _probes() -> list[tuple[Any, ...]]:
 
 
 EXERCISE = Exercise(
-    id="ch03.step_labels",
+    id="ch03.label_steps",
     parameters=("tokenizer", "prompt", "steps"),
     broken=broken,
     properties=(
@@ -260,15 +265,25 @@ EXERCISE = Exercise(
             "A step's label belongs on the token that ends it, its separator; all else is −100.",
             _places,
         ),
-        Property("−1, 0, +1 are the classes 0, 1, 2", RAW, _classes),
+        Property(
+            "−1, 0, +1 are the classes 0, 1, 2",
+            "The ratings −1, 0 and +1 should become the classes 0, 1 and 2.",
+            _classes,
+        ),
         Property(
             "a step that nobody rated has no label",
             "A rating of None is no rating: the step's separator stays at −100.",
             _unrated,
         ),
-        Property("nothing is labelled after the first wrong step", ON, _stops),
         Property(
-            "a separator that is no token of its own raises", MERGED, _merges, "OpenRLHF #683"
+            "nothing is labelled after the first wrong step",
+            "Nothing should be labelled after the first step that is rated −1.",
+            _stops,
+        ),
+        Property(
+            "a separator that is no token of its own raises",
+            "Where the separator is joined with what stands before it, a ValueError was asked for.",
+            _merges,
         ),
     ),
     mutants=(

@@ -1,0 +1,142 @@
+"""Right answers in other words than the solutions' pass: results are checked, not code."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+from companion.course import check
+from companion.functional import FallTest
+
+ROWS = []
+
+
+def right(name):
+    def keep(function):
+        ROWS.append((name, function))
+        return function
+
+    return keep
+
+
+@right("ch01.pair_loss")
+def loss_logaddexp(chosen, rejected):
+    return torch.logaddexp(torch.zeros_like(chosen), rejected - chosen)
+
+
+@right("ch01.choice_gradient")
+def gradient_one_hot(scores):
+    chosen = F.one_hot(torch.zeros(len(scores), dtype=torch.int64), scores.shape[1])
+    return (scores - scores.logsumexp(dim=1, keepdim=True)).exp() - chosen
+
+
+@right("ch02.last_content_index")
+def content_from_behind(input_ids, attention_mask, eos_id):
+    rows = []
+    for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+        places = [i for i in range(len(ids)) if mask[i] and ids[i] != eos_id]
+        if not places:
+            raise ValueError("nothing to read")
+        rows.append(places[-1])
+    return torch.tensor(rows)
+
+
+@right("ch02.last_content_index")
+def content_flipped(input_ids, attention_mask, eos_id):
+    inside = (attention_mask != 0) & (input_ids != eos_id)
+    if (inside.sum(1) == 0).any():
+        raise ValueError("nothing to read")
+    return inside.shape[1] - 1 - inside.int().flip(1).argmax(1)
+
+
+@right("ch04.weighted_shift")
+def shift_average(chosen, rejected, weights, target, coefficient):
+    middle = np.average(((chosen + rejected) / 2).numpy(), weights=weights.numpy())
+    return target - float(middle)
+
+
+@right("ch04.split_rows")
+def split_by_digest(rows, test_fraction, seed):
+    train, test = [], []
+    for row in rows:
+        key = " ".join(row["prompt"].lower().split())
+        digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
+        share = int.from_bytes(digest[:8], "big") / 2**64
+        (test if share < test_fraction else train).append(row)
+    return train, test
+
+
+@right("ch04.split_rows")
+def split_groups(rows, test_fraction, seed):
+    groups = defaultdict(list)
+    for row in rows:
+        groups["".join(row["prompt"].upper().split())].append(row)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    cut = int(test_fraction * len(groups))
+    parts = [groups[key] for key in sorted(groups)]
+    return (
+        [row for i in order[cut:] for row in parts[i]],
+        [row for i in order[:cut] for row in parts[i]],
+    )
+
+
+@right("ch05.best_of_few_kl")
+def few_in_a_loop(probabilities, n):
+    total = below = 0.0
+    for p in probabilities.tolist():
+        kept = (below + p) ** n - below**n
+        below += p
+        if kept > 0:
+            total += kept * math.log(kept / p)
+    return total
+
+
+@right("ch05.kl_estimate")
+def kl_of_the_ratio(policy_logps, reference_logps, mask):
+    ratio = torch.where(mask, reference_logps - policy_logps, 0.0).exp()
+    return (ratio - 1 - ratio.log()).sum(1)  # the same rounded ratio twice: that is exact
+
+
+@right("ch05.when_to_stop")
+def stop_with_the_companion(proxy, gold, kl, budget, alpha):
+    rule = FallTest(len(gold), alpha)
+    best = 0
+    for step, seen in enumerate(gold):
+        if kl[step] > budget:
+            return step, best
+        look = rule.add(seen)
+        if look.fallen:
+            return step, look.best
+        best = look.best
+    return len(gold) - 1, best
+
+
+@right("ch05.when_to_stop")
+def stop_by_hand(proxy, gold, kl, budget, alpha):
+    looks, prompts = gold.shape
+    pairs = math.comb(looks, 2)
+    best = 0
+    for step in range(looks):
+        change = gold[step] - gold[best]
+        if kl[step] > budget:
+            return step, best
+        if change.mean() < 0:
+            t = change.mean() / (change.std(ddof=1) / math.sqrt(prompts))
+            if stats.t.cdf(t, prompts - 1) * pairs < alpha:
+                return step, best
+        elif step:
+            best = step
+    return looks - 1, best
+
+
+@pytest.mark.parametrize(("name", "function"), ROWS, ids=[f.__name__ for _, f in ROWS])
+def test_it_passes(name, function):
+    result = check(name, function)
+    assert result.outcome == "right", str(result)
