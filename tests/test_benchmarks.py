@@ -509,6 +509,28 @@ def test_accuracy_and_loss_of_a_pair_are_expectations_over_its_label() -> None:
         assert (sign * best[name] >= sign * found[name] - 1e-12).all()
 
 
+def test_pairs_again_are_compared_with_new_ones_after_as_many_steps() -> None:
+    few = epochs.Setting("few", 32, epochs=(1.0, 2.0, 4.0))
+    many = epochs.Setting("many", 64, epochs=(0.5, 1.0, 2.0))
+    settings = [few, many]
+    found = {
+        one.name: {
+            name: np.broadcast_to(np.arange(3.0)[:, None] + shift, (2, 3, 6))
+            for name in ("accuracy", "loss")
+        }
+        for one, shift in zip(settings, (0.0, 10.0), strict=True)
+    }
+    rows = epochs.same_steps(settings, found)
+    assert [(row["epochs_of_few"], row["epochs_of_many"]) for row in rows] == [
+        (1.0, 0.5),
+        (2.0, 1.0),
+        (4.0, 2.0),
+    ]
+    assert all(row["loss"]["mean"] == row["loss"]["low"] == -10 for row in rows)
+    assert rows[0]["loss"]["each_seed"] == [-10, -10]
+    assert epochs.same_steps([few, epochs.Setting("noisy", 64, noise=0.4)], found) == []
+
+
 @pytest.mark.slow
 def test_a_quick_study_of_epochs_is_that_of_shorter_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
