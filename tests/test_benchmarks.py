@@ -397,6 +397,8 @@ def test_what_is_read_off_each_run_and_the_difference_of_two_cases() -> None:
     assert row["largest_gold"]["each_seed"] == [3.0, 4.0]
     assert row["gold_at_end"]["each_seed"] == [0.0, 4.0]
     assert row["change_of_gold"]["each_seed"] == [-1.0, 3.0]
+    assert row["gold_gained"]["each_seed"] == [2.0, 3.0]
+    assert row["gold_lost"]["each_seed"] == [3.0, 0.0]
     assert row["kl_at_turn"]["each_seed"] == [4.0, 8.0]  # (the KL of a look is its step)
     other = [grpo_run([1.0, 2.0, 0.0], 0, 0.5), grpo_run([1.0, 1.0, 3.0], 1, -0.5)]
     found = overoptimization_grpo.compare(drawn, overoptimization_grpo.gold_and_kl(other))
