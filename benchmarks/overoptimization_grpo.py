@@ -297,6 +297,9 @@ def against_watched(
         "gain_of_kept": summarise(change(watched, "kept")),
         "gain_without": summarise(change(free, "end")),
         "gain_without_each_seed": change(free, "end").mean(1).round(4).tolist(),
+        # on the same prompts, seed by seed
+        "stop_minus_without": summarise(change(watched, "end") - change(free, "end")),
+        "kept_minus_without": summarise(change(watched, "kept") - change(free, "end")),
     }
 
 

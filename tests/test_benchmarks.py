@@ -386,6 +386,9 @@ def test_curves_of_several_runs_and_what_the_monitor_saved() -> None:
     assert saved["gain_at_stop"]["high"] >= 1.5
     assert saved["gain_without"]["mean"] == -1.0
     assert saved["gain_of_kept"]["mean"] == 2.0
+    # 2 on each seed: paired, no width
+    assert saved["stop_minus_without"] == {"mean": 2.0, "low": 2.0, "high": 2.0}
+    assert saved["kept_minus_without"]["mean"] == 3.0
     assert saved["gain_at_stop_each_seed"] == [1.5, 0.5]
 
 
