@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import permutations, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -178,18 +179,48 @@ def summarise(
     }
 
 
+def same_steps(
+    settings: Sequence[Setting], found: dict[str, dict[str, Array]]
+) -> list[dict[str, Any]]:
+    """What going over pairs again costs, against new pairs for as many steps.
+
+    After an epoch more a model has also taken more steps at its learning rate. Settings of
+    a constant rate that differ in nothing but the number of pairs are compared where they have
+    taken as many.
+    """
+    out = []
+    for few, many in permutations(settings, 2):
+        alike = (few.noise, few.schedule) == (many.noise, many.schedule) == (many.noise, "constant")
+        if few.pairs >= many.pairs or not alike:
+            continue
+        for (i, again), (j, once_over) in product(enumerate(few.epochs), enumerate(many.epochs)):
+            if few.pairs * again == many.pairs * once_over:
+                row: dict[str, Any] = {"few": few.name, "epochs_of_few": again}
+                row |= {"many": many.name, "epochs_of_many": once_over}
+                for name in ("accuracy", "loss"):
+                    gap = found[few.name][name][:, [i]] - found[many.name][name][:, [j]]
+                    rows = rows_of(gap)
+                    row[name] = {key: rows[key][0] for key in ("mean", "low", "high")}
+                    row[name]["each_seed"] = [seed for (seed,) in rows["each_seed"]]
+                out.append(row)
+    return out
+
+
 def study(args: argparse.Namespace) -> dict[str, Any]:
     """All runs, each kept when it is done."""
     begin = time.process_time()
     test = make_test(args.test)
     probability = np.array([row["probability"] for row in test])
     settings = []
+    found = {}
     for setting in args.settings:
         runs = []
         for seed in range(args.seeds):
             name = f"{setting.name.replace(', ', '-').replace(' ', '_')}-{seed}.json"
             runs.append(once(args.work / name, partial(run, setting, seed, test)))
             print(f"{time.process_time() - begin:6.0f} s  {name}", flush=True)
+        margins = np.array([one["margins"] for one in runs])
+        found[setting.name] = figures_of(margins, probability)
         settings.append({**asdict(setting), **summarise(runs, setting.epochs, probability)})
     best = limits(test)
     return {
@@ -198,6 +229,7 @@ def study(args: argparse.Namespace) -> dict[str, Any]:
         "batch": BATCH,
         "best": {"accuracy": best.accuracy, "loss": best.loss},
         "settings": settings,
+        "same_steps": same_steps(args.settings, found),
     }
 
 

@@ -413,12 +413,12 @@ def main() -> None:
         default=Path("runs/reward_models"),
         help="the reward models, which benchmarks.overoptimization_grpo shares",
     )
-    parser.add_argument("--prompts", type=int, help="default 24, quick 4")
+    parser.add_argument("--prompts", type=int, help="default 16, quick 4")
     parser.add_argument("--samples", type=int, help="of each prompt; default 512, quick 32")
     parser.add_argument("--seeds", type=int, help="models of each size; default 5, quick 2")
     parser.add_argument("--sizes", type=int, default=len(SIZES), help="only the first so many")
     args = parser.parse_args()
-    args.prompts = args.prompts or (4 if args.quick else 24)
+    args.prompts = args.prompts or (4 if args.quick else 16)
     args.samples = args.samples or (32 if args.quick else 512)
     args.seeds = args.seeds or (2 if args.quick else 5)
     args.sizes = SIZES[: args.sizes]

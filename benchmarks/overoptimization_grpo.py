@@ -233,6 +233,16 @@ def change_of_gold(drawn: Array) -> Array:
     return gold_at_end(drawn) - np.asarray(drawn[:, :, 0, 0].mean(1))
 
 
+def gold_gained(drawn: Array) -> Array:
+    """``[seeds]``: from the start to the most; never negative."""
+    return largest_gold(drawn) - np.asarray(drawn[:, :, 0, 0].mean(1))
+
+
+def gold_lost(drawn: Array) -> Array:
+    """``[seeds]``: from the most to the end; never negative."""
+    return largest_gold(drawn) - gold_at_end(drawn)
+
+
 def kl_at_turn(drawn: Array) -> Array:
     """``[seeds]``: the KL of each run at the look of its largest gold."""
     gold, kl = np.moveaxis(drawn.mean(1), -1, 0)
@@ -243,6 +253,8 @@ FIGURES: dict[str, Callable[[Array], Array]] = {
     "largest_gold": largest_gold,
     "gold_at_end": gold_at_end,
     "change_of_gold": change_of_gold,
+    "gold_gained": gold_gained,
+    "gold_lost": gold_lost,
     "kl_at_turn": kl_at_turn,
 }
 
@@ -285,6 +297,9 @@ def against_watched(
         "gain_of_kept": summarise(change(watched, "kept")),
         "gain_without": summarise(change(free, "end")),
         "gain_without_each_seed": change(free, "end").mean(1).round(4).tolist(),
+        # on the same prompts, seed by seed
+        "stop_minus_without": summarise(change(watched, "end") - change(free, "end")),
+        "kept_minus_without": summarise(change(watched, "kept") - change(free, "end")),
     }
 
 

@@ -386,6 +386,9 @@ def test_curves_of_several_runs_and_what_the_monitor_saved() -> None:
     assert saved["gain_at_stop"]["high"] >= 1.5
     assert saved["gain_without"]["mean"] == -1.0
     assert saved["gain_of_kept"]["mean"] == 2.0
+    # 2 on each seed: paired, no width
+    assert saved["stop_minus_without"] == {"mean": 2.0, "low": 2.0, "high": 2.0}
+    assert saved["kept_minus_without"]["mean"] == 3.0
     assert saved["gain_at_stop_each_seed"] == [1.5, 0.5]
 
 
@@ -397,6 +400,8 @@ def test_what_is_read_off_each_run_and_the_difference_of_two_cases() -> None:
     assert row["largest_gold"]["each_seed"] == [3.0, 4.0]
     assert row["gold_at_end"]["each_seed"] == [0.0, 4.0]
     assert row["change_of_gold"]["each_seed"] == [-1.0, 3.0]
+    assert row["gold_gained"]["each_seed"] == [2.0, 3.0]
+    assert row["gold_lost"]["each_seed"] == [3.0, 0.0]
     assert row["kl_at_turn"]["each_seed"] == [4.0, 8.0]  # (the KL of a look is its step)
     other = [grpo_run([1.0, 2.0, 0.0], 0, 0.5), grpo_run([1.0, 1.0, 3.0], 1, -0.5)]
     found = overoptimization_grpo.compare(drawn, overoptimization_grpo.gold_and_kl(other))
@@ -507,6 +512,28 @@ def test_accuracy_and_loss_of_a_pair_are_expectations_over_its_label() -> None:
     best = epochs.figures_of(truth[None], probability)
     for name, sign in (("accuracy", 1), ("loss", -1)):
         assert (sign * best[name] >= sign * found[name] - 1e-12).all()
+
+
+def test_pairs_again_are_compared_with_new_ones_after_as_many_steps() -> None:
+    few = epochs.Setting("few", 32, epochs=(1.0, 2.0, 4.0))
+    many = epochs.Setting("many", 64, epochs=(0.5, 1.0, 2.0))
+    settings = [few, many]
+    found = {
+        one.name: {
+            name: np.broadcast_to(np.arange(3.0)[:, None] + shift, (2, 3, 6))
+            for name in ("accuracy", "loss")
+        }
+        for one, shift in zip(settings, (0.0, 10.0), strict=True)
+    }
+    rows = epochs.same_steps(settings, found)
+    assert [(row["epochs_of_few"], row["epochs_of_many"]) for row in rows] == [
+        (1.0, 0.5),
+        (2.0, 1.0),
+        (4.0, 2.0),
+    ]
+    assert all(row["loss"]["mean"] == row["loss"]["low"] == -10 for row in rows)
+    assert rows[0]["loss"]["each_seed"] == [-10, -10]
+    assert epochs.same_steps([few, epochs.Setting("noisy", 64, noise=0.4)], found) == []
 
 
 @pytest.mark.slow
