@@ -17,6 +17,15 @@ function nameButtons() {
   }
 }
 
+// The icons of a button that has a name are pictures; their titles would contradict it.
+function hideIcons() {
+  for (const icon of document.querySelectorAll("button[aria-label] svg")) {
+    icon.querySelectorAll("title").forEach((title) => title.remove());
+    icon.removeAttribute("aria-labelledby");
+    icon.setAttribute("aria-hidden", "true");
+  }
+}
+
 // A table that is wider than the screen scrolls, so the keyboard has to reach it.
 function reachTables() {
   for (const table of document.querySelectorAll("article table")) {
@@ -30,5 +39,8 @@ document.addEventListener("DOMContentLoaded", () => {
   nameButtons();
   reachTables();
 });
-window.addEventListener("load", reachTables);
+window.addEventListener("load", () => {
+  hideIcons(); // they are drawn by now
+  reachTables();
+});
 window.addEventListener("resize", reachTables);
