@@ -2,9 +2,13 @@
 "use strict";
 
 // The arrows in the side bar that open a chapter's pages have no name: they get that of the chapter.
+// What shows a hidden cell has words of its own, and another name beside them.
 function nameArrows() {
   for (const summary of document.querySelectorAll("summary")) {
-    if (summary.textContent.trim() || summary.hasAttribute("aria-label")) continue;
+    if (summary.textContent.trim()) {
+      summary.removeAttribute("aria-label");
+      continue;
+    }
     const chapter = summary.closest("li")?.querySelector(":scope > a")?.textContent.trim();
     summary.setAttribute("aria-label", `Pages of: ${chapter || "this part"}`);
   }
@@ -17,12 +21,19 @@ function nameButtons() {
   }
 }
 
-// The icons of a button that has a name are pictures; their titles would contradict it.
+// The icons of a button that has a name are pictures; their titles would contradict it. The theme
+// draws them when it likes, so each button is watched.
 function hideIcons() {
-  for (const icon of document.querySelectorAll("button[aria-label] svg")) {
-    icon.querySelectorAll("title").forEach((title) => title.remove());
-    icon.removeAttribute("aria-labelledby");
-    icon.setAttribute("aria-hidden", "true");
+  const hide = (button) => {
+    for (const title of button.querySelectorAll("svg title")) title.remove();
+    for (const icon of button.querySelectorAll("svg[aria-labelledby]")) {
+      icon.removeAttribute("aria-labelledby");
+      icon.setAttribute("aria-hidden", "true");
+    }
+  };
+  for (const button of document.querySelectorAll("button[aria-label]")) {
+    hide(button);
+    new MutationObserver(() => hide(button)).observe(button, { childList: true, subtree: true });
   }
 }
 
@@ -37,10 +48,8 @@ function reachTables() {
 document.addEventListener("DOMContentLoaded", () => {
   nameArrows();
   nameButtons();
+  hideIcons();
   reachTables();
 });
-window.addEventListener("load", () => {
-  hideIcons(); // they are drawn by now
-  reachTables();
-});
+window.addEventListener("load", reachTables);
 window.addEventListener("resize", reachTables);
