@@ -280,13 +280,16 @@ class ExactTrainer(WholeCheckpoints, ExactEvaluation):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Forward and backward of a micro-batch, all of its parts; returns the loss."""
-        self._doubts = []
-        if "parts" in inputs:
-            loss = self._run_parts(model, inputs["parts"], num_items_in_batch)
-        else:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        doubts: list[tuple[Tensor, Tensor]] = []
+        self._doubts = doubts
+        try:
+            if "parts" in inputs:
+                loss = self._run_parts(model, inputs["parts"], num_items_in_batch)
+            else:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._doubts = None  # what is scored outside of a step is looked at at once
         # read when the backward is queued, so that the GPU does not wait for the host
-        doubts, self._doubts = self._doubts, None
         for bad, rows in doubts:
             self.refuse_not_finite(bad, rows)
         return loss

@@ -122,3 +122,19 @@ def test_the_end_of_the_memory_is_one_error_with_the_cure(make: Callable[..., An
         trainer.train()
     assert "micro_batch_tokens" in str(caught.value.cure)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_after_a_step_that_failed_scores_are_looked_at_again(make: Callable[..., Any]) -> None:
+    trainer = make()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = trainer.model.register_forward_pre_hook(full)
+    with pytest.raises(ModelError, match="memory is at its end"):
+        trainer.train()
+    hook.remove()
+    with torch.no_grad():
+        trainer.model.score.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="not finite"):
+        trainer.predict(Dataset.from_list(pairs()))
