@@ -132,6 +132,9 @@ def test_the_first_lines_of_a_run_on_a_gpu(t4: Any) -> None:
     assert "float32 has no kernel" in said(torch.float32)
     assert "not of 20" in said(torch.bfloat16, 20)
     assert "sdpa, over padded batches" in said(torch.bfloat16, packed=False)
+    without_heads = a_model(torch.bfloat16)
+    without_heads.config.get_text_config = lambda: SimpleNamespace(hidden_size=64)
+    assert "padded" in device_notes(without_heads, packed=False)[1]
 
 
 def test_a_cpu_has_nothing_to_say(tiny_reward: Path) -> None:

@@ -84,10 +84,10 @@ def device_notes(
 
 
 def _kernel(model: Any, device: torch.device, computed: str, packed: bool) -> str:
+    if not packed:  # it may have no heads at all, as Mamba
+        return f"{model.config._attn_implementation}, over padded batches"
     text = model.config.get_text_config()
     width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    if not packed:
-        return f"{model.config._attn_implementation}, over padded batches"
     if computed == "float32":
         why = "float32 has no kernel for texts of unequal lengths"
     elif not has_flash(device):
