@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import numpy as np
@@ -35,6 +35,34 @@ from companion.scoring.reward_function import RewardFunction
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int], None]
 ScoresT = TypeVar("ScoresT", bound=Scores)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that were formatted and not yet scored; see :meth:`Scorer.prepare`.
+
+    Attributes
+    ----------
+    found : sequence
+        Of each row its texts, the error that it is, or None where it was dropped for its length.
+    width : int
+        Texts of a row: 1, or 2 for pairs.
+    names : list of str
+        Of the rows, for errors.
+    reasons : list of (str or None)
+        Why a row has no score.
+    kept : list of int
+        Indices of the rows that are run.
+    texts : list
+        All their texts, row by row: what :meth:`Scorer.values` takes.
+    """
+
+    found: Found
+    width: int
+    names: list[str]
+    reasons: list[str | None]
+    kept: list[int]
+    texts: list[Text]
 
 
 class Scorer(ABC, Generic[ScoresT]):
@@ -145,16 +173,9 @@ class Scorer(ABC, Generic[ScoresT]):
             If a model on a server cannot be asked, with ``on_error="skip"`` too: a server that is
             gone is no bad row.
         """
-        reading = reading_of(self.readout)
-        rows, names = _named_rows(rows, names)
-        found = reading.encode(self.formatter, rows, names, [field], terminated)
-        raw, lengths, reasons, values = self._score_found(found, 1, names, on_error, progress)
-        read = [
-            None if value is None else (texts[0], value[0])  # type: ignore[index]
-            for texts, value in zip(found, values, strict=True)
-        ]
-        scores: Any = reading.scores(raw[:, 0], lengths[:, 0], reasons, read)  # type: ignore[arg-type]
-        return scores.against(self.reference)  # type: ignore[no-any-return]
+        prepared = self.prepare(rows, terminated=terminated, fields=[field], names=names)
+        values = self._run(prepared, on_error, progress)
+        return self.finish(prepared, values, on_error=on_error)
 
     def score_pairs(
         self,
@@ -169,11 +190,9 @@ class Scorer(ABC, Generic[ScoresT]):
         A pair of which one side is too long has NaN on both, and a reason. Parameters as in
         :meth:`score`.
         """
-        rows, names = _named_rows(rows, names)
-        sides = ["chosen", "rejected"]
-        found = reading_of(self.readout).encode(self.formatter, rows, names, sides)
-        raw, lengths, reasons, _ = self._score_found(found, 2, names, on_error, progress)
-        return PairScores(raw[:, 0], raw[:, 1], lengths[:, 0], lengths[:, 1], reasons)
+        prepared = self.prepare(rows, fields=["chosen", "rejected"], names=names)
+        values = self._run(prepared, on_error, progress)
+        return self.finish_pairs(prepared, values, on_error=on_error)
 
     def as_reward_func(self, **settings: Any) -> RewardFunction:
         """This scorer as a reward function for TRL's ``GRPOTrainer`` and ``RLOOTrainer``.
@@ -218,13 +237,68 @@ class Scorer(ABC, Generic[ScoresT]):
                     f"{name} has {len(ids_of(text))} tokens, the model has positions for {limit}",
                     f"format with max_length={limit}",
                 )
-        return self._score_found([[text] for text in texts], 1, names, "raise", progress)[0][:, 0]
+        prepared = self._prepared([[text] for text in texts], 1, names)
+        values = self._run(prepared, "raise", progress)
+        return self._read_rows(prepared, values, "raise")[0][:, 0]
 
     def logits(
         self, texts: Sequence[EncodedSteps], *, progress: Progress | None = None
     ) -> list[torch.Tensor]:
         """Logits ``[places, labels]`` (float32, on the CPU) of an outcome or process model."""
         return list(self._values([ids_of(t) for t in texts], [t.ends for t in texts], progress))
+
+    def prepare(
+        self,
+        rows: Sequence[Row],
+        *,
+        terminated: bool | None = None,
+        fields: Sequence[str] = ("completion",),
+        names: Sequence[str] | None = None,
+    ) -> Prepared:
+        """Rows as token ids, for one who runs them elsewhere: a server's queue. Chapter 6.
+
+        :meth:`score` is this, then :meth:`values` of ``prepared.texts``, then :meth:`finish`.
+
+        Parameters
+        ----------
+        rows, terminated, names
+            As in :meth:`score`.
+        fields : sequence of str
+            The field of the completion; or ``("chosen", "rejected")``, both sides of a pair.
+        """
+        rows, names = _named_rows(rows, names)
+        reading = reading_of(self.readout)
+        found = reading.encode(self.formatter, rows, names, list(fields), terminated)
+        return self._prepared(found, len(fields), names)
+
+    def values(self, texts: Sequence[Text], *, progress: Progress | None = None) -> Sequence[Any]:
+        """What the model says of texts: a scalar each, or logits ``[places, labels]``."""
+        if isinstance(self.readout, ScalarReadout):
+            return self._values([ids_of(text) for text in texts], None, progress)
+        return self.logits(texts, progress=progress)  # type: ignore[arg-type]
+
+    def finish(
+        self, prepared: Prepared, values: Sequence[Any], *, on_error: OnError = "skip"
+    ) -> ScoresT:
+        """Scores of prepared rows (one text each) from the values of their texts, in order.
+
+        With ``on_error="raise"`` a value that is not finite is a :class:`ReadoutError`.
+        """
+        raw, lengths, reasons, found = self._read_rows(prepared, values, on_error)
+        reading = reading_of(self.readout)
+        read = [
+            None if value is None else (texts[0], value[0])  # type: ignore[index]
+            for texts, value in zip(prepared.found, found, strict=True)
+        ]
+        scores: Any = reading.scores(raw[:, 0], lengths[:, 0], reasons, read)  # type: ignore[arg-type]
+        return scores.against(self.reference)  # type: ignore[no-any-return]
+
+    def finish_pairs(
+        self, prepared: Prepared, values: Sequence[Any], *, on_error: OnError = "skip"
+    ) -> PairScores:
+        """As :meth:`finish`, of rows with two texts each."""
+        raw, lengths, reasons, _ = self._read_rows(prepared, values, on_error)
+        return PairScores(raw[:, 0], raw[:, 1], lengths[:, 0], lengths[:, 1], reasons)
 
     # ------------------------------------------------------------------ inside
 
@@ -237,59 +311,69 @@ class Scorer(ABC, Generic[ScoresT]):
     ) -> Sequence[Any]:
         """Of each text its scalar, or with `places` its logits there, ``[places, labels]``."""
 
-    def _score_found(
-        self,
-        found: Found,
-        width: int,
-        names: Sequence[str],
-        on_error: OnError,
-        progress: Progress | None,
-    ) -> tuple[np.ndarray, np.ndarray, list[str | None], list[list[Any] | None]]:
-        """Scores and lengths ``[N, width]``, reasons, and values of rows of `width` texts each."""
-        if on_error not in ("raise", "skip"):
-            raise DataError(f"on_error is {on_error!r}", "use 'raise' or 'skip'")
-        reading = reading_of(self.readout)
-        raw = np.full((len(found), width), np.nan)
-        lengths = np.zeros((len(found), width), dtype=np.int64)
+    def _prepared(self, found: Found, width: int, names: Sequence[str]) -> Prepared:
+        """Which rows of `width` texts each are run, and why the others are not."""
         reasons: list[str | None] = [None] * len(found)
-        values: list[list[Any] | None] = [None] * len(found)
         limit = self.max_positions
-        kept: list[tuple[int, Sequence[Text]]] = []
-        for index, texts in enumerate(found):
-            if isinstance(texts, CompanionError):
-                if on_error == "raise":
-                    raise texts
-                reasons[index] = texts.what
-            elif texts is None:
+        kept: list[int] = []
+        texts: list[Text] = []
+        for index, row in enumerate(found):
+            if isinstance(row, CompanionError):
+                reasons[index] = row.what
+            elif row is None:
                 reasons[index] = f"longer than max_length={self.formatter.max_length} tokens"
-            elif limit is not None and (longest := max(len(ids_of(t)) for t in texts)) > limit:
+            elif limit is not None and (longest := max(len(ids_of(t)) for t in row)) > limit:
                 reasons[index] = f"{longest} tokens, the model has positions for {limit}"
-                if on_error == "raise" and self.formatter.overlong == "error":
-                    raise DataError(f"{names[index]}: {reasons[index]}", "shorten the text")
             else:
-                kept.append((index, texts))
-        flat: list[Any] = [text for _, texts in kept for text in texts]
-        read: Any
-        if isinstance(self.readout, ScalarReadout):
-            read = self._values([ids_of(text) for text in flat], None, progress)
-        else:
-            read = self.logits(flat, progress=progress)
+                kept.append(index)
+                texts += row
+        return Prepared(found, width, list(names), reasons, kept, texts)
+
+    def _refuse_bad(self, prepared: Prepared) -> None:
+        """Raise for the first row that cannot be scored; what was dropped on purpose is none."""
+        for row, name, reason in zip(prepared.found, prepared.names, prepared.reasons, strict=True):
+            if isinstance(row, CompanionError):
+                raise row
+            if row is not None and reason is not None and self.formatter.overlong == "error":
+                raise DataError(f"{name}: {reason}", "shorten the text")
+
+    def _read_rows(
+        self, prepared: Prepared, values: Sequence[Any], on_error: OnError
+    ) -> tuple[np.ndarray, np.ndarray, list[str | None], list[list[Any] | None]]:
+        """Scores and lengths ``[N, width]``, reasons, and values of the rows."""
+        reading = reading_of(self.readout)
+        rows, width = len(prepared.found), prepared.width
+        raw = np.full((rows, width), np.nan)
+        lengths = np.zeros((rows, width), dtype=np.int64)
+        reasons = list(prepared.reasons)
+        read: list[list[Any] | None] = [None] * rows
         failed: list[int] = []
-        for place, (index, texts) in enumerate(kept):
-            own = list(read[place * width : (place + 1) * width])
+        for place, index in enumerate(prepared.kept):
+            part = slice(place * width, (place + 1) * width)
+            own = list(values[part])
             if not all(bool(np.isfinite(np.asarray(value)).all()) for value in own):
                 failed.append(index)
                 reasons[index] = reading.not_finite(own)
                 continue
-            values[index] = own
+            read[index] = own
             raw[index] = [reading.score(value) for value in own]
-            lengths[index] = [len(ids_of(text)) for text in texts]
+            lengths[index] = [len(ids_of(text)) for text in prepared.texts[part]]
         if failed and on_error == "raise":
             raise ReadoutError(
-                f"{names[failed[0]]}: {reasons[failed[0]]}; {len(failed)} such in all",
+                f"{prepared.names[failed[0]]}: {reasons[failed[0]]}; {len(failed)} such in all",
                 self._cure_of_nan,
             )
-        return raw, lengths, reasons, values
+        return raw, lengths, reasons, read
+
+    def _run(
+        self, prepared: Prepared, on_error: OnError, progress: Progress | None
+    ) -> Sequence[Any]:
+        """The values of the rows; with "raise", the first row that has none is an error."""
+        if on_error not in ("raise", "skip"):
+            raise DataError(f"on_error is {on_error!r}", "use 'raise' or 'skip'")
+        if on_error == "raise":
+            self._refuse_bad(prepared)
+        return self.values(prepared.texts, progress=progress)
 
 
 def _named_rows(rows: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequence[str]]:
