@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from companion.engine.devices import resolve_dtype
-from companion.engine.runner import BatchRunner, Packing
+from companion.engine.forward import check_texts
+from companion.engine.runner import BatchRunner, Packing, default_token_budget
 from companion.errors import CompanionError, DataError, ModelError, ReadoutError
 from companion.formatting import Encoded, Overlong, RewardFormatter, Row, TextMode
 from companion.formatting.steps import EncodedSteps
@@ -120,6 +121,15 @@ class Scorer(ABC, Generic[ScoresT]):
         said = getattr(getattr(self._about.model, "config", None), "eos_token_id", None)
         ends = turn_end_ids(self.tokenizer, self.formatter.template_override)
         return sorted({*end_token_ids(self.tokenizer, said), *ends})
+
+    def read_texts(
+        self,
+        max_length: int | None = None,
+        overlong: Overlong | None = None,
+        text: TextMode | None = None,
+    ) -> None:
+        """Take another limit of length, way with what is longer, or way to read text, if given."""
+        self._about.read_texts(max_length, overlong, text)
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -230,6 +240,7 @@ class Scorer(ABC, Generic[ScoresT]):
         reading = reading_of(self.readout)
         names = [f"text {index}" for index in range(len(encoded))]
         texts = [reading.text(item, name) for item, name in zip(encoded, names, strict=True)]
+        prepared = self._prepared([[text] for text in texts], 1, names)
         limit = self.max_positions
         for name, text in zip(names, texts, strict=True):
             if limit is not None and len(ids_of(text)) > limit:
@@ -237,7 +248,6 @@ class Scorer(ABC, Generic[ScoresT]):
                     f"{name} has {len(ids_of(text))} tokens, the model has positions for {limit}",
                     f"format with max_length={limit}",
                 )
-        prepared = self._prepared([[text] for text in texts], 1, names)
         values = self._run(prepared, "raise", progress)
         return self._read_rows(prepared, values, "raise")[0][:, 0]
 
@@ -262,13 +272,24 @@ class Scorer(ABC, Generic[ScoresT]):
         Parameters
         ----------
         rows, terminated, names
-            As in :meth:`score`.
+            As in :meth:`score`; a row may also be :class:`companion.formatting.Encoded` (for an
+            outcome or process model ``EncodedSteps``): token ids.
         fields : sequence of str
             The field of the completion; or ``("chosen", "rejected")``, both sides of a pair.
         """
         rows, names = _named_rows(rows, names)
         reading = reading_of(self.readout)
-        found = reading.encode(self.formatter, rows, names, list(fields), terminated)
+        words = [i for i, row in enumerate(rows) if not isinstance(row, Text)]
+        encoded = reading.encode(
+            self.formatter,
+            [rows[i] for i in words],
+            [names[i] for i in words],
+            list(fields),
+            terminated,
+        )
+        found: list[Any] = [[row] for row in rows]
+        for i, texts in zip(words, encoded, strict=True):
+            found[i] = texts
         return self._prepared(found, len(fields), names)
 
     def values(self, texts: Sequence[Text], *, progress: Progress | None = None) -> Sequence[Any]:
@@ -276,6 +297,22 @@ class Scorer(ABC, Generic[ScoresT]):
         if isinstance(self.readout, ScalarReadout):
             return self._values([ids_of(text) for text in texts], None, progress)
         return self.logits(texts, progress=progress)  # type: ignore[arg-type]
+
+    def check(self, texts: Sequence[Text]) -> None:
+        """Refuse texts of which one would end a whole batch with an error.
+
+        Raises
+        ------
+        CompanionError
+            For an empty text, or places that it does not have; here also for ids that the model
+            does not know, a text that ends with the pad id, and two BOS.
+        """
+        for text in texts:
+            n = len(ids_of(text))
+            if not n:
+                raise DataError("the text has no tokens")
+            if isinstance(text, EncodedSteps) and not all(0 <= at < n for at in text.ends):
+                raise DataError(f"places {list(text.ends)} in a text of {n} tokens")
 
     def finish(
         self, prepared: Prepared, values: Sequence[Any], *, on_error: OnError = "skip"
@@ -499,6 +536,31 @@ class LocalScorer(Scorer[ScoresT]):
         threads, of the call that ended last.
         """
         return self._runner.tokens
+
+    @property
+    def batch_tokens(self) -> int:
+        """Budget of a batch, in computed tokens; on CUDA it follows the free memory."""
+        return self._runner.max_tokens or default_token_budget(self.reward_model.model)
+
+    def run_alone(self) -> None:
+        """Run each text alone from now on: its score is then the same to the last bit, always."""
+        self._runner.max_rows = 1
+
+    @property
+    def packs(self) -> bool:
+        """Whether batches are packed, without padding."""
+        return self._runner.packs
+
+    def check(self, texts: Sequence[Text]) -> None:
+        """As :meth:`Scorer.check`; also ids that the model has no embedding for."""
+        super().check(texts)
+        if texts:
+            rows = self.reward_model.model.get_input_embeddings().weight.shape[0]
+            check_texts([ids_of(text) for text in texts], self.reward_model.model.config)
+            for text in texts:
+                worst = max(ids_of(text))
+                if worst >= rows or min(ids_of(text)) < 0:
+                    raise DataError(f"the token id {worst} is not one of the model's {rows}")
 
     def fingerprint(self) -> str:
         """Of the model; see :func:`companion.models.checkpoint.model_fingerprint`."""
