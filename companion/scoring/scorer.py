@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
@@ -28,9 +29,10 @@ from companion.models.loading import load_reward_model
 from companion.models.manifest import MANIFEST_FILE, ReferenceStats, RewardManifest
 from companion.models.readout import Readout, ScalarReadout, TokenReadout
 from companion.models.reward_model import RewardModel
-from companion.scoring.reading import Found, Text, ids_of, reading_of
+from companion.scoring.reading import Found, NoValue, Text, ids_of, reading_of
 from companion.scoring.results import PairScores, Scores, TokenScores
 from companion.scoring.reward_function import RewardFunction
+from companion.scoring.waiting import in_thread
 
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int], None]
@@ -175,6 +177,25 @@ class Scorer(ABC, Generic[ScoresT]):
         raw, lengths, reasons, _ = self._score_found(found, 2, names, on_error, progress)
         return PairScores(raw[:, 0], raw[:, 1], lengths[:, 0], lengths[:, 1], reasons)
 
+    async def score_async(self, rows: Sequence[Row], **settings: Any) -> ScoresT:
+        """:meth:`score`, awaited: it runs in a thread, and the event loop goes on.
+
+        `settings` are those of :meth:`score`; ``progress`` is called in the loop's thread. If the
+        task is cancelled, the thread ends: with a model here at the next batch, with one on a
+        server at once, and the connection is closed.
+        """
+        return await in_thread(self.score, rows, executor=self._threads(), **settings)
+
+    async def score_pairs_async(
+        self, rows: Sequence[Mapping[str, Any]], **settings: Any
+    ) -> PairScores:
+        """:meth:`score_pairs`, awaited, as :meth:`score_async`."""
+        return await in_thread(self.score_pairs, rows, executor=self._threads(), **settings)
+
+    def _threads(self) -> Executor | None:
+        """Where awaited calls run; None: the event loop's own threads."""
+        return None
+
     def as_reward_func(self, **settings: Any) -> RewardFunction:
         """This scorer as a reward function for TRL's ``GRPOTrainer`` and ``RLOOTrainer``.
 
@@ -224,7 +245,12 @@ class Scorer(ABC, Generic[ScoresT]):
         self, texts: Sequence[EncodedSteps], *, progress: Progress | None = None
     ) -> list[torch.Tensor]:
         """Logits ``[places, labels]`` (float32, on the CPU) of an outcome or process model."""
-        return list(self._values([ids_of(t) for t in texts], [t.ends for t in texts], progress))
+        found = self._values([ids_of(t) for t in texts], [t.ends for t in texts], progress)
+        labels = self.readout.labels
+        return [
+            torch.full((len(text.ends), labels), torch.nan) if isinstance(own, NoValue) else own
+            for text, own in zip(texts, found, strict=True)
+        ]
 
     # ------------------------------------------------------------------ inside
 
@@ -235,7 +261,10 @@ class Scorer(ABC, Generic[ScoresT]):
         places: Sequence[Sequence[int]] | None,
         progress: Progress | None,
     ) -> Sequence[Any]:
-        """Of each text its scalar, or with `places` its logits there, ``[places, labels]``."""
+        """Of each text its scalar, or with `places` its logits there, ``[places, labels]``.
+
+        Or a :class:`companion.scoring.reading.NoValue`.
+        """
 
     def _score_found(
         self,
@@ -269,17 +298,18 @@ class Scorer(ABC, Generic[ScoresT]):
             else:
                 kept.append((index, texts))
         flat: list[Any] = [text for _, texts in kept for text in texts]
-        read: Any
-        if isinstance(self.readout, ScalarReadout):
-            read = self._values([ids_of(text) for text in flat], None, progress)
-        else:
-            read = self.logits(flat, progress=progress)
+        scalar = isinstance(self.readout, ScalarReadout)
+        places = None if scalar else [text.ends for text in flat]
+        read = self._values([ids_of(text) for text in flat], places, progress)
         failed: list[int] = []
+        cures: list[str | None] = []
         for place, (index, texts) in enumerate(kept):
             own = list(read[place * width : (place + 1) * width])
             if not all(bool(np.isfinite(np.asarray(value)).all()) for value in own):
+                missing = next((value for value in own if isinstance(value, NoValue)), None)
                 failed.append(index)
-                reasons[index] = reading.not_finite(own)
+                cures.append(self._cure_of_nan if missing is None else missing.cure)
+                reasons[index] = reading.not_finite(own) if missing is None else missing.reason
                 continue
             values[index] = own
             raw[index] = [reading.score(value) for value in own]
@@ -287,7 +317,7 @@ class Scorer(ABC, Generic[ScoresT]):
         if failed and on_error == "raise":
             raise ReadoutError(
                 f"{names[failed[0]]}: {reasons[failed[0]]}; {len(failed)} such in all",
-                self._cure_of_nan,
+                cures[0],
             )
         return raw, lengths, reasons, values
 
