@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
@@ -29,9 +30,10 @@ from companion.models.loading import load_reward_model
 from companion.models.manifest import MANIFEST_FILE, ReferenceStats, RewardManifest
 from companion.models.readout import Readout, ScalarReadout, TokenReadout
 from companion.models.reward_model import RewardModel
-from companion.scoring.reading import Found, Text, ids_of, reading_of
+from companion.scoring.reading import Found, NoValue, Text, ids_of, reading_of
 from companion.scoring.results import PairScores, Scores, TokenScores
 from companion.scoring.reward_function import RewardFunction
+from companion.scoring.waiting import in_thread
 
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int], None]
@@ -204,6 +206,25 @@ class Scorer(ABC, Generic[ScoresT]):
         values = self._run(prepared, on_error, progress)
         return self.finish_pairs(prepared, values, on_error=on_error)
 
+    async def score_async(self, rows: Sequence[Row], **settings: Any) -> ScoresT:
+        """:meth:`score`, awaited: it runs in a thread, and the event loop goes on.
+
+        `settings` are those of :meth:`score`; ``progress`` is called in the loop's thread. If the
+        task is cancelled, the thread ends: with a model here at the next batch, with one on a
+        server at once, and the connection is closed.
+        """
+        return await in_thread(self.score, rows, executor=self._threads(), **settings)
+
+    async def score_pairs_async(
+        self, rows: Sequence[Mapping[str, Any]], **settings: Any
+    ) -> PairScores:
+        """:meth:`score_pairs`, awaited, as :meth:`score_async`."""
+        return await in_thread(self.score_pairs, rows, executor=self._threads(), **settings)
+
+    def _threads(self) -> Executor | None:
+        """Where awaited calls run; None: the event loop's own threads."""
+        return None
+
     def as_reward_func(self, **settings: Any) -> RewardFunction:
         """This scorer as a reward function for TRL's ``GRPOTrainer`` and ``RLOOTrainer``.
 
@@ -255,7 +276,12 @@ class Scorer(ABC, Generic[ScoresT]):
         self, texts: Sequence[EncodedSteps], *, progress: Progress | None = None
     ) -> list[torch.Tensor]:
         """Logits ``[places, labels]`` (float32, on the CPU) of an outcome or process model."""
-        return list(self._values([ids_of(t) for t in texts], [t.ends for t in texts], progress))
+        found = self._values([ids_of(t) for t in texts], [t.ends for t in texts], progress)
+        labels = self.readout.labels
+        return [
+            torch.full((len(text.ends), labels), torch.nan) if isinstance(own, NoValue) else own
+            for text, own in zip(texts, found, strict=True)
+        ]
 
     def prepare(
         self,
@@ -294,9 +320,9 @@ class Scorer(ABC, Generic[ScoresT]):
 
     def values(self, texts: Sequence[Text], *, progress: Progress | None = None) -> Sequence[Any]:
         """What the model says of texts: a scalar each, or logits ``[places, labels]``."""
-        if isinstance(self.readout, ScalarReadout):
-            return self._values([ids_of(text) for text in texts], None, progress)
-        return self.logits(texts, progress=progress)  # type: ignore[arg-type]
+        scalar = isinstance(self.readout, ScalarReadout)
+        places = None if scalar else [text.ends for text in texts]  # type: ignore[union-attr]
+        return self._values([ids_of(text) for text in texts], places, progress)
 
     def check(self, texts: Sequence[Text]) -> None:
         """Refuse texts of which one would end a whole batch with an error.
@@ -346,7 +372,10 @@ class Scorer(ABC, Generic[ScoresT]):
         places: Sequence[Sequence[int]] | None,
         progress: Progress | None,
     ) -> Sequence[Any]:
-        """Of each text its scalar, or with `places` its logits there, ``[places, labels]``."""
+        """Of each text its scalar, or with `places` its logits there, ``[places, labels]``.
+
+        Or a :class:`companion.scoring.reading.NoValue`.
+        """
 
     def _prepared(self, found: Found, width: int, names: Sequence[str]) -> Prepared:
         """Which rows of `width` texts each are run, and why the others are not."""
@@ -385,12 +414,15 @@ class Scorer(ABC, Generic[ScoresT]):
         reasons = list(prepared.reasons)
         read: list[list[Any] | None] = [None] * rows
         failed: list[int] = []
+        cures: list[str | None] = []
         for place, index in enumerate(prepared.kept):
             part = slice(place * width, (place + 1) * width)
             own = list(values[part])
             if not all(bool(np.isfinite(np.asarray(value)).all()) for value in own):
+                missing = next((value for value in own if isinstance(value, NoValue)), None)
                 failed.append(index)
-                reasons[index] = reading.not_finite(own)
+                cures.append(self._cure_of_nan if missing is None else missing.cure)
+                reasons[index] = reading.not_finite(own) if missing is None else missing.reason
                 continue
             read[index] = own
             raw[index] = [reading.score(value) for value in own]
@@ -398,7 +430,7 @@ class Scorer(ABC, Generic[ScoresT]):
         if failed and on_error == "raise":
             raise ReadoutError(
                 f"{prepared.names[failed[0]]}: {reasons[failed[0]]}; {len(failed)} such in all",
-                self._cure_of_nan,
+                cures[0],
             )
         return raw, lengths, reasons, read
 
