@@ -412,7 +412,8 @@ class RemoteScorer(Scorer[Scores]):
                         f"{url}: serves {', '.join(models) or 'no model'}, not {self.model}",
                         "give model= one of its names",
                     )
-                kind, version, limit = found["kind"], found["model_version"], found.get("max_length")
+                kind, version = found["kind"], found["model_version"]
+                limit = found.get("max_length")
             except (KeyError, TypeError, AttributeError) as error:
                 raise ServiceError(
                     f"{url}{path}: the answer does not fit the protocol 'companion': {error!r}",
