@@ -232,11 +232,11 @@ class Scorer(ABC, Generic[ScoresT]):
         reading = reading_of(self.readout)
         names = [f"text {index}" for index in range(len(encoded))]
         texts = [reading.text(item, name) for item, name in zip(encoded, names, strict=True)]
-        limit = self.max_positions
+        limit, limited = self._limit()
         for name, text in zip(names, texts, strict=True):
             if limit is not None and len(ids_of(text)) > limit:
                 raise ModelError(
-                    f"{name} has {len(ids_of(text))} tokens, the model has positions for {limit}",
+                    f"{name} has {len(ids_of(text))} tokens, {limited} {limit}",
                     f"format with max_length={limit}",
                 )
         return self._score_found([[text] for text in texts], 1, names, "raise", progress)[0][:, 0]
@@ -266,6 +266,10 @@ class Scorer(ABC, Generic[ScoresT]):
         Or a :class:`companion.scoring.reading.NoValue`.
         """
 
+    def _limit(self) -> tuple[int | None, str]:
+        """Longest text that has a score, in tokens, and the words before this number."""
+        return self.max_positions, "the model has positions for"
+
     def _score_found(
         self,
         found: Found,
@@ -282,7 +286,7 @@ class Scorer(ABC, Generic[ScoresT]):
         lengths = np.zeros((len(found), width), dtype=np.int64)
         reasons: list[str | None] = [None] * len(found)
         values: list[list[Any] | None] = [None] * len(found)
-        limit = self.max_positions
+        limit, limited = self._limit()
         kept: list[tuple[int, Sequence[Text]]] = []
         for index, texts in enumerate(found):
             if isinstance(texts, CompanionError):
@@ -292,7 +296,7 @@ class Scorer(ABC, Generic[ScoresT]):
             elif texts is None:
                 reasons[index] = f"longer than max_length={self.formatter.max_length} tokens"
             elif limit is not None and (longest := max(len(ids_of(t)) for t in texts)) > limit:
-                reasons[index] = f"{longest} tokens, the model has positions for {limit}"
+                reasons[index] = f"{longest} tokens, {limited} {limit}"
                 if on_error == "raise" and self.formatter.overlong == "error":
                     raise DataError(f"{names[index]}: {reasons[index]}", "shorten the text")
             else:
@@ -302,13 +306,14 @@ class Scorer(ABC, Generic[ScoresT]):
         places = None if scalar else [text.ends for text in flat]
         read = self._values([ids_of(text) for text in flat], places, progress)
         failed: list[int] = []
-        cures: list[str | None] = []
+        cure: str | None = self._cure_of_nan
         for place, (index, texts) in enumerate(kept):
             own = list(read[place * width : (place + 1) * width])
             if not all(bool(np.isfinite(np.asarray(value)).all()) for value in own):
                 missing = next((value for value in own if isinstance(value, NoValue)), None)
+                if missing is not None and not failed:
+                    cure = None  # (the reason is not ours)
                 failed.append(index)
-                cures.append(self._cure_of_nan if missing is None else missing.cure)
                 reasons[index] = reading.not_finite(own) if missing is None else missing.reason
                 continue
             values[index] = own
@@ -317,7 +322,7 @@ class Scorer(ABC, Generic[ScoresT]):
         if failed and on_error == "raise":
             raise ReadoutError(
                 f"{names[failed[0]]}: {reasons[failed[0]]}; {len(failed)} such in all",
-                cures[0],
+                cure,
             )
         return raw, lengths, reasons, values
 

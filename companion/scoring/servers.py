@@ -123,7 +123,8 @@ class Servers:
             url = address.url
             back_at = max(address.back_at, pauses.get(url, 0.0))
             if only is None and (pause := back_at - time.monotonic()) > 0:
-                await asyncio.sleep(pause)
+                await asyncio.sleep(min(pause, 1.0))  # another may be back before
+                continue
             if tries:
                 self.count("retries")
             self._move(address, 1)
@@ -131,7 +132,7 @@ class Servers:
             try:
                 response = await client.request(method, url + path, json=body)
             except httpx2.TransportError as error:
-                problems[url] = f"no answer ({error or type(error).__name__})"
+                problems[url] = f"no answer ({str(error) or type(error).__name__})"
             except (httpx2.HTTPError, httpx2.InvalidURL) as error:
                 raise ServiceError(f"{url}{path}: {error!r}", "check the URL") from error
             else:
