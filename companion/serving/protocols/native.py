@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from companion.errors import CompanionError, DataError
 from companion.formatting import REMARKS, Encoded, EncodedSteps
 from companion.models import TokenReadout
 from companion.serving.protocols.routes import (
+    NotFinite,
     Unsupported,
     call_of,
     check_version,
@@ -85,6 +88,7 @@ class Steps(_Strict):
     """Solutions of which each step, or each token, is judged."""
 
     items: Annotated[list[Item], Field(min_length=1, max_length=65_536)]
+    tokens: StrictBool = Field(False, description="also what the token at each place reads as")
     model: str | None = None
     model_version: str | None = None
 
@@ -197,6 +201,28 @@ async def rewards(request: Request, body: Rewards) -> dict[str, Any]:
     return {**head(request), "rewards": items, "usage": {"tokens": call.tokens}}
 
 
+def _read_tokens(
+    tokenizer: Any, texts: list[Any], places: list[list[int] | None]
+) -> list[list[str] | None]:
+    """What the token at each place reads as, behind the one before it.
+
+    (Alone, a token of some tokenizers loses the blank that it begins with.)
+    """
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    found: list[list[str] | None] = []
+    for text, own in zip(texts, places, strict=True):
+        ids = (text if isinstance(text, Encoded) else text.encoded).input_ids
+        if own is None:
+            found.append(None)
+            continue
+        words = []
+        for place in own:
+            before = decode(ids[max(place - 1, 0) : place])
+            words.append(decode(ids[max(place - 1, 0) : place + 1])[len(before) :])
+        found.append(words)
+    return found
+
+
 async def steps(request: Request, body: Steps) -> dict[str, Any]:
     """Values of steps (process models) or tokens (outcome models), and their aggregate."""
     service = _check(request, body.model, body.model_version)
@@ -209,6 +235,10 @@ async def steps(request: Request, body: Steps) -> dict[str, Any]:
     rows = [item.row(i) for i, item in enumerate(body.items)]
     prepared, scores = await service.score(call, rows)
     first = scores.first_errors(readout.threshold)
+    words: list[list[str] | None] = [None] * len(rows)
+    if body.tokens:
+        tokenizer = service.scorer.tokenizer
+        words = await run_in_threadpool(_read_tokens, tokenizer, prepared.texts, scores.places)
     found = []
     for i in range(len(rows)):
         own = _of_text(service, prepared, scores, i, [])
@@ -221,6 +251,8 @@ async def steps(request: Request, body: Steps) -> dict[str, Any]:
             "places": scores.places[i],
             "first_error": first[i],
         }
+        if body.tokens:
+            own["tokens"] = words[i]
         found.append({"index": i, **own})
     return {**head(request), "results": found, "usage": {"tokens": call.tokens}}
 
@@ -296,7 +328,19 @@ _HEAD = {
 }
 _TEXT = {"raw": 1.25, "n_tokens": 23, "cut_tokens": 0, "warnings": [], "reason": None}
 
-_shared: dict[str, Any] = {"protocol": "native", "error_body": error_body}
+_PIN = {
+    "name": "X-Model-Version",
+    "in": "header",
+    "required": False,
+    "description": "refuse (409) if another version of the model is served",
+    "schema": {"type": "string"},
+}
+_shared: dict[str, Any] = {
+    "protocol": "native",
+    "error_body": error_body,
+    "never": (NotFinite,),  # of one text it is told in the answer
+    "parameters": [_PIN],
+}
 post(
     router,
     "/v1/rewards",
