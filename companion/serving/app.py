@@ -77,7 +77,7 @@ def make_app(
     app.include_router(page.router)
     app.openapi = functools.partial(document, app)  # type: ignore[method-assign]
 
-    down_said: Any = {503: {"description": "It is not."}}
+    down_said: Any = {503: {"description": "No: the body says what is down."}}
 
     @app.get("/livez", tags=["server"], responses=down_said)
     async def livez() -> dict[str, str]:

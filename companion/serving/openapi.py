@@ -34,6 +34,8 @@ def document(app: FastAPI) -> dict[str, Any]:
     made["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     for path, operations in made["paths"].items():
         for operation in operations.values():
+            # FastAPI's own is the name of the function
+            operation["summary"] = operation["description"].partition("\n")[0].rstrip(".")
             if path not in OPEN:
                 operation["security"] = [{}, {"token": []}]
                 operation["responses"]["401"] = {

@@ -121,9 +121,9 @@ function draw() {
   const q = reference.quantiles, at = (p) => q[Math.round((p / 100) * (q.length - 1))];
   const span = at(100) - at(0) || 1, scores = SIDES.map((side) => shown[side].raw);
   const known = scores.filter((x) => x !== null);
-  const low = Math.max(Math.min(at(0), ...known), at(0) - span) - 0.04 * span;
-  const high = Math.min(Math.max(at(100), ...known), at(100) + span) + 0.04 * span;
-  const width = Math.max(240, box.clientWidth - 26), base = 170;
+  const low = Math.max(Math.min(at(0), ...known), at(0) - span) - 0.16 * span;
+  const high = Math.min(Math.max(at(100), ...known), at(100) + span) + 0.16 * span;
+  const width = Math.max(240, $("result").clientWidth - 26), base = 170;
   const x = (value) => 4 + ((value - low) / (high - low)) * (width - 8);
   const words = SIDES.map((side, i) => `${side.toUpperCase()}: score ${number(scores[i])}` +
     (shown[side].percentile === null ? "" : `, percentile ${number(shown[side].percentile, 1)}`));
@@ -159,11 +159,11 @@ function draw() {
     mark.append(shape("line", { class: `${side} mark`, x1: place, x2: place, y1: y - 4, y2: base }));
     mark.append(side === "a" ? shape("circle", { class: side, cx: place, cy: base, r: 6 }) :
       shape("rect", { class: side, x: place - 5, y: base - 5, width: 10, height: 10 }));
-    const right = place < width / 2;
-    const at_percent = shown[side].percentile;
-    mark.append(shape("text", { class: side, x: place + (right ? 7 : -7), y,
-      "text-anchor": right ? "start" : "end" }, `${side.toUpperCase()} ${number(scores[i])}` +
-      (at_percent === null ? "" : ` (percentile ${number(at_percent, 0)})`) + arrow));
+    const share = shown[side].percentile, text = `${side.toUpperCase()} ${number(scores[i])}` +
+      (share === null ? "" : `, percentile ${number(share, 0)}`) + arrow;
+    const room = 8 * text.length, right = place + room < width; // to the right, where it fits there
+    mark.append(shape("text", { class: side, y, "text-anchor": right ? "start" : "end",
+      x: right ? place + 7 : Math.min(Math.max(place - 7, room), width) }, text));
     svg.append(mark);
   });
   box.append(svg, element("figcaption", {}, `The grey hill: how the scores of ${reference.n} reference ` +
@@ -196,7 +196,8 @@ function summarise(found) {
   if (probability !== null) parts.push(`P(A beats B) = ${percent(probability)}.`);
   if (margin !== null) parts.push(`A is ${number(Math.abs(margin))} ${margin < 0 ? "below" : "above"} B.`);
   if (probability === null) parts.push(`No probability that A beats B: ${why}.`);
-  if (!reference) parts.push("No percentile: the model has no reference set, so only the difference of two scores says something.");
+  if (!reference) parts.push("No percentile: the model has no reference set." +
+    (model.kind === "scalar" ? " So only the difference of two scores says something." : ""));
   $("summary").textContent = parts.join(" ");
 }
 

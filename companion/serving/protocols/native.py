@@ -31,6 +31,10 @@ Message = dict[str, Any]
 Words = str | list[Message]
 
 
+_MODEL: Any = Field(None, description="refuse (400) if another name is served")
+_VERSION: Any = Field(None, description="refuse (409) if another version is served")
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -38,12 +42,14 @@ class _Strict(BaseModel):
 class Item(_Strict):
     """A text: messages, prompt and completion, text, or token ids."""
 
-    messages: list[Message] | None = None
-    prompt: Words | None = None
-    completion: Words | None = None
+    messages: list[Message] | None = Field(
+        None, description="a conversation; the last message is scored"
+    )
+    prompt: Words | None = Field(None, description="text, or messages")
+    completion: Words | None = Field(None, description="text, or messages")
     completions: list[str] | None = Field(None, description="the steps, for a process model")
-    text: str | None = None
-    input_ids: list[StrictInt] | None = Field(None, min_length=1)
+    text: str | None = Field(None, description="the whole text")
+    input_ids: list[StrictInt] | None = Field(None, min_length=1, description="read as they are")
     places: list[StrictInt] | None = Field(
         None, description="with input_ids, for outcome and process models: the tokens to read"
     )
@@ -79,9 +85,14 @@ class Rewards(_Strict):
     """Texts to score."""
 
     items: Annotated[list[Item], Field(min_length=1, max_length=65_536)]
-    return_: list[Form] = Field(default=["raw"], alias="return", min_length=1)
-    model: str | None = None
-    model_version: str | None = Field(None, description="refuse (409) if another one is served")
+    return_: list[Form] = Field(
+        default=["raw"],
+        alias="return",
+        min_length=1,
+        description="all but raw need the model's reference set",
+    )
+    model: str | None = _MODEL
+    model_version: str | None = _VERSION
 
 
 class Steps(_Strict):
@@ -89,8 +100,8 @@ class Steps(_Strict):
 
     items: Annotated[list[Item], Field(min_length=1, max_length=65_536)]
     tokens: StrictBool = Field(False, description="also what the token at each place reads as")
-    model: str | None = None
-    model_version: str | None = None
+    model: str | None = _MODEL
+    model_version: str | None = _VERSION
 
 
 class Pair(_Strict):
@@ -99,16 +110,16 @@ class Pair(_Strict):
     prompt: Words
     a: Words
     b: Words
-    a_terminated: StrictBool | None = None
-    b_terminated: StrictBool | None = None
+    a_terminated: StrictBool | None = Field(None, description="false: a was cut off")
+    b_terminated: StrictBool | None = Field(None, description="false: b was cut off")
 
 
 class Compare(_Strict):
     """Pairs to compare."""
 
     pairs: Annotated[list[Pair], Field(min_length=1, max_length=32_768)]
-    model: str | None = None
-    model_version: str | None = None
+    model: str | None = _MODEL
+    model_version: str | None = _VERSION
 
 
 def error_body(

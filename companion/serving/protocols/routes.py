@@ -212,7 +212,6 @@ def post(
         path,
         route,
         methods=["POST"],
-        summary=description.partition("\n")[0],
         description=description,
         name=path.strip("/").replace("/", "_"),
         responses={
