@@ -18,6 +18,8 @@ from companion.serving.service import BadItem, Call, ClientGone, DeadlineOver, S
 logger = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=BaseModel)
+#: Path of each route that takes a body, and what it takes.
+BODIES: dict[str, type[BaseModel]] = {}
 #: Of a protocol: status, type, what and cure, index of the item -> the body of an error.
 ErrorBody = Callable[[int, str, CompanionError, int | None, str], dict[str, Any]]
 
@@ -167,6 +169,7 @@ def post(
             headers = {"Retry-After": "1"} if status in (429, 503) else None
             return JSONResponse(content, status, headers)
 
+    BODIES[path] = model
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     router.add_api_route(
         path,
