@@ -85,19 +85,18 @@ def call_of(request: Request, protocol: str) -> Call:
 
 
 def check_version(request: Request, pinned: str | None) -> None:
-    """Refuse a client that asks for another version.
+    """Refuse a client that asks for another version than is served.
 
     Raises
     ------
     WrongVersion
     """
     ours = service_of(request).identity.version
-    for wanted in (pinned, request.headers.get("x-model-version")):
-        if wanted is not None and wanted != ours:
-            raise WrongVersion(
-                f"the model's version is {ours}, not {wanted[:64]}",
-                "ask GET /v1/models, and compare the hashes before scores are mixed",
-            )
+    if pinned is not None and pinned != ours:
+        raise WrongVersion(
+            f"the model's version is {ours}, not {pinned[:64]}",
+            "ask GET /v1/models, and compare the hashes before scores are mixed",
+        )
 
 
 def status_of(error: CompanionError, protocol: str) -> tuple[int, str]:
@@ -157,6 +156,7 @@ def post(
 
     async def route(request: Request) -> Response:
         try:
+            check_version(request, request.headers.get("x-model-version"))
             body = await read(request, model)
             return JSONResponse(await answer(request, body))
         except CompanionError as error:
