@@ -125,6 +125,23 @@ class Service:
         # one thread: a tokenizer is no faster in several, and the engine's thread needs the other
         self._formatting = ThreadPoolExecutor(1, thread_name_prefix="formatting")
 
+        golden = None if scorer.manifest is None else scorer.manifest.golden_texts
+        own = [] if golden is None else list(zip(golden.rows, golden.input_ids, strict=True))
+        self._openings = {ids[0] for _, ids in own}
+        self._ends = {ids[-1] for row, ids in own if row.get("terminated", True)}
+
+    def unlike(self, ids: Sequence[int]) -> list[str]:
+        """In what token ids that came from outside differ from texts of the model's formatter.
+
+        By the golden texts: whether they begin as those do, and end as the finished ones.
+        """
+        said = []
+        if len(self._openings) == 1 and ids[0] not in self._openings:
+            said.append("unlike the manifest's template: the ids do not begin as its texts do")
+        if self._ends and ids[-1] not in self._ends:
+            said.append("unfinished, or unlike the manifest's template: the ids have no end of it")
+        return said
+
     def start(self) -> None:
         """Begin to serve."""
         self.engine.start()
