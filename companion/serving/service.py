@@ -6,6 +6,7 @@ Chapter 6.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Any
 
 from companion.errors import CompanionError, DataError, ServiceError
 from companion.formatting import Encoded
-from companion.models import Identity
+from companion.models import Identity, short_hash
 from companion.scoring import Prepared, Scorer, Text
 from companion.serving.engine import Engine
 from companion.serving.metrics import Metrics
@@ -125,6 +126,11 @@ class Service:
         # one thread: a tokenizer is no faster in several, and the engine's thread needs the other
         self._formatting = ThreadPoolExecutor(1, thread_name_prefix="formatting")
 
+        #: of what centred scores, z, percentiles and probabilities are made with; None without
+        self.reference_version: str | None = None
+        if scorer.manifest is not None and scorer.manifest.reference is not None:
+            scale = [vars(scorer.manifest.reference), scorer.manifest.temperature]
+            self.reference_version = short_hash(json.dumps(scale, sort_keys=True).encode())
         golden = None if scorer.manifest is None else scorer.manifest.golden_texts
         own = [] if golden is None else list(zip(golden.rows, golden.input_ids, strict=True))
         self._openings = {ids[0] for _, ids in own}

@@ -123,6 +123,7 @@ def head(request: Request) -> dict[str, Any]:
         "model": service.name,
         "model_version": service.identity.version,
         "hashes": service.identity.to_dict(),
+        "reference_version": service.reference_version,
     }
 
 
