@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -16,6 +16,9 @@ from companion.serving.queue import QueueClosed, QueueFull
 from companion.serving.service import BadItem, Call, ClientGone, DeadlineOver, Service
 
 logger = logging.getLogger(__name__)
+
+#: letters of what is wrong in an answer
+_LONGEST: Final = 1000
 
 Body = TypeVar("Body", bound=BaseModel)
 #: Path of each route that takes a body, and what it takes.
@@ -120,6 +123,13 @@ def status_of(error: CompanionError, protocol: str) -> tuple[int, str]:
     return 500, "model_failed"
 
 
+def _shortened(error: CompanionError) -> CompanionError:
+    """An error that does not repeat all that was sent (a field's name of a megabyte, say)."""
+    if len(error.what) <= _LONGEST:
+        return error
+    return CompanionError(error.what[:_LONGEST] + "…", error.cure)
+
+
 def post(
     router: APIRouter,
     path: str,
@@ -165,7 +175,7 @@ def post(
             if status >= 500:
                 logger.warning(f"{path} {status} {kind}: {error.what}")
             index = error.index if isinstance(error, BadItem) else None
-            content = error_body(status, kind, error, index, request.state.id)
+            content = error_body(status, kind, _shortened(error), index, request.state.id)
             headers = {"Retry-After": "1"} if status in (429, 503) else None
             return JSONResponse(content, status, headers)
 
