@@ -15,6 +15,7 @@ enough.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import os
@@ -129,10 +130,10 @@ class RewardManager(RewardManagerBase):  # type: ignore[misc, unused-ignore]
         if self.scale not in SCALES:
             raise DataError(f"return is {self.scale!r}", f"use one of: {', '.join(SCALES)}")
         self.model_version = settings.get("model_version")
-        self.unscored = _number(settings, "unscored", None)
+        self.unscored = None if settings.get("unscored") is None else _number(settings, "unscored")
         self.timeout = _number(settings, "timeout", 600.0)
         self.patience = _number(settings, "patience", 3600.0)
-        self.connections = int(_number(settings, "connections", 256) or 0)
+        self.connections = int(_number(settings, "connections", 256.0))
         ends = settings.get("eos_token_ids")
         self.eos_token_ids = frozenset(
             _ends_of(config, tokenizer) if ends is None else map(int, ends)
@@ -239,9 +240,7 @@ class RewardManager(RewardManagerBase):  # type: ignore[misc, unused-ignore]
 
     # ------------------------------------------------------------------ the server's side
 
-    def _read(
-        self, status: int, answer: Any, url: str
-    ) -> tuple[dict[str, Any] | None, str | None]:
+    def _read(self, status: int, answer: Any, url: str) -> tuple[dict[str, Any] | None, str | None]:
         """The item's rewards, or why there are none; an error for anything else."""
         if status != 200:
             error = answer.get("error") if isinstance(answer, dict) else None
@@ -272,30 +271,20 @@ class RewardManager(RewardManagerBase):  # type: ignore[misc, unused-ignore]
 
     async def _post(self, body: dict[str, Any]) -> tuple[int, Any, str]:
         """A status, what was answered, and by whom; tries again for ``patience`` seconds."""
-        import aiohttp
-
         begin, tries = time.monotonic(), 0
         while True:
             url = self.urls[self._turn % len(self.urls)]
             self._turn += 1
-            wait: float | None = None
-            try:
-                async with self._connection().post(f"{url}/v1/rewards", json=body) as response:
-                    if response.status not in RETRIED:
-                        try:
-                            return response.status, await response.json(content_type=None), url
-                        except ValueError:
-                            return response.status, await response.text(), url
-                    why = f"{response.status} {(await response.text())[:300]}"
-                    wait = _seconds(response.headers.get("Retry-After"))
-            except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-                why = f"{type(error).__name__} {error}"
+            status, answer, wait = await self._ask(f"{url}/v1/rewards", body)
+            if status is not None and status not in RETRIED:
+                return status, answer, url
             tries += 1
             # several workers must not come back in step
-            pause = min(_LONGEST_PAUSE, 0.5 * 2 ** min(tries - 1, 10)) * random.uniform(0.5, 1.0)
-            pause = min(_LONGEST_PAUSE, max(pause, wait or 0.0))
+            pause = 0.5 * 2 ** min(tries - 1, 10) * random.uniform(0.5, 1.0)
+            pause = min(_LONGEST_PAUSE, max(pause, wait))
             spent = time.monotonic() - begin
-            if spent + pause > (self.patience or 0.0):
+            why = f"{status or 'no answer'}: {answer}"[:500]
+            if spent + pause > self.patience:
                 raise ServiceError(
                     f"{url}: no reward after {tries} tries in {spent:.0f} s (the last: {why})",
                     "check that the server runs and is large enough, or raise "
@@ -303,6 +292,22 @@ class RewardManager(RewardManagerBase):  # type: ignore[misc, unused-ignore]
                 )
             self._count("retries", f"{url}: tried again, in {pause:.1f} s: {why}")
             await asyncio.sleep(pause)
+
+    async def _ask(self, where: str, body: dict[str, Any]) -> tuple[int | None, Any, float]:
+        """Status, answer and ``Retry-After`` of one try; no status if there was no answer."""
+        import aiohttp  # verl has it
+
+        try:
+            async with self._connection().post(where, json=body) as response:
+                text = await response.text()
+                status, said = response.status, response.headers.get("Retry-After", "")
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return None, f"{type(error).__name__} {error}", 0.0
+        wait = float(said) if said.isdecimal() else 0.0
+        try:
+            return status, json.loads(text), wait
+        except ValueError:
+            return status, text, wait
 
     def _connection(self) -> Any:
         """One session for each event loop: verl may run its batches by loops of their own."""
@@ -338,19 +343,12 @@ def _message(turn: Any) -> dict[str, Any]:
     return {**turn, "content": content if isinstance(content, str) else list(content)}
 
 
-def _number(settings: Mapping[str, Any], name: str, default: float | None) -> float | None:
+def _number(settings: Mapping[str, Any], name: str, default: float = math.nan) -> float:
     given = settings.get(name)
     try:
         value = default if given is None else float(given)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"reward.reward_kwargs.{name} is {given!r}", "give a number") from error
-    if value is not None and not math.isfinite(value):
-        raise DataError(f"reward.reward_kwargs.{name} is {value}", "give a finite number")
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"reward.reward_kwargs.{name} is {given!r}", "give a number")
     return value
-
-
-def _seconds(said: str | None) -> float | None:
-    try:
-        return None if said is None else float(said)
-    except ValueError:  # a date, which this server does not send
-        return None
