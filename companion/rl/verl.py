@@ -179,6 +179,7 @@ class RewardManager(RewardManagerBase):  # type: ignore[misc, unused-ignore]
                     "prompt": [_message(turn) for turn in item.non_tensor_batch["raw_prompt"]],
                     "completion": [{"role": "assistant", "content": completion}],
                     "terminated": terminated,
+                    "drawn": True,
                 }
             ],
             "return": sorted({"raw", self.scale}),

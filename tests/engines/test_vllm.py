@@ -1,4 +1,4 @@
-"""A saved reward model in a real vLLM: its scores, through the gateway too, are the offline ones."""
+"""A saved reward model in a real vLLM: its scores are the offline ones, through the gateway too."""
 
 from __future__ import annotations
 

@@ -119,6 +119,7 @@ def test_it_sends_messages_response_and_whether_that_ended(
                     "prompt": [USER],
                     "completion": [{"role": "assistant", "content": "Ana has 3"}],
                     "terminated": terminated,
+                    "drawn": True,
                 }
             ],
             "return": ["raw", "z"],
