@@ -73,7 +73,9 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = PairwiseRewardConfig(
         output_dir=str(folder / "reward"), max_steps=20, per_device_train_batch_size=8,
         learning_rate=1e-3, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, seed=11,
+        logging_strategy="no", eval_strategy="no", save_strategy="no",
     )  # fmt: skip
     data = DataArguments(dataset_name=str(folder / "pairs.jsonl"))
-    train_pairwise(config, ModelArguments(model_name_or_path=str(TUTOR_BASE)), data)
+    base = ModelArguments(model_name_or_path=str(TUTOR_BASE))
+    train_pairwise(config, base, data, say=lambda line: None)
     return folder / "reward"

@@ -68,7 +68,9 @@ def vllm(vllm_python: Path, reward_model: Path) -> Iterator[Any]:
 
 
 def apart(found: Any, wanted: Any) -> float:
-    return float(np.max(np.abs(np.asarray(found) - np.asarray(wanted))))
+    """The largest difference; of numbers beyond 1 in parts of them, as rounding grows."""
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    return float(np.max(np.abs(found - wanted) / np.maximum(1.0, np.abs(wanted))))
 
 
 def test_offline_is_vllm_is_the_gateway_in_front_of_it(
