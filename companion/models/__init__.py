@@ -24,6 +24,11 @@ if TYPE_CHECKING:
         initialise_head as initialise_head,
         install_head as install_head,
     )
+    from companion.models.identity import (
+        Identity as Identity,
+        identity_of as identity_of,
+        text_hashes as text_hashes,
+    )
     from companion.models.loading import (
         load_base as load_base,
         load_formatter as load_formatter,

@@ -14,7 +14,7 @@ import numpy as np
 
 from companion.errors import DataError, ModelError
 from companion.formatting import Encoded, EncodedSteps
-from companion.models import identity_of
+from companion.models import Identity, identity_of, text_hashes
 from companion.scoring import LocalScorer, Scorer, check_golden, load_scorer
 from companion.serving.app import make_app
 from companion.serving.listening import in_thread
@@ -97,6 +97,17 @@ def open_service(
         exact=exact,
         deviation=0.0 if exact else deviation,
         notes=notes,
+    )
+
+
+def _served_identity(scorer: Scorer[Any]) -> Identity:
+    """Of a model on an engine that has no hashes: the words by the folder, the rest by its name."""
+    elsewhere = scorer.fingerprint()[:16]
+    return Identity(
+        weights=elsewhere,
+        config=elsewhere,
+        dtype="engine",
+        **text_hashes(scorer.formatter, scorer.readout),
     )
 
 
