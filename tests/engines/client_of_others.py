@@ -21,6 +21,8 @@ from typing import Any
 
 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+#: posts at once
+AT_ONCE = 4096
 #: what the clients said while they worked: their only trace of tries that failed
 SAID: Counter[str] = Counter()
 
@@ -60,7 +62,13 @@ def openrlhf(url: str, model: str, jobs: list[dict[str, Any]]) -> list[dict[str,
         return {name: got[name] for name in ("reward", "scores", "extra_logs")}
 
     async def every() -> list[dict[str, Any]]:
-        return await asyncio.gather(*map(one, jobs))
+        gate = asyncio.Semaphore(AT_ONCE)
+
+        async def next_one(job: dict[str, Any]) -> dict[str, Any]:
+            async with gate:
+                return await one(job)
+
+        return await asyncio.gather(*map(next_one, jobs))
 
     return asyncio.run(every())
 
@@ -81,6 +89,15 @@ def verl(url: str, model: str, jobs: list[dict[str, Any]], *overrides: str) -> l
     with initialize_config_dir(config_dir=folder, version_base=None):
         config = compose("ppo_trainer", [f"actor_rollout_ref.model.path={model}", *overrides])
     worker = reward_loop.RewardLoopWorker(config, url.removeprefix("http://"))
+
+    async def scored(worker: Any, data: Any) -> list[dict[str, Any]]:
+        gate = asyncio.Semaphore(AT_ONCE)
+
+        async def one(i: int) -> dict[str, Any]:
+            async with gate:
+                return await worker.compute_score(data[i : i + 1])
+
+        return await asyncio.gather(*map(one, range(len(jobs))))
 
     def padded(name: str, left: bool) -> tuple[Any, Any]:
         rows = [job[name] for job in jobs]
@@ -104,7 +121,7 @@ def verl(url: str, model: str, jobs: list[dict[str, Any]], *overrides: str) -> l
         batch_size=len(jobs),
     )
     data = DataProto(batch=batch, non_tensor_batch={"raw_prompt": raw_prompts})
-    found = worker.loop.run_until_complete(worker.compute_score_batch(data))
+    found = worker.loop.run_until_complete(scored(worker, data))
     cls = reward_loop.resolve_reward_manager_cls(config)
     tensor = cls.assemble_rm_scores(data, [item["reward_score"] for item in found])
     last = torch.tensor([len(job["response_ids"]) - 1 for job in jobs])
@@ -127,7 +144,7 @@ if __name__ == "__main__":
             url, model, jobs,
             f"{manager}.source=importlib", f"{manager}.module.path=pkg://companion.rl",
             f"{manager}.name=RewardManager", f"+reward.reward_kwargs.url={url}",
-            "+reward.reward_kwargs.connections=4096",
+            f"+reward.reward_kwargs.connections={AT_ONCE}",
         )  # fmt: skip
     else:
         answers = verl(
