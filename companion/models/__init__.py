@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.models.golden import GoldenTexts as GoldenTexts
     from companion.models.guards import (
         check_batch as check_batch,
         check_head as check_head,

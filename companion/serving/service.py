@@ -121,7 +121,7 @@ class Service:
         padded = not getattr(scorer, "packs", True)
         self.queue = Queue(queue_tokens, by_length=padded)
         self.engine = Engine(scorer, self.queue, threads=engine_threads, watch=self.metrics.batch)
-        self.metrics.describe(self)
+        self.metrics.describe(self.queue, name, identity.version, scorer.readout.kind)
         # one thread: a tokenizer is no faster in several, and the engine's thread needs the other
         self._formatting = ThreadPoolExecutor(1, thread_name_prefix="formatting")
 
@@ -196,7 +196,7 @@ class Service:
         scores = self.scorer.finish(prepared, values)
         self.metrics.scored(scores)
         if self.log is not None:
-            self.log.write(call, rows, prepared, scores)
+            self.log.write(call.id, call.protocol, rows, prepared, scores)
         return prepared, scores
 
     async def _values(
