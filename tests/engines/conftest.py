@@ -72,7 +72,7 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(make_rows("pairs", 400, seed=11), folder / "pairs.jsonl")
     config = PairwiseRewardConfig(
         output_dir=str(folder / "reward"), max_steps=20, per_device_train_batch_size=8,
-        learning_rate=1e-3, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, seed=11,
+        learning_rate=3e-4, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, seed=11,
         logging_strategy="no", eval_strategy="no", save_strategy="no",
     )  # fmt: skip
     data = DataArguments(dataset_name=str(folder / "pairs.jsonl"))

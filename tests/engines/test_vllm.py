@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,9 +69,8 @@ def vllm(vllm_python: Path, reward_model: Path) -> Iterator[Any]:
 
 
 def apart(found: Any, wanted: Any) -> float:
-    """The largest difference; of numbers beyond 1 in parts of them, as rounding grows."""
-    found, wanted = np.asarray(found), np.asarray(wanted)
-    return float(np.max(np.abs(found - wanted) / np.maximum(1.0, np.abs(wanted))))
+    """The largest difference."""
+    return float(np.max(np.abs(np.asarray(found) - np.asarray(wanted))))
 
 
 def test_offline_is_vllm_is_the_gateway_in_front_of_it(
@@ -99,22 +99,17 @@ def test_offline_is_vllm_is_the_gateway_in_front_of_it(
     assert apart([item["probs"][0] for item in answer["data"]], want.raw[:8]) < 1e-5
 
 
-def test_a_gateway_refuses_another_model_than_the_engine_runs(
-    vllm: Any, serve: Callable[..., Any], offline: RewardScorer, reward_model: Path, tmp_path: Path
+def test_a_gateway_refuses_an_engine_that_runs_another_model(
+    vllm: Any, serve: Callable[..., Any], reward_model: Path, tmp_path: Path
 ) -> None:
     """A folder whose golden texts have other scores than the engine gives them."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     other = shutil.copytree(reward_model, tmp_path / "other")
-    manifest = json.loads((other / "reward_manifest.json").read_text())
+    file = other / "reward_manifest.json"
+    manifest = json.loads(file.read_text())
     golden = manifest["golden_texts"]
-    golden["scores"] = [score + 0.01 for score in golden["scores"]]
-    (other / "reward_manifest.json").write_text(json.dumps(manifest))
-    weights = load_file(other / "model.safetensors")
-    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(AssertionError, match="golden"):
+    golden["values"] = [value + 0.01 for value in golden["values"]]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(AssertionError, match=r"moved by 0\.01"):
         serve("--model", other, "--engine", "vllm", "--engine_url", vllm.url)
 
 
