@@ -65,7 +65,7 @@ PYTEST = $(OFFLINE) $(NO_PROGRESS) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 .PHONY: help quickstart test test-slow test-engines book lab lint format figures probe clean notebooks
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-14s%s\n", $$1, $$2 }'
 	@echo
 	@echo "  PYTHON=python3.12    the interpreter that makes .venv (3.11 or newer)"
 	@echo "  TORCH_INDEX=URL      take torch from this index, e.g. for a CUDA build"

@@ -28,10 +28,13 @@ SAID: Counter[str] = Counter()
 
 
 class Listener(logging.Handler):
-    """Counts what a client logs."""
+    """Counts what a client logs, and shows it once."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        SAID[record.getMessage()[:300]] += 1
+        message = record.getMessage()[:300]
+        SAID[message] += 1
+        if SAID[message] == 1:
+            print(message, file=sys.stderr, flush=True)
 
 
 def openrlhf(url: str, model: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -106,6 +107,16 @@ class Restarts(threading.Thread):
         self.sent[number.name] = count(self.folder)
 
 
+def begin_client(python: Path, *words: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [python, HERE / "client_of_others.py", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "RAY_USAGE_STATS_ENABLED": "0"},
+    )
+
+
 def expected_ids(
     name: str, jobs: list[dict[str, Any]], offline: RewardScorer, tokenizer: Any
 ) -> list[list[int]]:
@@ -151,19 +162,14 @@ def test_no_reward_is_lost_doubled_or_anothers_while_the_server_restarts(
     source.write_text("".join(json.dumps(job) + "\n" for job in jobs))
     restarts = Restarts(server, log)
     restarts.start()
-    client = subprocess.run(
-        [clients_python, HERE / "client_of_others.py", name, server.url, reward_model, source, out],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "RAY_USAGE_STATS_ENABLED": "0"},
-    )
+    client = begin_client(clients_python, name, server.url, reward_model, source, out)
+    stdout, stderr = client.communicate(timeout=600)
     told = "\n".join(server.lines[-30:])
-    assert client.returncode == 0, client.stderr[-4000:] + told
+    assert client.returncode == 0, stderr[-4000:] + told
     restarts.join(60)
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     lines = written(log)
-    said = json.loads(client.stdout.splitlines()[-1])
+    said = json.loads(stdout.splitlines()[-1])
     times = [line["time"] for line in lines]
     workers = sorted(Counter(file.name for file in log.iterdir()))
     print(
@@ -173,6 +179,7 @@ def test_no_reward_is_lost_doubled_or_anothers_while_the_server_restarts(
     assert list(restarts.sent) == ["SIGTERM", "SIGHUP"], told
     assert max(restarts.sent.values()) < JOBS, "the restarts came after the last answer"
     assert len(workers) > 1
+    server.wait_for("ready: ", 120, times=3)  # the first, SIGTERM's and SIGHUP's
 
     rewards = [answer["reward"] for answer in answers]
     assert len(rewards) == JOBS
@@ -199,3 +206,37 @@ def test_no_reward_is_lost_doubled_or_anothers_while_the_server_restarts(
         assert n_tokens == list(map(len, ids))
     versions = {line["model_version"] for line in lines}
     assert len(versions) == 1
+
+
+def test_verl_waits_for_a_server_that_is_not_there_yet(
+    clients_python: Path,
+    serve: Callable[..., Any],
+    reward_model: Path,
+    offline: RewardScorer,
+    tokenizer: Any,
+    jobs: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Refused connections are tried again: the server is started when the client has failed."""
+    source, out = tmp_path / "jobs.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(job) + "\n" for job in jobs[:64]))
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    client = begin_client(clients_python, "verl", url, reward_model, source, out)
+    assert client.stderr is not None
+    said = []
+    for line in client.stderr:  # (it logs its first failure)
+        said.append(line)
+        if "tried again" in line:
+            break
+    assert client.poll() is None, "".join(said[-20:])
+    serve("--port", port)
+    _, stderr = client.communicate(timeout=300)
+    assert client.returncode == 0, stderr[-4000:]
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    want = offline.score_encoded(expected_ids("verl", jobs[:64], offline, tokenizer))
+    np.testing.assert_allclose([a["reward"] for a in answers], want, rtol=0, atol=1e-5)
+    assert answers[0]["counts"]["retries"] >= 64
+    assert answers[0]["counts"]["rewards"] == 64
