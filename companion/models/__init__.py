@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from companion.models.identity import (
         Identity as Identity,
         identity_of as identity_of,
+        short_hash as short_hash,
         text_hashes as text_hashes,
     )
     from companion.models.loading import (

@@ -126,6 +126,7 @@ def head(request: Request) -> dict[str, Any]:
         "model": service.name,
         "model_version": service.identity.version,
         "hashes": service.identity.to_dict(),
+        "reference_version": service.reference_version,
     }
 
 
@@ -139,13 +140,16 @@ def _check(request: Request, model: str | None, version: str | None) -> Service:
     return service
 
 
-def _warnings(text: Any, limit: int | None) -> list[str]:
-    """What is to be said of one text."""
+def _warnings(service: Service, item: Any, text: Any) -> list[str]:
+    """What is to be said of one text, that was sent as words or as ids."""
     encoded = text if isinstance(text, Encoded) else text.encoded
+    if isinstance(item, (Encoded, EncodedSteps)):
+        return service.unlike(encoded.input_ids)
     said = [REMARKS[name].replace("texts", "a text", 1) for name in encoded.remarks]
     if not encoded.terminated:
         said.append("unfinished: the completion was cut off, and its end is not written")
     if encoded.cut_tokens:
+        limit = service.scorer.formatter.max_length
         said.append(f"{encoded.cut_tokens} tokens of the prompt were cut to fit {limit}")
     return said
 
@@ -155,7 +159,7 @@ def _number(value: float) -> float | None:
 
 
 def _of_text(
-    service: Service, prepared: Any, scores: Any, i: int, forms: list[str]
+    service: Service, rows: list[Any], prepared: Any, scores: Any, i: int, forms: list[str]
 ) -> dict[str, Any]:
     text = prepared.texts[i]
     cut = cut_tokens(text)
@@ -168,7 +172,7 @@ def _of_text(
     return found | {
         "n_tokens": len(text if isinstance(text, Encoded) else text.encoded),
         "cut_tokens": cut,
-        "warnings": _warnings(text, service.scorer.formatter.max_length),
+        "warnings": _warnings(service, rows[i], text),
         "reason": scores.reasons[i],
     }
 
@@ -195,7 +199,8 @@ async def rewards(request: Request, body: Rewards) -> dict[str, Any]:
     prepared, scores = await service.score(call, rows)
     forms: list[str] = list(body.return_)
     items = [
-        {"index": i, **_of_text(service, prepared, scores, i, forms)} for i in range(len(rows))
+        {"index": i, **_of_text(service, rows, prepared, scores, i, forms)}
+        for i in range(len(rows))
     ]
     return {**head(request), "rewards": items, "usage": {"tokens": call.tokens}}
 
@@ -214,7 +219,7 @@ async def steps(request: Request, body: Steps) -> dict[str, Any]:
     first = scores.first_errors(readout.threshold)
     found = []
     for i in range(len(rows)):
-        own = _of_text(service, prepared, scores, i, [])
+        own = _of_text(service, rows, prepared, scores, i, [])
         has = scores.values[i] is not None
         own |= {
             "score": _number(scores.raw[i]),
@@ -260,7 +265,7 @@ async def compare(request: Request, body: Compare) -> dict[str, Any]:
     forms = ["raw"] + (["z", "percentile"] if service.scorer.reference is not None else [])
     found = []
     for i in range(len(body.pairs)):
-        a, b = (_of_text(service, prepared, scores, 2 * i + side, forms) for side in (0, 1))
+        a, b = (_of_text(service, rows, prepared, scores, 2 * i + side, forms) for side in (0, 1))
         margin = scores.raw[2 * i] - scores.raw[2 * i + 1]
         probability = None
         if why is None and temperature is not None and math.isfinite(margin):
