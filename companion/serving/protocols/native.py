@@ -47,6 +47,9 @@ class Item(_Strict):
     terminated: StrictBool | None = Field(
         None, description="false: the completion was cut off, and its end is not written"
     )
+    drawn: StrictBool | None = Field(
+        None, description="true: a policy wrote the completion, which may repeat the prompt"
+    )
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -57,7 +60,7 @@ class Item(_Strict):
         if self.input_ids is None:
             if self.places is not None:
                 raise DataError(f"{where}.places: only token ids have places", "give input_ids too")
-            if not given.keys() - {"terminated", "tools", "chat_template_kwargs"}:
+            if not given.keys() - {"terminated", "drawn", "tools", "chat_template_kwargs"}:
                 raise DataError(
                     f"{where}: holds no text",
                     "give messages, prompt and completion, text, or input_ids",
