@@ -674,11 +674,9 @@ def served_all_work_done(arrivals, tokens, patience, rate):
     return [served[i] for i in range(len(arrivals))]
 
 
-@wrong("ch06.who_is_served", asks="a busy hour ends as the rules say")
-def served_by_capacity(arrivals, tokens, patience, rate):
-    return [served_all_work_done(arrivals, tokens, patience, rate)[i] for i in range(len(tokens))][
-        :2
-    ] + [True] * max(0, len(tokens) - 2)
+@wrong("ch06.who_is_served", asks="who waits is served, as long as the patience lasts")
+def served_if_work_fits(arrivals, tokens, patience, rate):
+    return [count / rate <= wait for count, wait in zip(tokens, patience, strict=True)]
 
 
 @pytest.mark.parametrize(
