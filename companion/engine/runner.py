@@ -168,7 +168,7 @@ class BatchRunner:
             self.tokens = 0, 0
             return found
         check_texts(ids, self.model.config)
-        packed = self.packing == "auto" and self._can_pack()
+        packed = self.packing == "auto" and self.packs
         way: Forward = "ours"
         if not packed:
             way = forward_of(self.model, self.pad_token_id, ids, self.padding_side)
@@ -226,11 +226,13 @@ class BatchRunner:
         """What was chosen for this device, and why; empty on a CPU."""
         if next(self.model.parameters()).device.type != "cuda":
             return []
-        packed = self.packing == "auto" and self._can_pack()
+        packed = self.packing == "auto" and self.packs
         budget = None if self.max_tokens else default_token_budget(self.model)
         return device_notes(self.model, packed=packed, budget=budget)
 
-    def _can_pack(self) -> bool:
+    @property
+    def packs(self) -> bool:
+        """Whether batches are packed; if not, the log has said why."""
         why = packing_fault(self.model, self.pad_token_id, training=False)
         if why is not None and why != self._said:
             logger.warning(f"texts are padded, not packed: {why}")

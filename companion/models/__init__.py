@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.models.golden import GoldenTexts as GoldenTexts
     from companion.models.guards import (
         check_batch as check_batch,
         check_head as check_head,
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
         find_head as find_head,
         initialise_head as initialise_head,
         install_head as install_head,
+    )
+    from companion.models.identity import (
+        Identity as Identity,
+        identity_of as identity_of,
+        text_hashes as text_hashes,
     )
     from companion.models.loading import (
         load_base as load_base,

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,13 @@ OLD_HEADS = rf"({LANGUAGE_HEAD}|score\.|classifier\.|v_head\.)"
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(bias|masked_bias)$")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+#: dtypes by their names in safetensors files
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
 
 
 def resolve(path_or_id: PathLike) -> str:
@@ -125,8 +132,13 @@ def checkpoint_keys(name: str, revision: str | None = None) -> set[str] | None:
         raise ModelError(f"{single}: damaged: {error}", "save or fetch the file again") from error
 
 
-def read_tensor(name: str, key: str, revision: str | None = None) -> Tensor | None:
-    """One stored tensor in its stored dtype; None if it is not in a safetensors file."""
+def read_tensor(
+    name: str, key: str, revision: str | None = None, *, unless: torch.dtype | None = None
+) -> Tensor | None:
+    """One stored tensor in its stored dtype; None if it is not in a safetensors file.
+
+    With `unless`, None too where it is stored in that dtype: its bytes are then not read.
+    """
     from safetensors import safe_open
 
     index = find_file(name, _INDEX, revision)
@@ -135,7 +147,11 @@ def read_tensor(name: str, key: str, revision: str | None = None) -> Tensor | No
     if path is None:
         return None
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor(key) if key in file.keys() else None  # noqa: SIM118
+        if key not in file.keys():  # noqa: SIM118
+            return None
+        if unless is not None and file.get_slice(key).get_dtype() == _CODES.get(unless):
+            return None
+        return file.get_tensor(key)
 
 
 # ---------------------------------------------------------------------- its parts
@@ -354,16 +370,36 @@ def model_fingerprint(model: Any) -> str:
     with the same weights and another ``rope_theta`` are two, and so are two that differ in a single
     weight.
     """
-    inner = without_adapter(model)
-    config = {key: value for key, value in inner.config.to_dict().items() if key not in _NOISE}
-    digest = hashlib.sha256(f"{type(inner).__module__} {type(inner).__qualname__}\n".encode())
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"\n{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        # 20 GB/s; SHA-256 took 8 s for the weights of a model of 0.6B
-        digest.update(xxhash.xxh3_128_digest(memoryview(flat.view(torch.uint8).numpy())))
+    digest = hashlib.sha256(described(model))
+    for part in weight_parts(model):
+        digest.update(part)
     return digest.hexdigest()
+
+
+def described(model: Any, *, without: Collection[str] = ()) -> bytes:
+    """Class and configuration as bytes, without what changes no score, and some more fields."""
+    inner = without_adapter(model)
+    left_out = {*_NOISE, *without}
+    config = {key: value for key, value in inner.config.to_dict().items() if key not in left_out}
+    named = f"{type(inner).__module__} {type(inner).__qualname__}\n"
+    return named.encode() + json.dumps(config, sort_keys=True, default=str).encode()
+
+
+def weight_parts(
+    model: Any, stored: Callable[[str, Tensor], Tensor | None] | None = None
+) -> Iterator[bytes]:
+    """Of each weight, by name, its name, shape and dtype, and then a hash of its bytes.
+
+    `stored` may give another tensor in the place of one.
+    """
+    for name, tensor in sorted(model.state_dict().items()):
+        own = None if stored is None else stored(name, tensor)
+        own = tensor if own is None else own
+        yield f"\n{name} {list(own.shape)} {own.dtype}\n".encode()
+        flat = own.detach().to("cpu").contiguous().reshape(-1)
+        # 20 GB/s; SHA-256 took 8 s for the weights of a model of 0.6B
+        data: Any = flat.view(torch.uint8).numpy()
+        yield xxhash.xxh3_128_digest(memoryview(data))
 
 
 def _first_line(error: BaseException) -> str:

@@ -232,7 +232,8 @@ def load_reward_model(
         ScalarReadout() if manifest is None else readout_from_dict(manifest.readout, str(described))
     )
     notes: list[str] = []
-    if is_adapter(name, revision):
+    adapter = is_adapter(name, revision)
+    if adapter:
         from companion.models.lora import load_adapter
 
         model, tokenizer = load_adapter(name, dtype, attn_implementation, **shared)
@@ -257,7 +258,8 @@ def load_reward_model(
     model.eval()
     if device is not None:
         place(model, device)
-    return RewardModel(model, tokenizer, formatter, manifest, notes, readout)
+    source = None if adapter else (name, revision)
+    return RewardModel(model, tokenizer, formatter, manifest, notes, readout, source)
 
 
 def load_formatter(

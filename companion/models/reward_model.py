@@ -32,6 +32,9 @@ class RewardModel:
         What was repaired or assumed on the way, a line each; show them to the user.
     readout : ScalarReadout, TokenReadout or None
         How its values are read. None for a token-level model before training has said so.
+    source : tuple of str and (str or None), or None
+        Folder or hub id, and its revision, whose weights these are, perhaps in another dtype; None
+        for weights that were changed since, or merged with those of an adapter.
     """
 
     model: Any
@@ -40,6 +43,7 @@ class RewardModel:
     manifest: RewardManifest | None = None
     notes: list[str] = field(default_factory=list)
     readout: Readout | None = field(default_factory=ScalarReadout)
+    source: tuple[str, str | None] | None = None
 
     @property
     def pad_token_id(self) -> int:

@@ -54,7 +54,8 @@ class GRPORunConfig(CheckpointArguments, HubArguments, GRPOConfig):
     )
     reward_protocol: str = setting(
         "classify",
-        "What servers speak: vLLM's /classify, or the companion's /score.",
+        "What servers speak: classify, vLLM's /classify, which the companion's server knows too, "
+        "or companion, its own /v1/rewards and /v1/steps, which also say which model answered.",
         choices=["classify", "companion"],
     )
     reward_text: str | None = setting(

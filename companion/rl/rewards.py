@@ -23,9 +23,10 @@ import torch
 
 from companion.errors import CompanionError, DataError
 from companion.formatting import TextMode
-from companion.scoring.remote import Protocol, RemoteScorer, is_url
+from companion.scoring.remote import Protocol, RemoteScorer
 from companion.scoring.reward_function import RewardFunction, Transform
 from companion.scoring.scorer import RewardScorer
+from companion.scoring.servers import is_url
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,13 @@ from companion._exports import exports
 
 if TYPE_CHECKING:
     from companion.scoring.files import FileReport as FileReport, score_file as score_file
+    from companion.scoring.golden import (
+        GoldenReport as GoldenReport,
+        add_golden_texts as add_golden_texts,
+        check_golden as check_golden,
+        golden_texts as golden_texts,
+    )
+    from companion.scoring.reading import Text as Text, ids_of as ids_of
     from companion.scoring.remote import RemoteScorer as RemoteScorer
     from companion.scoring.results import (
         PairScores as PairScores,
@@ -19,7 +26,9 @@ if TYPE_CHECKING:
         Transform as Transform,
     )
     from companion.scoring.scorer import (
+        LocalScorer as LocalScorer,
         OnError as OnError,
+        Prepared as Prepared,
         Progress as Progress,
         RewardScorer as RewardScorer,
         Scorer as Scorer,

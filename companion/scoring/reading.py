@@ -32,6 +32,18 @@ def ids_of(text: Text) -> list[int]:
     return text.input_ids if isinstance(text, Encoded) else text.encoded.input_ids
 
 
+class NoValue(float):
+    """NaN in place of what would have been read of a text, and why there is nothing."""
+
+    def __new__(cls, reason: str, cure: str | None = None) -> NoValue:
+        self = super().__new__(cls, "nan")
+        self.reason, self.cure = reason, cure
+        return self
+
+    reason: str
+    cure: str | None
+
+
 class ScalarReading:
     """A text has one score, at its last token."""
 

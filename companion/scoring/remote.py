@@ -8,54 +8,57 @@ reward (OpenRLHF's client gives up after five tries and goes on with None). Chap
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import hashlib
 import logging
 import math
 import os
-import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, ClassVar, Final, Literal
 
+import httpx2
 import numpy as np
-import requests
 import torch
-from requests.adapters import HTTPAdapter
-from urllib3.util.retry import Retry
 
 from companion.errors import DataError, ServiceError
-from companion.formatting import RewardFormatter, TextMode
+from companion.formatting import Overlong, RewardFormatter, TextMode
 from companion.models.checkpoint import is_adapter, load_config, resolve
 from companion.models.loading import load_formatter
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
 from companion.models.readout import Readout, ScalarReadout, readout_from_dict
 from companion.models.reward_model import RewardModel
+from companion.scoring.reading import NoValue
 from companion.scoring.results import Scores
 from companion.scoring.scorer import Progress, Scorer, positions_of
+from companion.scoring.servers import LOCK, Servers, Unreachable, refusal
+from companion.scoring.waiting import wait_for
 
 logger = logging.getLogger(__name__)
 
 Protocol = Literal["classify", "companion"]
+PROTOCOLS: Final[tuple[Protocol, ...]] = ("classify", "companion")
 
-#: protocol -> path behind the server's URL
-PATHS: Final[dict[str, str]] = {"classify": "/classify", "companion": "/score"}
-#: Answers after which a request is sent again: too many requests, and what a restart looks like.
-RETRIED: Final = (429, 500, 502, 503, 504)
 #: The environment variable with the server's key, if it wants one.
 KEY_VARIABLE: Final = "COMPANION_REWARD_API_KEY"
-#: Held while a count is raised, by any thread for any scorer.
-_COUNTING: Final = threading.Lock()
+_NEW_SCORER: Final = (
+    "scores of two models are not mixed: make a new scorer (a file that was begun: --overwrite), "
+    "or serve the former model again"
+)
 
 
 class RemoteScorer(Scorer[Scores]):
-    """Scores from a server that holds the reward model.
+    """Scores from one or several servers that hold the reward model.
 
-    It may be called from several threads, and pickled.
+    It may be called from several threads and many tasks, and pickled.
 
     Parameters
     ----------
-    url : str
-        Where the server listens, without the route: ``http://host:8000``.
+    url : str or sequence of str
+        Where the server listens, without the route: ``http://host:8000``. Of several, which serve
+        the same model, each gets a share of a call's requests.
     formatter : RewardFormatter
         The one that was saved with the model that the server runs; see :meth:`from_pretrained`.
     manifest : RewardManifest, optional
@@ -67,20 +70,27 @@ class RemoteScorer(Scorer[Scores]):
     protocol : {"classify", "companion"}
         ``classify``: vLLM's route. Gets ``{"input": [[ids]], "use_activation": false}``, without
         which vLLM may apply a sigmoid, and gives the logit in ``data[i].probs[0]``.
-        ``companion``: ``POST /score`` gets ``{"input_ids": [[ids]]}`` and gives ``{"scores":
-        [number or null]}``. For an outcome or process model, which ``classify`` cannot carry, it
-        also gets ``"places": [[indices of tokens]]`` and gives ``{"logits": [[[number, one a
-        label], one a place], one a text]}``.
+        ``companion``: the routes of ``companion serve``. ``POST /v1/rewards`` gets ``{"items":
+        [{"input_ids": [ids]}], "return": ["raw"]}`` and gives ``rewards[i].raw``, or null and a
+        ``reason``. For an outcome or process model, which ``classify`` cannot carry, ``POST
+        /v1/steps`` gets ``{"items": [{"input_ids", "places": [indices of tokens]}]}`` and gives
+        ``results[i].logits``, one list a place of one number a label.
     model : str, optional
         Name of the model on the server, where it serves several.
+    model_version : str, optional
+        With ``companion``: take scores of this version of the model only. Default: of the version
+        that answers first. It is sent along with every request.
     batch_size : int
         Most texts of a request.
+    in_flight : int
+        Requests of a call that are on their way at one time, for each URL.
     timeout : float
         Seconds to wait for an answer.
     retries : int
-        How often a request is sent again after a connection error or one of the answers in
-        :data:`RETRIED`, with pauses of `backoff` × 1, 2, 4, … seconds (at most 60), or what the
-        server's ``Retry-After`` says.
+        How often a request is sent again to each URL after a connection error or one of the answers
+        in :data:`companion.scoring.servers.RETRIED`, with pauses of `backoff` × 1, 2, 4, … seconds
+        (at most 60), or what the server's ``Retry-After`` says. With several URLs it goes to
+        another meanwhile.
     backoff : float
         Seconds of the first pause.
     api_key : str, optional
@@ -89,12 +99,17 @@ class RemoteScorer(Scorer[Scores]):
     Attributes
     ----------
     counts : Counter
-        ``requests``, ``retries`` and ``texts`` so far.
+        ``requests``, ``retries`` and ``texts`` so far; with several URLs ``left_out``, how often
+        one of them was, until it answered again; ``warnings``, texts that the server warned of.
+    model_version : str or None
+        The version that answers must have; None with ``classify``, and before the first answer.
 
     Notes
     -----
     :meth:`score` and the like raise :class:`companion.errors.ServiceError` if the server does not
-    answer, refuses, or answers something else than its protocol says, whatever ``on_error`` is.
+    answer, refuses, answers something else than its protocol says, or serves another version than
+    before, whatever ``on_error`` is. A text to which the server gives a reason in place of a score
+    has NaN and that reason, by the rules of ``on_error``.
     """
 
     _cure_of_nan: ClassVar[str] = (
@@ -103,7 +118,7 @@ class RemoteScorer(Scorer[Scores]):
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         formatter: RewardFormatter,
         *,
         manifest: RewardManifest | None = None,
@@ -111,20 +126,25 @@ class RemoteScorer(Scorer[Scores]):
         notes: Sequence[str] = (),
         protocol: Protocol = "classify",
         model: str | None = None,
+        model_version: str | None = None,
         batch_size: int = 128,
+        in_flight: int = 2,
         timeout: float = 120.0,
         retries: int = 6,
         backoff: float = 0.5,
         api_key: str | None = None,
     ) -> None:
-        if protocol not in PATHS:
-            raise DataError(f"protocol is {protocol!r}", f"use one of: {', '.join(PATHS)}")
-        if not is_url(url):
-            raise DataError(f"{url!r} is no URL", "give http://host:port or https://…")
-        if batch_size < 1 or retries < 0:
+        if protocol not in PROTOCOLS:
+            raise DataError(f"protocol is {protocol!r}", f"use one of: {', '.join(PROTOCOLS)}")
+        if batch_size < 1 or retries < 0 or in_flight < 1:
             raise DataError(
-                f"batch_size is {batch_size} and retries is {retries}",
-                "use at least 1 and at least 0",
+                f"batch_size is {batch_size}, retries is {retries} and in_flight is {in_flight}",
+                "use at least 1, 0 and 1",
+            )
+        if model_version is not None and protocol != "companion":
+            raise DataError(
+                f"the protocol {protocol!r} says no model_version, so none can be asked for",
+                "use protocol='companion'",
             )
         readout: Readout = ScalarReadout()
         if manifest is not None:
@@ -137,30 +157,58 @@ class RemoteScorer(Scorer[Scores]):
                 f"{readout.kind}",
                 "use protocol='companion', on a server that knows it",
             )
-        self.url = url.rstrip("/")
+        self.counts: Counter[str] = Counter()
+        self._servers = Servers(
+            [url] if isinstance(url, str) else list(url),
+            self.counts,
+            timeout=timeout,
+            retries=retries,
+            backoff=backoff,
+            api_key=api_key if api_key is not None else os.environ.get(KEY_VARIABLE),
+        )
         self.protocol: Protocol = protocol
         self.model = model
+        self.model_version = model_version
         self.batch_size = batch_size
-        self.timeout = timeout
-        self.retries = retries
-        self.backoff = backoff
-        self.api_key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
-        self.counts: Counter[str] = Counter()
-        self._session: requests.Session | None = None
+        self.in_flight = in_flight
+        self._said_by = "the parameter model_version"
+        self._max_length: int | None = None
+        self._described = False
+
+    @property
+    def url(self) -> str:
+        """The URLs, separated by commas."""
+        return ", ".join(self._servers.urls)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was repaired or assumed while loading, and what the servers cost so far."""
+        texts = {
+            "retries": "requests were sent again",
+            "left_out": "times a server did not answer, and was left out for a while",
+            "warnings": "texts came back with a warning of the server's (the log has the first)",
+        }
+        counted = [f"{n} {texts[name]}" for name, n in self.counts.items() if name in texts and n]
+        return [*super().notes, *counted]
 
     @classmethod
     def from_pretrained(
         cls,
-        url: str,
+        url: str | Sequence[str],
         path_or_id: str | os.PathLike[str],
         *,
+        max_length: int | None = None,
+        overlong: Overlong | None = None,
         text: TextMode | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
         **settings: Any,
     ) -> RemoteScorer:
         """A scorer for the server at `url`, with the formatter of the model that it runs.
 
-        `path_or_id` is that model's folder or hub id; no weights are loaded. `text` is how rows of
-        text are read in place of what the manifest says. `settings` are those of the class.
+        `path_or_id` is that model's folder or hub id; no weights are loaded. `max_length`,
+        `overlong` and `text` stand in place of what the manifest says, as in
+        :meth:`RewardScorer.from_pretrained`. `settings` are those of the class.
 
         Raises
         ------
@@ -168,20 +216,32 @@ class RemoteScorer(Scorer[Scores]):
             If there is no tokenizer, or it is not the one of the manifest.
         """
         notes: list[str] = []
-        formatter, manifest = load_formatter(path_or_id, notes=notes)
-        formatter = formatter if text is None else formatter.changed(text=text)
+        hub: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
+        formatter, manifest = load_formatter(path_or_id, notes=notes, **hub)
+        if (max_length, overlong, text) != (None, None, None):
+            formatter = formatter.changed(max_length=max_length, overlong=overlong, text=text)
         name = resolve(path_or_id)
-        positions = None if is_adapter(name) else positions_of(load_config(name))
+        positions = None if is_adapter(name) else positions_of(load_config(name, **hub))
         return cls(
             url, formatter, manifest=manifest, max_positions=positions, notes=notes, **settings
         )
 
     def fingerprint(self) -> str:
-        """Of the manifest of the model that the server is said to run; without one, of the URL."""
+        """Of the manifest of the model that the server is said to run; without one, of the URL.
+
+        With the protocol ``companion``, also of the version that the server says it runs; it is
+        asked. A run over a file then goes on with the same version only.
+        """
         known = self.url if self.manifest is None else self.manifest.to_json()
+        if self.protocol == "companion":
+            wait_for(self._describe_now())
+            known += f" {self.model_version}"
         return hashlib.sha256(f"{self.model} {known}".encode()).hexdigest()
 
     # ------------------------------------------------------------------ inside
+
+    def _threads(self) -> Executor:
+        return _threads_of(os.getpid())
 
     def _values(
         self,
@@ -189,86 +249,237 @@ class RemoteScorer(Scorer[Scores]):
         places: Sequence[Sequence[int]] | None,
         progress: Progress | None,
     ) -> Sequence[Any]:
-        values: list[Any] = []
-        for begin in range(0, len(ids), self.batch_size):
-            part = slice(begin, begin + self.batch_size)
-            own_places = None if places is None else list(places[part])
-            answer = self._post(list(ids[part]), own_places)
-            try:
-                own = self._read(answer, own_places)
-                if len(own) != len(ids[part]):
-                    raise ValueError(f"{len(own)} scores for {len(ids[part])} texts")
-            except (KeyError, TypeError, ValueError) as error:
-                needs = "runs a model with one label" if places is None else "knows token values"
-                raise ServiceError(
-                    f"{self.url}: the answer does not fit the protocol {self.protocol!r}: "
-                    f"{error!r}",
-                    f"check the protocol, and that the server {needs}",
-                ) from error
-            values += own
-            self._count("texts", len(own))
-            if progress is not None:
-                progress(len(own))
+        values = wait_for(self._ask_all(ids, places, progress)) if len(ids) else []
         if places is None:
-            self._warn_of_probabilities(np.array(values))
+            self._warn_of_probabilities(np.array(values, dtype=float))
         return values
 
-    def _read(self, answer: Any, places: Sequence[Sequence[int]] | None) -> list[Any]:
-        """What an answer says of each text, in the order of the request."""
-        if places is not None:
-            found = [
-                torch.tensor([list(map(_number, place)) for place in text], dtype=torch.float32)
-                for text in answer["logits"]
+    async def _ask_all(
+        self,
+        ids: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]] | None,
+        progress: Progress | None,
+    ) -> list[Any]:
+        """What the servers say of each text, asked for in parts."""
+        async with self._servers.client() as client:
+            await self._describe(client)
+            limit = self._max_length
+            values: list[Any] = [None] * len(ids)
+            asked: list[int] = []
+            for i, own in enumerate(ids):
+                if limit is not None and len(own) > limit:
+                    reason = f"{len(own)} tokens, the server takes {limit}"
+                    values[i] = NoValue(reason, "shorten the text, or serve a greater max_length")
+                else:
+                    asked.append(i)
+            if progress is not None and len(asked) < len(ids):
+                progress(len(ids) - len(asked))
+            gate = asyncio.Semaphore(self.in_flight * len(self._servers.urls))
+
+            async def ask(part: Sequence[int]) -> None:
+                async with gate:
+                    own_places = None if places is None else [list(places[i]) for i in part]
+                    found = await self._ask(client, [list(ids[i]) for i in part], own_places)
+                for i, value in zip(part, found, strict=True):
+                    values[i] = value
+                if progress is not None:
+                    progress(len(part))
+
+            size = self.batch_size
+            tasks = [
+                asyncio.create_task(ask(asked[begin : begin + size]))
+                for begin in range(0, len(asked), size)
             ]
-            for own, logits in zip(places, found, strict=True):
-                if logits.shape != (len(own), self.readout.labels):
-                    raise ValueError(f"logits {list(logits.shape)} for {len(own)} places")
-            return found
-        if self.protocol == "companion":
-            return list(map(_number, answer["scores"]))
-        items = sorted(answer["data"], key=lambda item: item["index"])
-        if [item["index"] for item in items] != list(range(len(items))):
-            raise ValueError("indices that are not 0, 1, 2, …")
+            try:
+                await asyncio.gather(*tasks)
+            finally:  # after an error, what has not come yet is not waited for
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        return values
+
+    async def _ask(
+        self, client: httpx2.AsyncClient, ids: list[list[int]], places: list[list[int]] | None
+    ) -> list[Any]:
+        """What a server says of the texts of one request."""
+        path, body = self._request(ids, places)
+        self._servers.count("requests")
+        url, response = await self._servers.send(client, path, body)
+        answer = await self._json(client, url + path, url, response)
+        try:
+            if self.protocol == "classify":
+                own = self._read_classified(answer)
+            else:
+                self._check(answer, url)
+                own = self._read(answer, ids, places)
+            if len(own) != len(ids):
+                raise ValueError(f"{len(own)} scores for {len(ids)} texts")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            needs = "runs a model with one label" if places is None else "knows token values"
+            raise ServiceError(
+                f"{url}: the answer does not fit the protocol {self.protocol!r}: {error!r}",
+                f"check the protocol, and that the server {needs}",
+            ) from error
+        self._servers.count("texts", len(own))
+        return own
+
+    def _request(
+        self, ids: list[list[int]], places: list[list[int]] | None
+    ) -> tuple[str, dict[str, Any]]:
+        """Path and body."""
+        if self.protocol == "classify":
+            body: dict[str, Any] = {"input": ids, "add_special_tokens": False}
+            body["use_activation"] = False
+            return "/classify", body if self.model is None else {**body, "model": self.model}
+        pin = {} if self.model_version is None else {"model_version": self.model_version}
+        if places is None:
+            return "/v1/rewards", {
+                "items": [{"input_ids": x} for x in ids],
+                "return": ["raw"],
+                **pin,
+            }
+        items = [{"input_ids": x, "places": own} for x, own in zip(ids, places, strict=True)]
+        return "/v1/steps", {"items": items, **pin}
+
+    def _read(self, answer: Any, ids: list[list[int]], places: list[list[int]] | None) -> list[Any]:
+        """What an answer of the companion's says of each text, in the order of the request."""
+        items = _in_order(answer["rewards" if places is None else "results"], len(ids))
+        found: list[Any] = []
+        for i, item in enumerate(items):
+            reason, value = item.get("reason"), item["raw" if places is None else "logits"]
+            if item.get("warnings"):
+                if not self.counts["warnings"]:
+                    logger.warning(f"{self.url}: {'; '.join(map(str, item['warnings']))}")
+                self._servers.count("warnings")
+            if reason is not None:
+                if places is None and value is not None:
+                    raise ValueError(f"text {i} has both a score and a reason for none: {reason!r}")
+                found.append(NoValue(str(reason)))
+                continue
+            n_tokens = item.get("n_tokens", len(ids[i]))
+            if n_tokens != len(ids[i]) or item.get("cut_tokens"):
+                raise ValueError(f"text {i} has {len(ids[i])} tokens, and {n_tokens} were scored")
+            if places is None:
+                found.append(_number(value))
+                continue
+            logits = torch.tensor([list(map(_number, place)) for place in value])
+            logits = logits.to(torch.float32).reshape(len(value), -1)
+            if logits.shape != (len(places[i]), self.readout.labels):
+                raise ValueError(f"logits {list(logits.shape)} for {len(places[i])} places")
+            if item.get("places", places[i]) != places[i]:
+                raise ValueError(f"text {i} was read at other places than asked")
+            found.append(logits)
+        return found
+
+    def _read_classified(self, answer: Any) -> list[Any]:
+        """What an answer of ``/classify`` says of each text, in the order of the request."""
+        items = _in_order(answer["data"], len(answer["data"]))
         if any(len(item["probs"]) != 1 for item in items):
             raise ValueError("several values a text: the model is no scalar reward model")
-        return [_number(item["probs"][0]) for item in items]
+        # (vLLM has no word for a score that is not finite but null)
+        values = [item["probs"][0] for item in items]
+        return [math.nan if value is None else _number(value) for value in values]
 
-    def _post(self, ids: list[Any], places: list[Any] | None) -> Any:
-        body: dict[str, Any] = {"input_ids": ids}
-        if places is not None:
-            body["places"] = places
-        if self.protocol == "classify":
-            body = {"input": ids, "add_special_tokens": False, "use_activation": False}
-        if self.model is not None:
-            body["model"] = self.model
-        where = self.url + PATHS[self.protocol]
-        self._count("requests")
-        try:
-            response = self._connection().post(where, json=body, timeout=self.timeout)
-        except requests.RequestException as error:
-            self._count("retries", self.retries)
+    # ------------------------------------------------------------------ which model answers
+
+    async def _describe_now(self) -> None:
+        async with self._servers.client() as client:
+            await self._describe(client)
+
+    async def _describe(self, client: httpx2.AsyncClient) -> None:
+        """Ask the servers, once, which model they serve; refuse another than is meant."""
+        if self._described or self.protocol != "companion":
+            return
+        path, urls = "/v1/models", self._servers.urls
+        answers: list[Any] = []
+        if len(urls) > 1:  # one that is away is left out; should it come back, its answers tell
+            sent = [self._servers.send(client, path, only=url) for url in urls]
+            tried = await asyncio.gather(*sent, return_exceptions=True)
+            for one in tried:
+                if isinstance(one, BaseException) and not isinstance(one, Unreachable):
+                    raise one
+            answers = [one for one in tried if not isinstance(one, BaseException)]
+        for url, response in answers or [await self._servers.send(client, path)]:
+            answer = await self._json(client, url + path, url, response)
+            try:
+                models = {str(one["id"]): one for one in answer["data"]}
+                if self.model is None and len(models) == 1:
+                    found = next(iter(models.values()))
+                elif self.model in models:
+                    found = models[str(self.model)]
+                else:
+                    raise ServiceError(
+                        f"{url}: serves {', '.join(models) or 'no model'}, not {self.model}",
+                        "give model= one of its names",
+                    )
+                kind, version, limit = (
+                    found["kind"],
+                    found["model_version"],
+                    found.get("max_length"),
+                )
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ServiceError(
+                    f"{url}{path}: the answer does not fit the protocol 'companion': {error!r}",
+                    "check that a companion serves there; vLLM needs protocol='classify'",
+                ) from error
+            if kind != self.readout.kind:
+                raise ServiceError(
+                    f"{url}: serves a model of the kind {kind}, and the manifest here says "
+                    f"{self.readout.kind}",
+                    "give the folder of the model that the server runs",
+                )
+            self._check_version(version, url)
+            if limit is not None:
+                self._max_length = min(limit, self._max_length or limit)
+        self._described = True
+
+    def _check(self, answer: Any, url: str) -> None:
+        """Refuse an answer of another model, or another version of it."""
+        if self.model is not None and answer.get("model", self.model) != self.model:
+            raise ServiceError(f"{url}: {answer['model']} has answered, not {self.model}")
+        self._check_version(answer["model_version"], url)
+
+    def _check_version(self, version: Any, url: str) -> None:
+        if not isinstance(version, str) or not version:
+            raise TypeError(f"model_version is {version!r}")
+        with LOCK:
+            if self.model_version is None:
+                self.model_version, self._said_by = version, url
+        if version != self.model_version:
             raise ServiceError(
-                f"{where}: no answer after {self.retries + 1} tries ({error})",
-                "check that the server runs and can be reached from here",
-            ) from error
-        history = getattr(response.raw.retries, "history", ())
-        if history:
-            self._count("retries", len(history))
-            logger.warning(f"{where}: answered after {len(history)} retries")
-        if response.status_code != 200:
-            again = f" after {len(history) + 1} tries" if history else ""
-            raise ServiceError(
-                f"{where}: answered {response.status_code}{again}: {response.text[:500]}",
-                "the server's log says why",
+                f"{url}: serves the model version {version}, and it was {self.model_version} by "
+                f"{self._said_by}",
+                _NEW_SCORER,
             )
+
+    async def _json(
+        self, client: httpx2.AsyncClient, where: str, url: str, response: httpx2.Response
+    ) -> Any:
+        """The body of an answer; an error of what is no 200."""
+        if response.status_code == 409:
+            other = await self._version_at(client, url)
+            raise ServiceError(
+                f"{where}: serves {other}, and version {self.model_version} was asked for (as said "
+                f"by {self._said_by}); it {refusal(response)[0]}",
+                _NEW_SCORER,
+            )
+        if response.status_code != 200:
+            what, cure = refusal(response)
+            raise ServiceError(f"{where}: {what}", cure)
         try:
             return response.json()
         except ValueError as error:
-            raise ServiceError(f"{where}: answered no JSON: {response.text[:200]!r}") from error
+            raise ServiceError(
+                f"{where}: answered no JSON: {response.text[:200]!r}", "check the URL"
+            ) from error
 
-    def _count(self, name: str, n: int = 1) -> None:
-        with _COUNTING:
-            self.counts[name] += n
+    async def _version_at(self, client: httpx2.AsyncClient, url: str) -> str:
+        """What a server says that it serves, for an error's text."""
+        try:
+            _, response = await self._servers.send(client, "/v1/models", only=url)
+            return f"version {response.json()['data'][0]['model_version']}"
+        except (ServiceError, ValueError, LookupError, TypeError):
+            return "another version"
 
     def _warn_of_probabilities(self, scores: np.ndarray) -> None:
         """Scores that all lie in (0, 1), where those of the reference do not: a sigmoid, surely."""
@@ -277,38 +488,32 @@ class RemoteScorer(Scorer[Scores]):
             return
         inside = np.mean([0 < quantile < 1 for quantile in self.reference.quantiles])
         if ((finite > 0) & (finite < 1)).all() and inside**finite.size < 1e-9:
-            self._count("probabilities")
+            self._servers.count("probabilities")
             logger.warning(
                 f"{self.url}: all {finite.size} scores lie between 0 and 1, unlike those of the "
                 "reference set: the server seems to apply a sigmoid, use_activation=false or not"
             )
 
-    def _connection(self) -> requests.Session:
-        if self._session is None:
-            retry = Retry(
-                total=self.retries,
-                backoff_factor=self.backoff,
-                backoff_max=60,
-                status_forcelist=RETRIED,
-                allowed_methods=None,  # a score changes nothing on the server: POST may repeat
-                raise_on_status=False,
-            )
-            self._session = requests.Session()
-            for scheme in ("http://", "https://"):
-                self._session.mount(scheme, HTTPAdapter(max_retries=retry))
-            if self.api_key:
-                self._session.headers["Authorization"] = f"Bearer {self.api_key}"
-        return self._session
 
-    def __getstate__(self) -> Mapping[str, Any]:
-        """Open connections do not travel."""
-        return {**self.__dict__, "_session": None}
+def _in_order(items: Any, n: int) -> list[Any]:
+    """Answers by their index: their order is not promised."""
+    items = sorted(items, key=lambda item: item["index"])
+    if [item["index"] for item in items] != list(range(n)):
+        found = [item["index"] for item in items]
+        raise ValueError(f"answers with the indices {found[:20]} for {n} texts")
+    return items
 
 
 def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{value!r} is no number, and no reason says why")
+    return float(value)
 
 
-def is_url(source: str) -> bool:
-    """Whether this names a server, not a folder or a hub id."""
-    return source.startswith(("http://", "https://"))
+@functools.cache
+def _threads_of(process: int) -> Executor:
+    """Threads in which awaited calls wait for servers; a fork makes its own.
+
+    (The event loop's are few, a handful on a small machine, since they are meant to compute.)
+    """
+    return ThreadPoolExecutor(32, "companion-remote")

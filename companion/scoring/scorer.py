@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import numpy as np
 import torch
 
 from companion.engine.devices import resolve_dtype
-from companion.engine.runner import BatchRunner, Packing
+from companion.engine.forward import check_texts
+from companion.engine.runner import BatchRunner, Packing, default_token_budget
 from companion.errors import CompanionError, DataError, ModelError, ReadoutError
 from companion.formatting import Encoded, Overlong, RewardFormatter, Row, TextMode
 from companion.formatting.steps import EncodedSteps
@@ -28,13 +30,42 @@ from companion.models.loading import load_reward_model
 from companion.models.manifest import MANIFEST_FILE, ReferenceStats, RewardManifest
 from companion.models.readout import Readout, ScalarReadout, TokenReadout
 from companion.models.reward_model import RewardModel
-from companion.scoring.reading import Found, Text, ids_of, reading_of
+from companion.scoring.reading import Found, NoValue, Text, ids_of, reading_of
 from companion.scoring.results import PairScores, Scores, TokenScores
 from companion.scoring.reward_function import RewardFunction
+from companion.scoring.waiting import in_thread
 
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int], None]
 ScoresT = TypeVar("ScoresT", bound=Scores)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that were formatted and not yet scored; see :meth:`Scorer.prepare`.
+
+    Attributes
+    ----------
+    found : sequence
+        Of each row its texts, the error that it is, or None where it was dropped for its length.
+    width : int
+        Texts of a row: 1, or 2 for pairs.
+    names : list of str
+        Of the rows, for errors.
+    reasons : list of (str or None)
+        Why a row has no score.
+    kept : list of int
+        Indices of the rows that are run.
+    texts : list
+        All their texts, row by row: what :meth:`Scorer.values` takes.
+    """
+
+    found: Found
+    width: int
+    names: list[str]
+    reasons: list[str | None]
+    kept: list[int]
+    texts: list[Text]
 
 
 class Scorer(ABC, Generic[ScoresT]):
@@ -93,6 +124,15 @@ class Scorer(ABC, Generic[ScoresT]):
         ends = turn_end_ids(self.tokenizer, self.formatter.template_override)
         return sorted({*end_token_ids(self.tokenizer, said), *ends})
 
+    def read_texts(
+        self,
+        max_length: int | None = None,
+        overlong: Overlong | None = None,
+        text: TextMode | None = None,
+    ) -> None:
+        """Take another limit of length, way with what is longer, or way to read text, if given."""
+        self._about.read_texts(max_length, overlong, text)
+
     @abstractmethod
     def fingerprint(self) -> str:
         """What tells the model from others: a run over a file only goes on with the same one."""
@@ -145,16 +185,9 @@ class Scorer(ABC, Generic[ScoresT]):
             If a model on a server cannot be asked, with ``on_error="skip"`` too: a server that is
             gone is no bad row.
         """
-        reading = reading_of(self.readout)
-        rows, names = _named_rows(rows, names)
-        found = reading.encode(self.formatter, rows, names, [field], terminated)
-        raw, lengths, reasons, values = self._score_found(found, 1, names, on_error, progress)
-        read = [
-            None if value is None else (texts[0], value[0])  # type: ignore[index]
-            for texts, value in zip(found, values, strict=True)
-        ]
-        scores: Any = reading.scores(raw[:, 0], lengths[:, 0], reasons, read)  # type: ignore[arg-type]
-        return scores.against(self.reference)  # type: ignore[no-any-return]
+        prepared = self.prepare(rows, terminated=terminated, fields=[field], names=names)
+        values = self._run(prepared, on_error, progress)
+        return self.finish(prepared, values, on_error=on_error)
 
     def score_pairs(
         self,
@@ -169,11 +202,28 @@ class Scorer(ABC, Generic[ScoresT]):
         A pair of which one side is too long has NaN on both, and a reason. Parameters as in
         :meth:`score`.
         """
-        rows, names = _named_rows(rows, names)
-        sides = ["chosen", "rejected"]
-        found = reading_of(self.readout).encode(self.formatter, rows, names, sides)
-        raw, lengths, reasons, _ = self._score_found(found, 2, names, on_error, progress)
-        return PairScores(raw[:, 0], raw[:, 1], lengths[:, 0], lengths[:, 1], reasons)
+        prepared = self.prepare(rows, fields=["chosen", "rejected"], names=names)
+        values = self._run(prepared, on_error, progress)
+        return self.finish_pairs(prepared, values, on_error=on_error)
+
+    async def score_async(self, rows: Sequence[Row], **settings: Any) -> ScoresT:
+        """:meth:`score`, awaited: it runs in a thread, and the event loop goes on.
+
+        `settings` are those of :meth:`score`; ``progress`` is called in the loop's thread. If the
+        task is cancelled, the thread ends: with a model here at the next batch, with one on a
+        server at once, and the connection is closed.
+        """
+        return await in_thread(self.score, rows, executor=self._threads(), **settings)
+
+    async def score_pairs_async(
+        self, rows: Sequence[Mapping[str, Any]], **settings: Any
+    ) -> PairScores:
+        """:meth:`score_pairs`, awaited, as :meth:`score_async`."""
+        return await in_thread(self.score_pairs, rows, executor=self._threads(), **settings)
+
+    def _threads(self) -> Executor | None:
+        """Where awaited calls run; None: the event loop's own threads."""
+        return None
 
     def as_reward_func(self, **settings: Any) -> RewardFunction:
         """This scorer as a reward function for TRL's ``GRPOTrainer`` and ``RLOOTrainer``.
@@ -211,6 +261,7 @@ class Scorer(ABC, Generic[ScoresT]):
         reading = reading_of(self.readout)
         names = [f"text {index}" for index in range(len(encoded))]
         texts = [reading.text(item, name) for item, name in zip(encoded, names, strict=True)]
+        prepared = self._prepared([[text] for text in texts], 1, names)
         limit = self.max_positions
         for name, text in zip(names, texts, strict=True):
             if limit is not None and len(ids_of(text)) > limit:
@@ -218,13 +269,99 @@ class Scorer(ABC, Generic[ScoresT]):
                     f"{name} has {len(ids_of(text))} tokens, the model has positions for {limit}",
                     f"format with max_length={limit}",
                 )
-        return self._score_found([[text] for text in texts], 1, names, "raise", progress)[0][:, 0]
+        values = self._run(prepared, "raise", progress)
+        return self._read_rows(prepared, values, "raise")[0][:, 0]
 
     def logits(
         self, texts: Sequence[EncodedSteps], *, progress: Progress | None = None
     ) -> list[torch.Tensor]:
         """Logits ``[places, labels]`` (float32, on the CPU) of an outcome or process model."""
-        return list(self._values([ids_of(t) for t in texts], [t.ends for t in texts], progress))
+        found = self._values([ids_of(t) for t in texts], [t.ends for t in texts], progress)
+        labels = self.readout.labels
+        return [
+            torch.full((len(text.ends), labels), torch.nan) if isinstance(own, NoValue) else own
+            for text, own in zip(texts, found, strict=True)
+        ]
+
+    def prepare(
+        self,
+        rows: Sequence[Row],
+        *,
+        terminated: bool | None = None,
+        fields: Sequence[str] = ("completion",),
+        names: Sequence[str] | None = None,
+    ) -> Prepared:
+        """Rows as token ids, for one who runs them elsewhere: a server's queue. Chapter 6.
+
+        :meth:`score` is this, then :meth:`values` of ``prepared.texts``, then :meth:`finish`.
+
+        Parameters
+        ----------
+        rows, terminated, names
+            As in :meth:`score`; a row may also be :class:`companion.formatting.Encoded` (for an
+            outcome or process model ``EncodedSteps``): token ids.
+        fields : sequence of str
+            The field of the completion; or ``("chosen", "rejected")``, both sides of a pair.
+        """
+        rows, names = _named_rows(rows, names)
+        reading = reading_of(self.readout)
+        words = [i for i, row in enumerate(rows) if not isinstance(row, Text)]
+        encoded = reading.encode(
+            self.formatter,
+            [rows[i] for i in words],
+            [names[i] for i in words],
+            list(fields),
+            terminated,
+        )
+        found: list[Any] = [[row] for row in rows]
+        for i, texts in zip(words, encoded, strict=True):
+            found[i] = texts
+        return self._prepared(found, len(fields), names)
+
+    def values(self, texts: Sequence[Text], *, progress: Progress | None = None) -> Sequence[Any]:
+        """What the model says of texts: a scalar each, or logits ``[places, labels]``."""
+        scalar = isinstance(self.readout, ScalarReadout)
+        places = None if scalar else [text.ends for text in texts]  # type: ignore[union-attr]
+        return self._values([ids_of(text) for text in texts], places, progress)
+
+    def check(self, texts: Sequence[Text]) -> None:
+        """Refuse texts of which one would end a whole batch with an error.
+
+        Raises
+        ------
+        CompanionError
+            For an empty text, or places that it does not have; here also for ids that the model
+            does not know, a text that ends with the pad id, and two BOS.
+        """
+        for text in texts:
+            n = len(ids_of(text))
+            if not n:
+                raise DataError("the text has no tokens")
+            if isinstance(text, EncodedSteps) and not all(0 <= at < n for at in text.ends):
+                raise DataError(f"places {list(text.ends)} in a text of {n} tokens")
+
+    def finish(
+        self, prepared: Prepared, values: Sequence[Any], *, on_error: OnError = "skip"
+    ) -> ScoresT:
+        """Scores of prepared rows (one text each) from the values of their texts, in order.
+
+        With ``on_error="raise"`` a value that is not finite is a :class:`ReadoutError`.
+        """
+        raw, lengths, reasons, found = self._read_rows(prepared, values, on_error)
+        reading = reading_of(self.readout)
+        read = [
+            None if value is None else (texts[0], value[0])  # type: ignore[index]
+            for texts, value in zip(prepared.found, found, strict=True)
+        ]
+        scores: Any = reading.scores(raw[:, 0], lengths[:, 0], reasons, read)  # type: ignore[arg-type]
+        return scores.against(self.reference)  # type: ignore[no-any-return]
+
+    def finish_pairs(
+        self, prepared: Prepared, values: Sequence[Any], *, on_error: OnError = "skip"
+    ) -> PairScores:
+        """As :meth:`finish`, of rows with two texts each."""
+        raw, lengths, reasons, _ = self._read_rows(prepared, values, on_error)
+        return PairScores(raw[:, 0], raw[:, 1], lengths[:, 0], lengths[:, 1], reasons)
 
     # ------------------------------------------------------------------ inside
 
@@ -235,61 +372,77 @@ class Scorer(ABC, Generic[ScoresT]):
         places: Sequence[Sequence[int]] | None,
         progress: Progress | None,
     ) -> Sequence[Any]:
-        """Of each text its scalar, or with `places` its logits there, ``[places, labels]``."""
+        """Of each text its scalar, or with `places` its logits there, ``[places, labels]``.
 
-    def _score_found(
-        self,
-        found: Found,
-        width: int,
-        names: Sequence[str],
-        on_error: OnError,
-        progress: Progress | None,
-    ) -> tuple[np.ndarray, np.ndarray, list[str | None], list[list[Any] | None]]:
-        """Scores and lengths ``[N, width]``, reasons, and values of rows of `width` texts each."""
-        if on_error not in ("raise", "skip"):
-            raise DataError(f"on_error is {on_error!r}", "use 'raise' or 'skip'")
-        reading = reading_of(self.readout)
-        raw = np.full((len(found), width), np.nan)
-        lengths = np.zeros((len(found), width), dtype=np.int64)
+        Or a :class:`companion.scoring.reading.NoValue`.
+        """
+
+    def _prepared(self, found: Found, width: int, names: Sequence[str]) -> Prepared:
+        """Which rows of `width` texts each are run, and why the others are not."""
         reasons: list[str | None] = [None] * len(found)
-        values: list[list[Any] | None] = [None] * len(found)
         limit = self.max_positions
-        kept: list[tuple[int, Sequence[Text]]] = []
-        for index, texts in enumerate(found):
-            if isinstance(texts, CompanionError):
-                if on_error == "raise":
-                    raise texts
-                reasons[index] = texts.what
-            elif texts is None:
+        kept: list[int] = []
+        texts: list[Text] = []
+        for index, row in enumerate(found):
+            if isinstance(row, CompanionError):
+                reasons[index] = row.what
+            elif row is None:
                 reasons[index] = f"longer than max_length={self.formatter.max_length} tokens"
-            elif limit is not None and (longest := max(len(ids_of(t)) for t in texts)) > limit:
+            elif limit is not None and (longest := max(len(ids_of(t)) for t in row)) > limit:
                 reasons[index] = f"{longest} tokens, the model has positions for {limit}"
-                if on_error == "raise" and self.formatter.overlong == "error":
-                    raise DataError(f"{names[index]}: {reasons[index]}", "shorten the text")
             else:
-                kept.append((index, texts))
-        flat: list[Any] = [text for _, texts in kept for text in texts]
-        read: Any
-        if isinstance(self.readout, ScalarReadout):
-            read = self._values([ids_of(text) for text in flat], None, progress)
-        else:
-            read = self.logits(flat, progress=progress)
+                kept.append(index)
+                texts += row
+        return Prepared(found, width, list(names), reasons, kept, texts)
+
+    def _refuse_bad(self, prepared: Prepared) -> None:
+        """Raise for the first row that cannot be scored; what was dropped on purpose is none."""
+        for row, name, reason in zip(prepared.found, prepared.names, prepared.reasons, strict=True):
+            if isinstance(row, CompanionError):
+                raise row
+            if row is not None and reason is not None and self.formatter.overlong == "error":
+                raise DataError(f"{name}: {reason}", "shorten the text")
+
+    def _read_rows(
+        self, prepared: Prepared, values: Sequence[Any], on_error: OnError
+    ) -> tuple[np.ndarray, np.ndarray, list[str | None], list[list[Any] | None]]:
+        """Scores and lengths ``[N, width]``, reasons, and values of the rows."""
+        reading = reading_of(self.readout)
+        rows, width = len(prepared.found), prepared.width
+        raw = np.full((rows, width), np.nan)
+        lengths = np.zeros((rows, width), dtype=np.int64)
+        reasons = list(prepared.reasons)
+        read: list[list[Any] | None] = [None] * rows
         failed: list[int] = []
-        for place, (index, texts) in enumerate(kept):
-            own = list(read[place * width : (place + 1) * width])
+        cures: list[str | None] = []
+        for place, index in enumerate(prepared.kept):
+            part = slice(place * width, (place + 1) * width)
+            own = list(values[part])
             if not all(bool(np.isfinite(np.asarray(value)).all()) for value in own):
+                missing = next((value for value in own if isinstance(value, NoValue)), None)
                 failed.append(index)
-                reasons[index] = reading.not_finite(own)
+                cures.append(self._cure_of_nan if missing is None else missing.cure)
+                reasons[index] = reading.not_finite(own) if missing is None else missing.reason
                 continue
-            values[index] = own
+            read[index] = own
             raw[index] = [reading.score(value) for value in own]
-            lengths[index] = [len(ids_of(text)) for text in texts]
+            lengths[index] = [len(ids_of(text)) for text in prepared.texts[part]]
         if failed and on_error == "raise":
             raise ReadoutError(
-                f"{names[failed[0]]}: {reasons[failed[0]]}; {len(failed)} such in all",
-                self._cure_of_nan,
+                f"{prepared.names[failed[0]]}: {reasons[failed[0]]}; {len(failed)} such in all",
+                cures[0],
             )
-        return raw, lengths, reasons, values
+        return raw, lengths, reasons, read
+
+    def _run(
+        self, prepared: Prepared, on_error: OnError, progress: Progress | None
+    ) -> Sequence[Any]:
+        """The values of the rows; with "raise", the first row that has none is an error."""
+        if on_error not in ("raise", "skip"):
+            raise DataError(f"on_error is {on_error!r}", "use 'raise' or 'skip'")
+        if on_error == "raise":
+            self._refuse_bad(prepared)
+        return self.values(prepared.texts, progress=progress)
 
 
 def _named_rows(rows: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequence[str]]:
@@ -415,6 +568,31 @@ class LocalScorer(Scorer[ScoresT]):
         threads, of the call that ended last.
         """
         return self._runner.tokens
+
+    @property
+    def batch_tokens(self) -> int:
+        """Budget of a batch, in computed tokens; on CUDA it follows the free memory."""
+        return self._runner.max_tokens or default_token_budget(self.reward_model.model)
+
+    def run_alone(self) -> None:
+        """Run each text alone from now on: its score is then the same to the last bit, always."""
+        self._runner.max_rows = 1
+
+    @property
+    def packs(self) -> bool:
+        """Whether batches are packed, without padding."""
+        return self._runner.packs
+
+    def check(self, texts: Sequence[Text]) -> None:
+        """As :meth:`Scorer.check`; also ids that the model has no embedding for."""
+        super().check(texts)
+        if texts:
+            rows = self.reward_model.model.get_input_embeddings().weight.shape[0]
+            check_texts([ids_of(text) for text in texts], self.reward_model.model.config)
+            for text in texts:
+                worst = max(ids_of(text))
+                if worst >= rows or min(ids_of(text)) < 0:
+                    raise DataError(f"the token id {worst} is not one of the model's {rows}")
 
     def fingerprint(self) -> str:
         """Of the model; see :func:`companion.models.checkpoint.model_fingerprint`."""

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from companion import evaluate_pairs, evaluate_rankings, evaluate_tokens, rank_file
-from companion.errors import DataError, ServiceError
+from companion.errors import DataError, ReadoutError, ServiceError
+from companion.formatting import Encoded, EncodedSteps
 from companion.models import (
     ReferenceStats,
     RewardManifest,
@@ -35,6 +37,7 @@ READOUTS = {
     "outcome": TokenReadout("outcome", 1, "mean"),
     "process": TokenReadout("process", 3, "min", separator="\n", threshold=0.4),
 }
+PAIRS = make_rows("pairs", 20, seed=5)
 #: kind of rows -> what measures a model on them
 MEASURES = {
     "pairs": evaluate_pairs,
@@ -93,6 +96,12 @@ def test_an_evaluation_over_http_is_the_one_here(
     few = RemoteScorer.from_pretrained(service.url, folder, protocol=protocol, batch_size=7)
     again = MEASURES[rows](few, data)
     close(again.metrics, expected.metrics)
+    # and to however many servers
+    other = serve(load_scorer(folder, device="cpu"))
+    urls = [service.url, other.url]
+    both = RemoteScorer.from_pretrained(urls, folder, protocol=protocol, batch_size=7)
+    close(MEASURES[rows](both, data).metrics, expected.metrics)
+    assert other.bodies
 
 
 def close(found: Any, expected: Any) -> None:
@@ -171,6 +180,37 @@ def test_files_are_scored_and_ranked_over_http(models: Any, serve: Any, tmp_path
         score_file(here, texts, tmp_path / "there.scores.jsonl")
 
 
+def test_a_file_does_not_go_on_with_another_version(
+    models: Any, serve: Any, tmp_path: Path
+) -> None:
+    service = serve(load_scorer(models("scalar"), device="cpu"))
+    source, target = tmp_path / "texts.jsonl", tmp_path / "scores.jsonl"
+    rows = [json.dumps({"prompt": r["prompt"], "completion": r["chosen"]}) for r in PAIRS]
+    source.write_text("\n".join(rows[:5]) + "\n")
+
+    def scorer() -> RemoteScorer:
+        return RemoteScorer.from_pretrained(service.url, models("scalar"), protocol="companion")
+
+    assert score_file(scorer(), source, target).scored == 5
+    assert score_file(scorer(), source, target).resumed_at == 5
+    service.version = "another"
+    with pytest.raises(DataError, match="begun with another model"):
+        score_file(scorer(), source, target)
+    # half-way: nothing of the new version is written
+    begun = scorer()
+    target.unlink()
+
+    def restart(answer: Any) -> Any:
+        service.version = "a third"
+        return answer
+
+    service.change = restart
+    with pytest.raises(ServiceError, match=r"a third.*another") as caught:
+        score_file(begun, source, target, chunk_rows=2)
+    assert "new scorer" in str(caught.value)
+    assert len(target.read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize("kind", ["scalar", "process"])
 def test_a_reward_function_over_http(kind: str, models: Any, serve: Any) -> None:
     here = load_scorer(models(kind), device="cpu")
@@ -194,15 +234,28 @@ def test_answers_that_are_no_token_values_are_errors(models: Any, serve: Any) ->
     there = RemoteScorer.from_pretrained(service.url, folder, protocol="companion")
     rows = make_rows("steps", 2, seed=5)
     for change, message in (
-        (lambda a: {"scores": [0.0, 0.0]}, "token values"),
-        (lambda a: {"logits": a["logits"][:1]}, "token values"),
-        (lambda a: {"logits": [[place[:1] for place in t] for t in a["logits"]]}, "for .* places"),
+        (lambda a: a | {"rewards": a.pop("results")}, "token values"),
+        (lambda a: a | {"results": a["results"][:1]}, "token values"),
+        (each(lambda r: {"logits": [place[:1] for place in r["logits"]]}), "for .* places"),
+        (each(lambda r: {"logits": r["logits"][:-1]}), "for .* places"),
+        (each(lambda r: {"places": [p - 1 for p in r["places"]]}), "other places"),
+        (each(lambda r: {"n_tokens": r["n_tokens"] + 1}), "were scored"),
+        (each(lambda r: {"logits": [[None] * 3 for _ in r["logits"]]}), "no reason says why"),
     ):
         service.change = change
         with pytest.raises(ServiceError, match=message):
             there.score(rows, on_error="skip")
-    service.change = lambda a: {"logits": [[[None] * 3 for _ in t] for t in a["logits"]]}
-    assert there.score(rows, on_error="skip").reasons == ["a value is not finite"] * 2
+    service.change = each(lambda r: {"logits": None, "reason": "overflow in layer 3"})
+    assert there.score(rows, on_error="skip").reasons == ["overflow in layer 3"] * 2
+    with pytest.raises(ReadoutError, match="row 0: overflow in layer 3; 2 such"):
+        there.score(rows)
+    text = EncodedSteps(Encoded([1, 5, 6], 1, True), [1, 2])
+    assert torch.stack(there.logits([text])).isnan().all()  # whoever asks for logits gets logits
+
+
+def each(change: Any) -> Any:
+    """A change to each text's answer."""
+    return lambda a: a | {"results": [result | change(result) for result in a["results"]]}
 
 
 def test_a_scorer_without_a_manifest(tiny_reward: Path, serve: Any) -> None:

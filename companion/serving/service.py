@@ -1,0 +1,244 @@
+"""What all routes ask: rows or ids in, scores out, through the queue; it knows no protocol.
+
+Chapter 6.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from companion.errors import CompanionError, DataError, ServiceError
+from companion.formatting import Encoded
+from companion.models import Identity
+from companion.scoring import Prepared, Scorer, Text
+from companion.serving.engine import Engine
+from companion.serving.metrics import Metrics
+from companion.serving.patience import Patience
+from companion.serving.queue import Queue, Request
+from companion.serving.request_log import RequestLog
+
+#: Resolves when the client has hung up.
+Gone = Callable[[], Awaitable[None]]
+#: What is scored; see :meth:`Service.score`.
+Items = Sequence[Any] | Callable[[], Sequence[Any]]
+
+
+class ClientGone(ServiceError):
+    """Whoever asked does not wait any more."""
+
+
+class DeadlineOver(ServiceError):
+    """No answer within the time that the route's clients wait."""
+
+
+class BadItem(DataError):
+    """An item of a request that cannot be scored.
+
+    Parameters
+    ----------
+    index : int
+        Which.
+    """
+
+    def __init__(self, what: str, cure: str | None, index: int) -> None:
+        super().__init__(what, cure)
+        self.index = index
+
+
+@dataclass
+class Call:
+    """One request on its way: whose it is, and what became of it.
+
+    Attributes
+    ----------
+    id : str
+        Of the request.
+    protocol : str
+    patience : Patience
+    gone : callable
+        See :data:`Gone`.
+    tokens : int
+        Of its texts, once they are known.
+    """
+
+    id: str
+    protocol: str
+    patience: Patience
+    gone: Gone
+    since: float = field(default_factory=time.monotonic)
+    tokens: int = 0
+
+
+class Service:
+    """A scorer behind a queue.
+
+    Parameters
+    ----------
+    scorer : Scorer
+        Here or on a server.
+    name : str
+        Of the model, as clients see it.
+    identity : Identity
+        Hashes of all that decides a score.
+    queue_tokens : int
+        Most tokens in the queue.
+    engine_threads : int
+        More than one only for a scorer whose model is elsewhere.
+    log : RequestLog, optional
+    exact : bool
+        What the server says of itself.
+    deviation : float or None
+        How far a score was seen to move with its batch, when the server started.
+    notes : sequence of str
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer[Any],
+        *,
+        name: str,
+        identity: Identity,
+        queue_tokens: int = 1 << 20,
+        engine_threads: int = 1,
+        log: RequestLog | None = None,
+        exact: bool = False,
+        deviation: float | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.scorer = scorer
+        self.name = name
+        self.identity = identity
+        self.exact = exact
+        self.deviation = deviation
+        self.notes = list(notes)
+        self.log = log
+        self.metrics = Metrics()
+        padded = not getattr(scorer, "packs", True)
+        self.queue = Queue(queue_tokens, by_length=padded)
+        self.engine = Engine(scorer, self.queue, threads=engine_threads, watch=self.metrics.batch)
+        self.metrics.describe(self.queue, name, identity.version, scorer.readout.kind)
+        # one thread: a tokenizer is no faster in several, and the engine's thread needs the other
+        self._formatting = ThreadPoolExecutor(1, thread_name_prefix="formatting")
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self.engine.start()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Serve what is inside, then end."""
+        self.engine.stop(timeout)
+        self._formatting.shutdown(wait=False, cancel_futures=True)
+        if self.log is not None:
+            self.log.close()
+
+    async def score(
+        self,
+        call: Call,
+        items: Items,
+        *,
+        name: str | Callable[[int], str] = "items",
+    ) -> tuple[Prepared, Any]:
+        """Scores of rows (or token ids) in order, and their texts.
+
+        Parameters
+        ----------
+        call : Call
+        items : sequence or callable
+            As :meth:`Scorer.prepare` takes them, rows or token ids; or a function that makes them,
+            in the thread of the tokenizer.
+        name : str or callable
+            How to call an item in an error: ``name[0]``, …
+
+        Returns
+        -------
+        tuple of Prepared and Scores
+
+        Raises
+        ------
+        BadItem
+            For an item that cannot be scored, or is too long where that is an error.
+        QueueFull, DeadlineOver, ClientGone
+        """
+        named = name if callable(name) else lambda i: f"{name}[{i}]"
+        loop = asyncio.get_running_loop()
+        gone = asyncio.ensure_future(call.gone())
+        work = asyncio.ensure_future(self._score(call, items, named, loop))
+        left = call.patience.answer - (time.monotonic() - call.since)
+        try:
+            await asyncio.wait({gone, work}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            if gone.done():
+                raise ClientGone("the client has hung up")
+            raise DeadlineOver(
+                f"no answer within {call.patience.answer:g} s", "send fewer texts, or later"
+            )
+        finally:
+            for task in (gone, work):
+                task.cancel()
+            await asyncio.gather(gone, work, return_exceptions=True)
+
+    async def _score(
+        self,
+        call: Call,
+        items: Items,
+        named: Callable[[int], str],
+        loop: asyncio.AbstractEventLoop,
+    ) -> tuple[Prepared, Any]:
+        prepared, rows = await loop.run_in_executor(self._formatting, self._prepare, items, named)
+        self.metrics.phase("format", time.monotonic() - call.since)
+        values = await self._values(call, prepared.texts, loop)
+        scores = self.scorer.finish(prepared, values)
+        self.metrics.scored(scores)
+        if self.log is not None:
+            self.log.write(call.id, call.protocol, rows, prepared, scores)
+        return prepared, scores
+
+    async def _values(
+        self, call: Call, texts: Sequence[Text], loop: asyncio.AbstractEventLoop
+    ) -> list[Any]:
+        if not texts:
+            return []
+        request = Request(texts, loop, loop.create_future())
+        call.tokens = request.tokens
+        try:
+            await self.queue.put(request, call.patience.room)
+            values = await request.done
+        except BaseException:
+            self.queue.drop(request)
+            raise
+        done = time.monotonic()
+        queued, began = request.queued or done, request.began or done
+        self.metrics.phase("room", queued - request.since)
+        self.metrics.phase("queue", began - queued)
+        self.metrics.phase("model", done - began)
+        return values
+
+    def _prepare(self, items: Items, named: Callable[[int], str]) -> tuple[Prepared, Sequence[Any]]:
+        """In the formatting thread: items as token ids, the bad ones as an error."""
+        if callable(items):
+            items = items()
+        names = [named(i) for i in range(len(items))]
+        prepared = self.scorer.prepare(items, names=names)
+        for index, (row, reason) in enumerate(zip(prepared.found, prepared.reasons, strict=True)):
+            if isinstance(row, CompanionError):
+                raise BadItem(row.what, row.cure, index)
+            if reason is not None:
+                what = reason if names[index] in reason else f"{names[index]}: {reason}"
+                raise BadItem(what, "shorten it, or send less of the prompt", index)
+            try:
+                self.scorer.check(row or [])
+            except CompanionError as error:
+                raise BadItem(f"{names[index]}: {error.what}", error.cure, index) from error
+        return prepared, items
+
+
+def cut_tokens(text: Text) -> int:
+    """How many tokens of a text's prompt were cut off."""
+    encoded = text if isinstance(text, Encoded) else text.encoded
+    return encoded.cut_tokens
