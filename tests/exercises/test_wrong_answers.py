@@ -662,7 +662,7 @@ def budget_sorted_backwards_in_halves(texts, score, budget):
 
 @wrong("ch06.score_by_budget", says=KIND)
 def budget_array(texts, score, budget):
-    return np.array([score([text])[0] for text in texts])
+    return np.array(score(texts))  # all of them at once
 
 
 @wrong("ch06.who_is_served", mutant="stays_busy")
@@ -674,7 +674,7 @@ def served_all_work_done(arrivals, tokens, patience, rate):
     return [served[i] for i in range(len(arrivals))]
 
 
-@wrong("ch06.who_is_served", asks="who waits is served, as long as the patience lasts")
+@wrong("ch06.who_is_served", mutant="from_start")
 def served_if_work_fits(arrivals, tokens, patience, rate):
     return [count / rate <= wait for count, wait in zip(tokens, patience, strict=True)]
 
