@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         module.add_arguments(sub)
-        return int(module.run(sub.parse_args(args.rest)))
+        # (a command that starts itself again, or reads a file of flags, needs the words too)
+        return int(module.run(sub.parse_args(args.rest, argparse.Namespace(words=args.rest))))
     except CompanionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

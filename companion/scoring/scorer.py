@@ -262,11 +262,11 @@ class Scorer(ABC, Generic[ScoresT]):
         names = [f"text {index}" for index in range(len(encoded))]
         texts = [reading.text(item, name) for item, name in zip(encoded, names, strict=True)]
         prepared = self._prepared([[text] for text in texts], 1, names)
-        limit = self.max_positions
+        limit, limited = self._limit()
         for name, text in zip(names, texts, strict=True):
             if limit is not None and len(ids_of(text)) > limit:
                 raise ModelError(
-                    f"{name} has {len(ids_of(text))} tokens, the model has positions for {limit}",
+                    f"{name} has {len(ids_of(text))} tokens, {limited} {limit}",
                     f"format with max_length={limit}",
                 )
         values = self._run(prepared, "raise", progress)
@@ -337,6 +337,8 @@ class Scorer(ABC, Generic[ScoresT]):
             n = len(ids_of(text))
             if not n:
                 raise DataError("the text has no tokens")
+            if isinstance(text, EncodedSteps) and not text.ends:
+                raise DataError("the text has no places to read", "name at least one of its tokens")
             if isinstance(text, EncodedSteps) and not all(0 <= at < n for at in text.ends):
                 raise DataError(f"places {list(text.ends)} in a text of {n} tokens")
 
@@ -377,10 +379,14 @@ class Scorer(ABC, Generic[ScoresT]):
         Or a :class:`companion.scoring.reading.NoValue`.
         """
 
+    def _limit(self) -> tuple[int | None, str]:
+        """Longest text that has a score, in tokens, and the words before this number."""
+        return self.max_positions, "the model has positions for"
+
     def _prepared(self, found: Found, width: int, names: Sequence[str]) -> Prepared:
         """Which rows of `width` texts each are run, and why the others are not."""
         reasons: list[str | None] = [None] * len(found)
-        limit = self.max_positions
+        limit, limited = self._limit()
         kept: list[int] = []
         texts: list[Text] = []
         for index, row in enumerate(found):
@@ -389,7 +395,7 @@ class Scorer(ABC, Generic[ScoresT]):
             elif row is None:
                 reasons[index] = f"longer than max_length={self.formatter.max_length} tokens"
             elif limit is not None and (longest := max(len(ids_of(t)) for t in row)) > limit:
-                reasons[index] = f"{longest} tokens, the model has positions for {limit}"
+                reasons[index] = f"{longest} tokens, {limited} {limit}"
             else:
                 kept.append(index)
                 texts += row
@@ -414,14 +420,15 @@ class Scorer(ABC, Generic[ScoresT]):
         reasons = list(prepared.reasons)
         read: list[list[Any] | None] = [None] * rows
         failed: list[int] = []
-        cures: list[str | None] = []
+        cure: str | None = self._cure_of_nan
         for place, index in enumerate(prepared.kept):
             part = slice(place * width, (place + 1) * width)
             own = list(values[part])
             if not all(bool(np.isfinite(np.asarray(value)).all()) for value in own):
                 missing = next((value for value in own if isinstance(value, NoValue)), None)
+                if missing is not None and not failed:
+                    cure = None  # (the reason is not ours)
                 failed.append(index)
-                cures.append(self._cure_of_nan if missing is None else missing.cure)
                 reasons[index] = reading.not_finite(own) if missing is None else missing.reason
                 continue
             read[index] = own
@@ -430,7 +437,7 @@ class Scorer(ABC, Generic[ScoresT]):
         if failed and on_error == "raise":
             raise ReadoutError(
                 f"{prepared.names[failed[0]]}: {reasons[failed[0]]}; {len(failed)} such in all",
-                cures[0],
+                cure,
             )
         return raw, lengths, reasons, read
 
@@ -588,11 +595,15 @@ class LocalScorer(Scorer[ScoresT]):
         super().check(texts)
         if texts:
             rows = self.reward_model.model.get_input_embeddings().weight.shape[0]
-            check_texts([ids_of(text) for text in texts], self.reward_model.model.config)
             for text in texts:
-                worst = max(ids_of(text))
-                if worst >= rows or min(ids_of(text)) < 0:
-                    raise DataError(f"the token id {worst} is not one of the model's {rows}")
+                least, most = min(ids_of(text)), max(ids_of(text))
+                if least < 0 or most >= rows:
+                    wrong = least if least < 0 else most
+                    raise DataError(
+                        f"the token id {wrong} is not one of the model's {rows}",
+                        "make the ids with the model's own tokenizer",
+                    )
+            check_texts([ids_of(text) for text in texts], self.reward_model.model.config)
 
     def fingerprint(self) -> str:
         """Of the model; see :func:`companion.models.checkpoint.model_fingerprint`."""

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from companion import __version__
 from companion.errors import ServiceError
 from companion.serving.protocols import native, openrlhf, vllm
+from companion.serving.protocols.routes import BODIES
 from companion.serving.service import Service
 
 Scope = MutableMapping[str, Any]
@@ -26,6 +27,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 PROTOCOLS: Final = (native, vllm, openrlhf)
 #: routes that answer without a token: probes, which have none
 _OPEN: Final = {"/livez", "/readyz"}
+__all__ = ["BODIES", "PROTOCOLS", "make_app"]
 _PLAIN: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 

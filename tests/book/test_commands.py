@@ -71,6 +71,14 @@ def check_launcher(words: list[str]) -> None:
     assert args.training_script == "companion"
 
 
+def check_curl(words: list[str]) -> None:
+    """The route exists, and takes the body."""
+    from companion.serving import BODIES
+
+    url, body = (next(w for w in words if w.startswith("http")), words[words.index("-d") + 1])
+    BODIES["/" + url.split("/", 3)[3]].model_validate_json(body)
+
+
 @pytest.mark.parametrize("command", sorted(set(COMMANDS_ON_PAGES)), ids=str)
 def test_command_of_a_page_is_accepted(command, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -86,6 +94,8 @@ def test_command_of_a_page_is_accepted(command, tmp_path, monkeypatch):
             assert target in TARGETS, target
     elif words[0] == "source":
         assert words[1:] == [f"{VENV}/bin/activate"]
+    elif words[0] == "curl":
+        check_curl(words)
     elif words[0] == "sbatch":
         assert all(Path(word).is_file() for word in words[1:])
         subprocess.run(["bash", "-n", words[1]], check=True)

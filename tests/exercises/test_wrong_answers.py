@@ -366,7 +366,7 @@ def shift_string(chosen, rejected, weights, target, coefficient):
     return f"{float(target - total / 2):.6f}"
 
 
-@wrong("ch04.training_settings", asks="not longer than one epoch")
+@wrong("ch04.training_settings", mutant="two_epochs")
 def settings_two_epochs():
     return {
         "num_train_epochs": 2,

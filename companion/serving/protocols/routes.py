@@ -18,6 +18,8 @@ from companion.serving.service import BadItem, Call, ClientGone, DeadlineOver, S
 logger = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=BaseModel)
+#: Path of each route that takes a body, and what it takes.
+BODIES: dict[str, type[BaseModel]] = {}
 #: Of a protocol: status, type, what and cure, index of the item -> the body of an error.
 ErrorBody = Callable[[int, str, CompanionError, int | None, str], dict[str, Any]]
 
@@ -83,19 +85,18 @@ def call_of(request: Request, protocol: str) -> Call:
 
 
 def check_version(request: Request, pinned: str | None) -> None:
-    """Refuse a client that asks for another version.
+    """Refuse a client that asks for another version than is served.
 
     Raises
     ------
     WrongVersion
     """
     ours = service_of(request).identity.version
-    for wanted in (pinned, request.headers.get("x-model-version")):
-        if wanted is not None and wanted != ours:
-            raise WrongVersion(
-                f"the model's version is {ours}, not {wanted[:64]}",
-                "ask GET /v1/models, and compare the hashes before scores are mixed",
-            )
+    if pinned is not None and pinned != ours:
+        raise WrongVersion(
+            f"the model's version is {ours}, not {pinned[:64]}",
+            "ask GET /v1/models, and compare the hashes before scores are mixed",
+        )
 
 
 def status_of(error: CompanionError, protocol: str) -> tuple[int, str]:
@@ -155,6 +156,7 @@ def post(
 
     async def route(request: Request) -> Response:
         try:
+            check_version(request, request.headers.get("x-model-version"))
             body = await read(request, model)
             return JSONResponse(await answer(request, body))
         except CompanionError as error:
@@ -167,6 +169,7 @@ def post(
             headers = {"Retry-After": "1"} if status in (429, 503) else None
             return JSONResponse(content, status, headers)
 
+    BODIES[path] = model
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     router.add_api_route(
         path,
