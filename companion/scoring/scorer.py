@@ -32,7 +32,7 @@ from companion.models.readout import Readout, ScalarReadout, TokenReadout
 from companion.models.reward_model import RewardModel
 from companion.scoring.reading import Found, NoValue, Text, ids_of, reading_of
 from companion.scoring.results import PairScores, Scores, TokenScores
-from companion.scoring.reward_function import RewardFunction
+from companion.scoring.reward_function import AsyncRewardFunction, RewardFunction
 from companion.scoring.waiting import in_thread
 
 OnError = Literal["raise", "skip"]
@@ -238,6 +238,16 @@ class Scorer(ABC, Generic[ScoresT]):
         """
         return RewardFunction(self, **settings)
 
+    def as_async_reward_func(self, **settings: Any) -> AsyncRewardFunction:
+        """The same as a coroutine, which TRL awaits together with other reward functions.
+
+        Parameters
+        ----------
+        **settings
+            As in :meth:`as_reward_func`.
+        """
+        return AsyncRewardFunction(self.as_reward_func(**settings))
+
     # ------------------------------------------------------------------ token ids
 
     def score_encoded(
@@ -337,6 +347,8 @@ class Scorer(ABC, Generic[ScoresT]):
             n = len(ids_of(text))
             if not n:
                 raise DataError("the text has no tokens")
+            if isinstance(text, EncodedSteps) and not text.ends:
+                raise DataError("the text has no places to read", "name at least one of its tokens")
             if isinstance(text, EncodedSteps) and not all(0 <= at < n for at in text.ends):
                 raise DataError(f"places {list(text.ends)} in a text of {n} tokens")
 
@@ -593,11 +605,15 @@ class LocalScorer(Scorer[ScoresT]):
         super().check(texts)
         if texts:
             rows = self.reward_model.model.get_input_embeddings().weight.shape[0]
-            check_texts([ids_of(text) for text in texts], self.reward_model.model.config)
             for text in texts:
-                worst = max(ids_of(text))
-                if worst >= rows or min(ids_of(text)) < 0:
-                    raise DataError(f"the token id {worst} is not one of the model's {rows}")
+                least, most = min(ids_of(text)), max(ids_of(text))
+                if least < 0 or most >= rows:
+                    wrong = least if least < 0 else most
+                    raise DataError(
+                        f"the token id {wrong} is not one of the model's {rows}",
+                        "make the ids with the model's own tokenizer",
+                    )
+            check_texts([ids_of(text) for text in texts], self.reward_model.model.config)
 
     def fingerprint(self) -> str:
         """Of the model; see :func:`companion.models.checkpoint.model_fingerprint`."""

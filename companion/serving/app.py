@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hmac
+import logging
 import re
 import time
 import uuid
@@ -19,7 +20,10 @@ from companion.errors import ServiceError
 from companion.serving import page
 from companion.serving.openapi import OPEN, document
 from companion.serving.protocols import native, openrlhf, vllm
+from companion.serving.protocols.routes import BODIES
 from companion.serving.service import Service
+
+logger = logging.getLogger("companion.serving.access")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -27,6 +31,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 #: every protocol is one file with a router; a new one is named here and in `patience`
 PROTOCOLS: Final = (native, vllm, openrlhf)
+#: routes that are asked so often that a line for each would bury the others
+_PROBED: Final = {"/livez", "/readyz", "/metrics"}
+__all__ = ["BODIES", "PROTOCOLS", "make_app"]
 _PLAIN: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -170,7 +177,11 @@ class _Around:
             await self.app(scope, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self.state.service.metrics.request(route, status, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            self.state.service.metrics.request(route, status, seconds)
+            if route not in _PROBED:
+                told = {"request": own, "route": route, "status": status, "seconds": seconds}
+                logger.info(f"{route} {status} in {seconds:.3f} s ({own})", extra={"fields": told})
 
     def _allowed(self, headers: dict[bytes, bytes]) -> bool:
         wanted = f"Bearer {self.token}".encode()

@@ -78,9 +78,10 @@ def address_of(sock: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn's server, which drains what it has accepted before it ends."""
 
-    def __init__(self, app: FastAPI, said: Any = None) -> None:
+    def __init__(self, app: FastAPI, said: Any = None, grace: float = GRACE) -> None:
         self.app = app
         self.said = said
+        self.grace = grace
         super().__init__(
             uvicorn.Config(
                 app,
@@ -105,7 +106,7 @@ class Server(uvicorn.Server):
             server.close()
         for sock in sockets or []:
             sock.close()
-        end = time.monotonic() + GRACE
+        end = time.monotonic() + self.grace
         while time.monotonic() < end and any(map(_idle, self.server_state.connections)):
             await asyncio.sleep(0.02)
         await super().shutdown()
@@ -270,7 +271,8 @@ def in_thread(app: FastAPI, host: str, port: int) -> Iterator[str]:
     sock = listen(host, port)
     url = address_of(sock)
     ready = threading.Event()
-    server = Server(app, ready.set)
+    # a client of this process has sent what it wanted to, and may keep its connection for ever
+    server = Server(app, ready.set, grace=0.1)
     thread = threading.Thread(target=server.run, args=([sock],), name="serving", daemon=True)
     thread.start()
     try:

@@ -17,7 +17,7 @@ const EXAMPLES = [
 const $ = (id) => document.getElementById(id);
 const SIDES = ["a", "b"];
 const SVG = "http://www.w3.org/2000/svg";
-let token = "", model = null, reference = null, shown = null, asked = 0;
+let token = "", model = null, reference = null, referenceVersion = null, shown = null, asked = 0;
 
 function element(name, attributes = {}, ...children) {
   const made = document.createElement(name);
@@ -72,9 +72,8 @@ function complain(error) {
 }
 
 async function load() {
-  const found = (await ask("v1/models")).data[0];
-  reference = (await ask("v1/reference")).reference;
-  model = found;
+  const found = (await ask("v1/models")).data[0], about = await ask("v1/reference");
+  [model, reference, referenceVersion] = [found, about.reference, about.reference_version];
   $("unlock").hidden = true;
   $("name").textContent = found.id;
   document.title = `${found.id}: companion serve`;
@@ -249,8 +248,9 @@ async function compare(event) {
   try {
     if (!model) await load();
     const answer = await ask("v1/compare", { pairs: [given] });
-    // another model than was shown: it is loaded anew, with its reference
-    if (answer.model_version !== model.model_version) await load();
+    // another model, or another reference, than was shown
+    if (answer.model_version !== model.model_version ||
+      answer.reference_version !== referenceVersion) await load();
     const values = model.kind === "scalar" ? [] : await steps(given);
     if (own !== asked) return; // a later one is on its way
     complain();

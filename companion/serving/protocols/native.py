@@ -56,6 +56,9 @@ class Item(_Strict):
     terminated: StrictBool | None = Field(
         None, description="false: the completion was cut off, and its end is not written"
     )
+    drawn: StrictBool | None = Field(
+        None, description="true: a policy wrote the completion, which may repeat the prompt"
+    )
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -66,7 +69,7 @@ class Item(_Strict):
         if self.input_ids is None:
             if self.places is not None:
                 raise DataError(f"{where}.places: only token ids have places", "give input_ids too")
-            if not given.keys() - {"terminated", "tools", "chat_template_kwargs"}:
+            if not given.keys() - {"terminated", "drawn", "tools", "chat_template_kwargs"}:
                 raise DataError(
                     f"{where}: holds no text",
                     "give messages, prompt and completion, text, or input_ids",
@@ -138,6 +141,7 @@ def head(request: Request) -> dict[str, Any]:
         "model": service.name,
         "model_version": service.identity.version,
         "hashes": service.identity.to_dict(),
+        "reference_version": service.reference_version,
     }
 
 
@@ -151,13 +155,16 @@ def _check(request: Request, model: str | None, version: str | None) -> Service:
     return service
 
 
-def _warnings(text: Any, limit: int | None) -> list[str]:
-    """What is to be said of one text."""
+def _warnings(service: Service, item: Any, text: Any) -> list[str]:
+    """What is to be said of one text, that was sent as words or as ids."""
     encoded = text if isinstance(text, Encoded) else text.encoded
+    if isinstance(item, (Encoded, EncodedSteps)):
+        return service.unlike(encoded.input_ids)
     said = [REMARKS[name].replace("texts", "a text", 1) for name in encoded.remarks]
     if not encoded.terminated:
         said.append("unfinished: the completion was cut off, and its end is not written")
     if encoded.cut_tokens:
+        limit = service.scorer.formatter.max_length
         said.append(f"{encoded.cut_tokens} tokens of the prompt were cut to fit {limit}")
     return said
 
@@ -167,7 +174,7 @@ def _number(value: float) -> float | None:
 
 
 def _of_text(
-    service: Service, prepared: Any, scores: Any, i: int, forms: list[str]
+    service: Service, rows: list[Any], prepared: Any, scores: Any, i: int, forms: list[str]
 ) -> dict[str, Any]:
     text = prepared.texts[i]
     cut = cut_tokens(text)
@@ -180,7 +187,7 @@ def _of_text(
     return found | {
         "n_tokens": len(text if isinstance(text, Encoded) else text.encoded),
         "cut_tokens": cut,
-        "warnings": _warnings(text, service.scorer.formatter.max_length),
+        "warnings": _warnings(service, rows[i], text),
         "reason": scores.reasons[i],
     }
 
@@ -207,7 +214,8 @@ async def rewards(request: Request, body: Rewards) -> dict[str, Any]:
     prepared, scores = await service.score(call, rows)
     forms: list[str] = list(body.return_)
     items = [
-        {"index": i, **_of_text(service, prepared, scores, i, forms)} for i in range(len(rows))
+        {"index": i, **_of_text(service, rows, prepared, scores, i, forms)}
+        for i in range(len(rows))
     ]
     return {**head(request), "rewards": items, "usage": {"tokens": call.tokens}}
 
@@ -252,7 +260,7 @@ async def steps(request: Request, body: Steps) -> dict[str, Any]:
         words = await run_in_threadpool(_read_tokens, tokenizer, prepared.texts, scores.places)
     found = []
     for i in range(len(rows)):
-        own = _of_text(service, prepared, scores, i, [])
+        own = _of_text(service, rows, prepared, scores, i, [])
         has = scores.values[i] is not None
         own |= {
             "score": _number(scores.raw[i]),
@@ -300,7 +308,7 @@ async def compare(request: Request, body: Compare) -> dict[str, Any]:
     forms = ["raw"] + (["z", "percentile"] if service.scorer.reference is not None else [])
     found = []
     for i in range(len(body.pairs)):
-        a, b = (_of_text(service, prepared, scores, 2 * i + side, forms) for side in (0, 1))
+        a, b = (_of_text(service, rows, prepared, scores, 2 * i + side, forms) for side in (0, 1))
         margin = scores.raw[2 * i] - scores.raw[2 * i + 1]
         probability = None
         if why is None and temperature is not None and math.isfinite(margin):
@@ -339,18 +347,10 @@ _HEAD = {
 }
 _TEXT = {"raw": 1.25, "n_tokens": 23, "cut_tokens": 0, "warnings": [], "reason": None}
 
-_PIN = {
-    "name": "X-Model-Version",
-    "in": "header",
-    "required": False,
-    "description": "refuse (409) if another version of the model is served",
-    "schema": {"type": "string"},
-}
 _shared: dict[str, Any] = {
     "protocol": "native",
     "error_body": error_body,
     "never": (NotFinite,),  # of one text it is told in the answer
-    "parameters": [_PIN],
 }
 post(
     router,

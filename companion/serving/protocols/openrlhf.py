@@ -15,14 +15,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
 from companion.errors import CompanionError, DataError
-from companion.serving.protocols.routes import (
-    NotFinite,
-    Unsupported,
-    WrongVersion,
-    call_of,
-    post,
-    service_of,
-)
+from companion.serving.protocols.routes import NotFinite, Unsupported, call_of, post, service_of
 from companion.serving.service import Service, cut_tokens
 
 logger = logging.getLogger(__name__)
@@ -109,7 +102,6 @@ post(
     get_reward,
     protocol="openrlhf",
     error_body=error_body,
-    never=(WrongVersion,),
     examples=[{"query": ["What is 2 + 3? The answer is 5."], "prompts": ["What is 2 + 3?"]}],
     answers={"rewards": [1.25], "scores": [1.25], "extra_logs": {"tokens_cut": [0.0]}},
 )

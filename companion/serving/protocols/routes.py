@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -18,11 +18,24 @@ from companion.serving.service import BadItem, Call, ClientGone, DeadlineOver, S
 
 logger = logging.getLogger(__name__)
 
+#: letters of what is wrong in an answer
+_LONGEST: Final = 1000
+
 Body = TypeVar("Body", bound=BaseModel)
+#: Path of each route that takes a body, and what it takes.
+BODIES: dict[str, type[BaseModel]] = {}
 #: Of a protocol: status, type, what and cure, index of the item -> the body of an error.
 ErrorBody = Callable[[int, str, CompanionError, int | None, str], dict[str, Any]]
 #: Statuses after which another try may help.
-_AGAIN = (429, 503)
+_AGAIN: Final = (429, 503)
+#: The header that pins a version, as OpenAPI has it.
+_PIN: Final = {
+    "name": "X-Model-Version",
+    "in": "header",
+    "required": False,
+    "description": "refuse (409) if another version of the model is served",
+    "schema": {"type": "string"},
+}
 
 
 class WrongVersion(ModelError):
@@ -86,19 +99,18 @@ def call_of(request: Request, protocol: str) -> Call:
 
 
 def check_version(request: Request, pinned: str | None) -> None:
-    """Refuse a client that asks for another version.
+    """Refuse a client that asks for another version than is served.
 
     Raises
     ------
     WrongVersion
     """
     ours = service_of(request).identity.version
-    for wanted in (pinned, request.headers.get("x-model-version")):
-        if wanted is not None and wanted != ours:
-            raise WrongVersion(
-                f"the model's version is {ours}, not {wanted[:64]}",
-                "ask GET /v1/models, and compare the hashes before scores are mixed",
-            )
+    if pinned is not None and pinned != ours:
+        raise WrongVersion(
+            f"the model's version is {ours}, not {pinned[:64]}",
+            "ask GET /v1/models, and compare the hashes before scores are mixed",
+        )
 
 
 def status_of(error: CompanionError, protocol: str) -> tuple[int, str]:
@@ -151,6 +163,13 @@ def _refusals(
     return found
 
 
+def _shortened(error: CompanionError) -> CompanionError:
+    """An error that does not repeat all that was sent (a field's name of a megabyte, say)."""
+    if len(error.what) <= _LONGEST:
+        return error
+    return CompanionError(error.what[:_LONGEST] + "…", error.cure)
+
+
 def post(
     router: APIRouter,
     path: str,
@@ -162,7 +181,6 @@ def post(
     examples: Sequence[dict[str, Any]],
     answers: dict[str, Any],
     never: Sequence[type[CompanionError]] = (),
-    parameters: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Add a route whose body is read by `model` and answered by `answer`.
 
@@ -187,12 +205,11 @@ def post(
         An example of an answer.
     never : sequence of type
         Errors that the route does not have, for the documentation.
-    parameters : sequence of dict
-        Headers that it reads, as OpenAPI has them.
     """
 
     async def route(request: Request) -> Response:
         try:
+            check_version(request, request.headers.get("x-model-version"))
             body = await read(request, model)
             return JSONResponse(await answer(request, body))
         except CompanionError as error:
@@ -201,10 +218,11 @@ def post(
             if status >= 500:
                 logger.warning(f"{path} {status} {kind}: {error.what}")
             index = error.index if isinstance(error, BadItem) else None
-            content = error_body(status, kind, error, index, request.state.id)
+            content = error_body(status, kind, _shortened(error), index, request.state.id)
             headers = {"Retry-After": "1"} if status in _AGAIN else None
             return JSONResponse(content, status, headers)
 
+    BODIES[path] = model
     # `openapi.document` moves what is in $defs to where the references point
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     description = inspect.cleandoc(answer.__doc__ or "")
@@ -219,7 +237,7 @@ def post(
             **_refusals(protocol, error_body, never),
         },
         openapi_extra={
-            **({"parameters": list(parameters)} if parameters else {}),
+            "parameters": [_PIN],
             "requestBody": {
                 "required": True,
                 "content": {

@@ -18,14 +18,7 @@ from scipy.special import expit, softmax
 
 from companion.errors import CompanionError, DataError
 from companion.formatting import Encoded, EncodedSteps
-from companion.serving.protocols.routes import (
-    NotFinite,
-    Unsupported,
-    WrongVersion,
-    call_of,
-    post,
-    service_of,
-)
+from companion.serving.protocols.routes import NotFinite, Unsupported, call_of, post, service_of
 from companion.serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -208,7 +201,6 @@ for _path, _route, _one in (
         _route,
         protocol="vllm",
         error_body=error_body,
-        never=(WrongVersion,),
         examples=[
             {"input": "What is 2 + 3? The answer is 5.", "use_activation": False},
             {"input": [[5, 17, 4, 2]]},
