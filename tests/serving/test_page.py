@@ -337,6 +337,8 @@ def test_unfinished_texts_and_old_scores_are_told(browser: Any, server: Running)
         before = cells(page, "raw score")
         page.get_by_label("unfinished").first.check()
         page.get_by_text("The text has changed").wait_for()
+        assert page.get_by_role("heading", name="Scores of an earlier text").is_visible()
+        assert axe(page, True) == []
         page.locator("#prompt").press("Control+Enter")
         page.get_by_text("Scored by version").wait_for()
         after = cells(page, "raw score")
@@ -412,6 +414,7 @@ def test_the_page_asks_for_the_token_and_stores_it_nowhere(browser: Any) -> None
         field.fill("sesame")
         field.press("Enter")
         page.get_by_role("alert").get_by_text("bearer token").wait_for()
+        assert axe(page, True) == []
         field.fill("sesam")
         field.press("Enter")
         page.get_by_text(server.service.identity.version).first.wait_for()
