@@ -25,7 +25,25 @@ from companion.models import (
 )
 from companion.scoring import RewardScorer, add_golden_texts
 
-WORDS = "Ana Ben has buys boxes pens each and with how many now yes no good bad right".split()
+WORDS = [
+    "Ana",
+    "Ben",
+    "has",
+    "buys",
+    "boxes",
+    "pens",
+    "each",
+    "and",
+    "with",
+    "how",
+    "many",
+    "now",
+    "yes",
+    "no",
+    "good",
+    "bad",
+    "right",
+]
 
 
 def texts(n: int, seed: int) -> list[dict[str, Any]]:
@@ -148,7 +166,8 @@ def test_an_affine_copy_has_the_same_opinion(
 def test_the_figures_by_hand(model: Callable[..., Path]):
     """With the temperature of each, and a bootstrap over prompts, not pairs."""
     old, new = (RewardScorer.from_pretrained(model(s, temperature=t)) for s, t in ((1, 1), (2, 3)))
-    assert old.manifest is not None and new.manifest is not None
+    assert old.manifest is not None
+    assert new.manifest is not None
     old.manifest.temperature, new.manifest.temperature = 0.7, 2.5
     rows = pairs(90, seed=4)
     result = compare_scorers(old, new, rows, percentile=60)
@@ -256,7 +275,8 @@ def test_the_command_on_pairs(
 
     assert run(*argv, "--write_reference") == 0
     after = RewardManifest.load(new)
-    assert after.reference is not None and after.reference.n == 120
+    assert after.reference is not None
+    assert after.reference.n == 120
     assert "pairs.jsonl" in after.reference.source
     assert after.golden_texts == before.golden_texts
     assert "pairs.jsonl" in (new / "README.md").read_text()
