@@ -206,8 +206,9 @@ class Comparison(Evaluation):
             limit = float(np.interp(self.percentile, grid, own["old"].quantiles))
             shares = {side: self._share(scores[side] > limit) for side in SIDES}
             found["raw"] = {"threshold": limit, **shares}
-            share = found["own"]["old"]["share"]
-            if abs(share - (1 - self.percentile / 100)) > _FAR:
+            share, (low, high) = found["own"]["old"]["share"], found["own"]["old"]["interval"]
+            promised = 1 - self.percentile / 100
+            if abs(share - promised) > _FAR and not low <= promised <= high:
                 self._note(
                     f"OLD accepts {percent(share)} of these texts above percentile "
                     f"{self.percentile:g}: they are unlike those of its reference "
@@ -422,11 +423,10 @@ def compare_scorers(
             scores = scorer.score(rows, names=names, progress=progress)
             values[side] = scores.raw
         reasons[side] = list(scores.reasons)
-    hashes = {side: _hashes(scorer) for side, scorer in scorers.items()}
-    versions = {side: _version(scorer) for side, scorer in scorers.items()}
-    shared = hashes["old"].keys() & hashes["new"].keys()
-    differs = [name for name in hashes["old"] if name in shared]
-    differs = [name for name in differs if hashes["old"][name] != hashes["new"][name]]
+    known = {side: _identity(scorer) for side, scorer in scorers.items()}
+    versions = {side: version for side, (version, _) in known.items()}
+    (_, one), (_, other) = known.values()
+    differs = [name for name in one if name in other and one[name] != other[name]]
     if versions["old"] is not None and versions["old"] == versions["new"]:
         notes.append(f"OLD and NEW are the same version, {versions['old']}")
     manifests = {side: scorer.manifest for side, scorer in scorers.items()}
@@ -459,18 +459,13 @@ def _golden(side: str, scorer: Scorer[Any]) -> str | None:
     return None
 
 
-def _hashes(scorer: Scorer[Any]) -> dict[str, str]:
-    """What scores depend on; of a model on a server what is read here."""
+def _identity(scorer: Scorer[Any]) -> tuple[str | None, dict[str, str]]:
+    """The version, where somebody says it, and the hashes that are known here."""
     if isinstance(scorer, LocalScorer):
-        return identity_of(scorer.reward_model).to_dict()
-    return text_hashes(scorer.formatter, scorer.readout)
-
-
-def _version(scorer: Scorer[Any]) -> str | None:
-    """The version, where somebody says it."""
-    if isinstance(scorer, LocalScorer):
-        return identity_of(scorer.reward_model).version
-    return getattr(scorer, "model_version", None)
+        identity = identity_of(scorer.reward_model)
+        return identity.version, identity.to_dict()
+    version = getattr(scorer, "model_version", None)
+    return version, text_hashes(scorer.formatter, scorer.readout)
 
 
 def _with_prompt(row: Any) -> Mapping[str, Any]:
