@@ -37,6 +37,8 @@ _SHOWN = re.compile(r"<!-- exercise\n(.*?)/exercise -->\n", re.DOTALL)
 _NAME = re.compile(r"^def (\w+)\(|^(\w+) = \{$", re.MULTILINE)
 #: lines that show in no page and no copy
 MARKER = re.compile(r"^ *# </?(?:solution|only)>\n", re.MULTILINE)
+#: of a line of options, which stands indented by 4
+COMMENT_WIDTH = 72
 NOT_YET = "raise NotImplementedError  # your code here"
 BUGS = "raise NotImplementedError  # delete this line when you have mended the bugs below"
 
@@ -58,8 +60,14 @@ def stub_of(exercise_id: str) -> str:
         lines = []
         for question in exercise.questions:
             # JSON's quotes are double ones, and leave an apostrophe within a text alone
-            options = ", ".join(json.dumps(one, ensure_ascii=False) for one in question.options)
-            lines.append(f'# {options}\n"{question.key}": ...,')
+            rows = ["#"]
+            for one in question.options:
+                option = json.dumps(one, ensure_ascii=False)
+                if len(f"{rows[-1]} {option},") > COMMENT_WIDTH:
+                    rows.append("#")
+                rows[-1] += f" {option},"
+            options = "\n".join(rows).removesuffix(",")
+            lines.append(f'{options}\n"{question.key}": ...,')
         return "\n".join(lines)
     if exercise.broken is not None:
         return f"{BUGS}\n{_body(exercise.broken)}"

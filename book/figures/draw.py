@@ -181,7 +181,7 @@ def draw_when(theme: str) -> str:
         (("Are differences enough?", "'better', not '8 out of 10'"), "no",
          ("Bradley–Terry cannot say.", "Use graded labels or a rubric.")),
         (("Many scores, or RL?", "thousands of calls a day"), "no",
-         ("A generative judge will do:", "nothing to train, dear per call.")),
+         ("A generative judge will do:", "no training, a price per call.")),
         (("Is right and wrong labelled?", "answers, or single steps"), "yes",
          ("Outcome or process model:", "maths, code, verified steps.")),
     ]  # fmt: skip

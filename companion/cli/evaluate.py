@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from companion.cli.shared import add_flags, check_target, open_scorer, progress_bar, say_noticed
+from companion.cli.shared import (
+    REMOTE,
+    add_flags,
+    check_target,
+    open_scorer,
+    progress_bar,
+    say_noticed,
+)
 from companion.errors import DataError
 
 
@@ -27,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(
         parser,
         *("columns", "limit", "device", "max_tokens_per_batch", "packing", "max_length", "dtype"),
-        *("text", "revision", "trust_remote_code"),
+        *("text", "revision", "trust_remote_code", *REMOTE),
         device="cpu, cuda, …; a GPU is taken if there is one",
         max_tokens_per_batch="tokens computed in a batch; the scorer's own choice if not given",
         packing="auto: no padding, and a pair's prompt computed once, where that is exact for the "
@@ -64,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         "rows": row_kind,
         "companion": __version__,
     }
+    if args.url:
+        info["url"] = args.url
     result = _evaluate(scorer, rows, row_kind, info)
     print(f"{args.model} on {args.dataset_name}\n\n{result.table()}")
     say_noticed(scorer, said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from companion.cli.shared import (
+    REMOTE,
     add_flags,
     loading,
     open_scorer,
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         max_tokens_per_batch="tokens of a batch, of the model and of the policy",
     )
     add("--chunk_rows", type=int, default=64, help="prompts done at a time")
-    add_flags(parser, "device", "dtype", "trust_remote_code")
+    add_flags(parser, "device", "dtype", "trust_remote_code", *REMOTE)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from companion.generation import Policy
     from companion.search import rank_file
 
-    scorer = open_scorer(args)
+    scorer = open_scorer(args, also_local=args.policy is not None)
     said = len(scorer.notes)
     settings = {name: value for name, value in loading(args).items() if name != "text"}
     policy = Policy.from_pretrained(args.policy, **settings) if args.policy else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from companion.cli.shared import add_flags, open_scorer, picked, progress_bar, say_noticed
+from companion.cli.shared import REMOTE, add_flags, open_scorer, picked, progress_bar, say_noticed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "on a CPU it needs a C++ compiler",
     )
     add("--chunk_rows", type=int, default=1024, help="rows written at a time")
-    add_flags(parser, "device", "dtype", "revision", "trust_remote_code")
+    add_flags(parser, "device", "dtype", "revision", "trust_remote_code", *REMOTE)
 
 
 def run(args: argparse.Namespace) -> int:

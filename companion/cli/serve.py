@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import socket
 import sys
@@ -50,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_body", type=int, default=32 * 2**20, help="bytes of a request")
     add("--log_dir", help="write ids and scores of each request into this folder")
     add("--log_text", action="store_true", help="and the words that clients sent")
+    add("--log_format", choices=("text", "json"), default="text", help="of the lines on stderr")
+    add(
+        "--log_level",
+        choices=("info", "warning"),
+        default="info",
+        help="warning: no line for each request",
+    )
     add(
         "--engine",
         choices=("companion", "vllm"),
@@ -78,13 +86,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal; 0 if it ended by one."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    _read_config(args)
+    args = _with_config(args)
+    _begin_log(args)
     if args.model is None:
         raise DataError("no --model", "name a folder that 'companion train' wrote, or a hub id")
     if (args.engine == "vllm") != bool(args.engine_url):
@@ -105,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         sock = listen(args.host, args.port)
-        return serving.keep_serving(serving.command_again(_argv()), sock)
+        return serving.keep_serving(serving.command_again(args.words), sock)
     sock = socket.socket(fileno=args.fd)
     scorer = _scorer(args)
     say_notes(scorer)
@@ -132,12 +135,6 @@ def run(args: argparse.Namespace) -> int:
 
     serving.serve(app, sock, ready)
     return 0
-
-
-def _argv() -> list[str]:
-    """The flags of this process, for a worker."""
-    words = sys.argv[1:]
-    return words[words.index("serve") + 1 :]
 
 
 def _scorer(args: argparse.Namespace) -> Any:
@@ -170,25 +167,59 @@ def _token(path: str | None) -> str | None:
     return token
 
 
-def _read_config(args: argparse.Namespace) -> None:
-    """Take flags from the file that were not given on the command line."""
+class _Json(logging.Formatter):
+    """A line of JSON for each record, with the fields that it brings."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def _begin_log(args: argparse.Namespace) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(_Json() if args.log_format == "json" else text)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("companion.serving.access").setLevel(args.log_level.upper())
+    for chatty in ("httpx", "httpx2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _with_config(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with those of the file, which the command line comes before."""
     if args.config is None:
-        return
+        return args
     try:
         given = yaml.safe_load(Path(args.config).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"--config {args.config}: {error}") from error
     if not isinstance(given, dict):
         raise DataError(f"--config {args.config}: no mapping of flags to values")
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(prog="companion serve")
     add_arguments(parser)
-    known = {action.dest for action in parser._actions} - {"help", "config", "fd"}
-    said = {word.split("=")[0].lstrip("-") for word in sys.argv if word.startswith("--")}
+    known = {action.dest: action for action in parser._actions}
+    for name in ("help", "config", "fd"):
+        del known[name]
     for name, value in given.items():
         if name not in known:
             raise DataError(
                 f"--config {args.config}: no flag {name!r}",
                 f"there are: {', '.join(sorted(known))}",
             )
-        if name not in said:
-            setattr(args, name, value)
+        action = known[name]
+        switch = isinstance(action.default, bool)
+        wanted = bool if switch else (action.type or str)
+        values = value if isinstance(value, list) else [value]
+        right = all(type(each) is wanted for each in values)
+        if not right or (action.choices is not None and value not in action.choices):
+            raise DataError(f"--config {args.config}: {name} is {value!r}", "see --help")
+    parser.set_defaults(**given)
+    return parser.parse_args(args.words, argparse.Namespace(words=args.words))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,23 @@ _FLAGS: Final[dict[str, dict[str, Any]]] = {
         "default": "auto",
         "help": "of the weights; auto: bfloat16 on a GPU that has it, else float32",
     },
+    "url": {
+        "action": "append",
+        "metavar": "URL",
+        "help": "score on a server, http://host:port, that runs the model of --model, of which "
+        "only the tokenizer and the manifest are read here; several times for several servers",
+    },
+    "protocol": {
+        "choices": ("classify", "companion"),
+        "help": "what the server of --url speaks: classify, vLLM's route, which the companion's "
+        "server knows too (default); or companion, its own, which also says which version of the "
+        "model answers, and carries outcome and process models",
+    },
+    "api_key_env": {
+        "metavar": "NAME",
+        "help": "environment variable with the server's key; default: COMPANION_REWARD_API_KEY, "
+        "if it is set",
+    },
     "revision": {"help": "of a hub id"},
     "trust_remote_code": {
         "action": "store_true",
@@ -58,6 +76,10 @@ _LOADING: Final = (
     *("max_length", "overlong", "text", "max_tokens_per_batch", "packing"),
     *("device", "dtype", "revision", "trust_remote_code"),
 )
+#: those that mean something only where the model is
+_LOCAL: Final = ("device", "dtype", "packing", "compile", "max_tokens_per_batch")
+#: those that name a server
+REMOTE: Final = ("url", "protocol", "api_key_env")
 
 
 def add_flags(parser: Any, *names: str, **texts: str | None) -> None:
@@ -87,13 +109,47 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
     return picked(args, *(name for name in _LOADING if hasattr(args, name)))
 
 
-def open_scorer(args: argparse.Namespace) -> Any:
-    """The scorer of ``--model``; says what was repaired or assumed."""
-    from companion.scoring import load_scorer
+def open_scorer(args: argparse.Namespace, *, also_local: bool = False) -> Any:
+    """The scorer of ``--model``, here or at ``--url``; says what was repaired or assumed.
 
-    scorer = load_scorer(args.model, **loading(args))
+    With `also_local`, the command runs another model here too, which the flags of one are for.
+    """
+    if not args.url:
+        for name in REMOTE:
+            if getattr(args, name) is not None:
+                raise DataError(f"--{name} says something of a server", "give its --url too")
+        from companion.scoring import load_scorer
+
+        scorer: Any = load_scorer(args.model, **loading(args))
+    else:
+        scorer = _open_remote(args, also_local)
     say_notes(scorer)
     return scorer
+
+
+def _open_remote(args: argparse.Namespace, also_local: bool) -> Any:
+    from companion.scoring import RemoteScorer
+
+    for name in () if also_local else _LOCAL:
+        default = _FLAGS.get(name, {}).get("default")
+        if getattr(args, name, default) not in (default, False):
+            raise DataError(
+                f"--{name} is for a model that is loaded here, and --url names a server",
+                f"leave out --{name}, and set it where the server is started",
+            )
+    key = None
+    if args.api_key_env is not None and not (key := os.environ.get(args.api_key_env)):
+        raise DataError(
+            f"--api_key_env: the environment has no {args.api_key_env}", "set it to the key"
+        )
+    reading = ("max_length", "overlong", "text", "revision", "trust_remote_code")
+    return RemoteScorer.from_pretrained(
+        args.url,
+        args.model,
+        protocol=args.protocol or "classify",
+        api_key=key,
+        **picked(args, *(name for name in reading if hasattr(args, name))),
+    )
 
 
 def say_notes(loaded: Any) -> None:

@@ -376,10 +376,11 @@ def model_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def described(model: Any) -> bytes:
-    """Class and configuration as bytes, without what changes no score."""
+def described(model: Any, *, without: Collection[str] = ()) -> bytes:
+    """Class and configuration as bytes, without what changes no score, and some more fields."""
     inner = without_adapter(model)
-    config = {key: value for key, value in inner.config.to_dict().items() if key not in _NOISE}
+    left_out = {*_NOISE, *without}
+    config = {key: value for key, value in inner.config.to_dict().items() if key not in left_out}
     named = f"{type(inner).__module__} {type(inner).__qualname__}\n"
     return named.encode() + json.dumps(config, sort_keys=True, default=str).encode()
 
@@ -397,7 +398,8 @@ def weight_parts(
         yield f"\n{name} {list(own.shape)} {own.dtype}\n".encode()
         flat = own.detach().to("cpu").contiguous().reshape(-1)
         # 20 GB/s; SHA-256 took 8 s for the weights of a model of 0.6B
-        yield xxhash.xxh3_128_digest(memoryview(flat.view(torch.uint8).numpy()))
+        data: Any = flat.view(torch.uint8).numpy()
+        yield xxhash.xxh3_128_digest(memoryview(data))
 
 
 def _first_line(error: BaseException) -> str:

@@ -95,7 +95,8 @@ def identity_of(reward_model: RewardModel) -> Identity:
     model = reward_model.model
     return Identity(
         weights=short_hash(*weight_parts(model, _as_stored(reward_model))),
-        config=short_hash(described(model)),
+        # (saving writes the class into `architectures`; it is hashed by itself)
+        config=short_hash(described(model, without=("architectures",))),
         **text_hashes(reward_model.formatter, readout),
         dtype=short_hash(" ".join(sorted(_dtypes(model))).encode()),
     )

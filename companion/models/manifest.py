@@ -19,6 +19,7 @@ import numpy as np
 
 from companion.errors import DataError, ModelError
 from companion.formatting import RewardFormatter, recipe_fingerprint
+from companion.models.golden import GoldenTexts
 from companion.models.readout import RULES, ScalarReadout
 
 MANIFEST_FILE = "reward_manifest.json"
@@ -136,6 +137,8 @@ class RewardManifest:
         Without it, scores have no centred, z and percentile form.
     temperature : float or None
         T for which σ(Δ/T) is calibrated; None if it was not fitted.
+    golden_texts : GoldenTexts or None
+        What the model must say of some fixed texts, wherever it runs.
     metrics : dict
         Held-out metrics.
     data : dict
@@ -155,6 +158,7 @@ class RewardManifest:
     readout: dict[str, Any] = field(default_factory=ScalarReadout().to_dict)
     reference: ReferenceStats | None = None
     temperature: float | None = None
+    golden_texts: GoldenTexts | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -212,10 +216,14 @@ class RewardManifest:
             )
         if self.reference is not None:
             self.reference.validate(where)
+        if self.golden_texts is not None:
+            self.golden_texts.validate(where)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the version first."""
         data = asdict(self)
+        if self.golden_texts is None:  # an older companion reads the file, then
+            del data["golden_texts"]
         return {"format_version": data.pop("format_version"), **data}
 
     def to_json(self) -> str:
@@ -264,6 +272,8 @@ class RewardManifest:
                 data["reference"].validate(where)
             except TypeError as error:
                 raise ModelError(f"{where}: the field 'reference' is malformed: {error}") from error
+        if data.get("golden_texts") is not None:
+            data["golden_texts"] = GoldenTexts.from_dict(data["golden_texts"], where)
         manifest = cls(**data)
         manifest.validate(where)
         return manifest

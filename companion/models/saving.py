@@ -6,6 +6,8 @@ Chapter 2.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +16,7 @@ from companion import __version__
 from companion.errors import ModelError
 from companion.models.card import write_card
 from companion.models.guards import check_head, check_tokenizer_and_config, prepare_token_head
+from companion.models.identity import identity_of
 from companion.models.lora import is_lora, merged
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
 from companion.models.readout import readout_from_dict
@@ -39,6 +42,7 @@ def save_reward_model(
     manifest: RewardManifest | None = None,
     *,
     save_adapter: bool = False,
+    describe: Callable[[RewardModel, RewardManifest], None] | None = None,
 ) -> RewardManifest:
     """Write a model of any kind so that stock transformers loads it and gives the same values.
 
@@ -57,6 +61,10 @@ def save_reward_model(
         read-out yet takes the manifest's.
     save_adapter : bool
         Also keep the LoRA adapter, in ``adapter/``, with its tokenizer.
+    describe : callable, optional
+        Called with the model as it is written (merged) and its manifest, before that is written:
+        :func:`companion.scoring.add_golden_texts`. Without it, golden texts of other weights are
+        left out, with a note.
 
     Returns
     -------
@@ -89,6 +97,14 @@ def save_reward_model(
     manifest.created = datetime.now(UTC).isoformat(timespec="seconds")
     manifest.notes = list(dict.fromkeys([*manifest.notes, *reward_model.notes]))
     manifest.base_model = manifest.base_model or plain.config.name_or_path or None
+    written = replace(reward_model, model=plain, readout=readout, source=None)
+    if describe is not None:
+        describe(written, manifest)
+    elif manifest.golden_texts is not None:
+        weights = identity_of(written).weights
+        if manifest.golden_texts.hashes.get("weights") != weights:
+            manifest.golden_texts = None
+            manifest.notes.append("golden texts of other weights were left out")
     manifest.validate()
 
     folder = Path(directory)

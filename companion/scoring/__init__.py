@@ -8,6 +8,12 @@ from companion._exports import exports
 
 if TYPE_CHECKING:
     from companion.scoring.files import FileReport as FileReport, score_file as score_file
+    from companion.scoring.golden import (
+        GoldenReport as GoldenReport,
+        add_golden_texts as add_golden_texts,
+        check_golden as check_golden,
+        golden_texts as golden_texts,
+    )
     from companion.scoring.reading import Text as Text, ids_of as ids_of
     from companion.scoring.remote import RemoteScorer as RemoteScorer
     from companion.scoring.results import (
@@ -16,6 +22,7 @@ if TYPE_CHECKING:
         TokenScores as TokenScores,
     )
     from companion.scoring.reward_function import (
+        AsyncRewardFunction as AsyncRewardFunction,
         RewardFunction as RewardFunction,
         Transform as Transform,
     )

@@ -35,13 +35,12 @@ def ids_of(text: Text) -> list[int]:
 class NoValue(float):
     """NaN in place of what would have been read of a text, and why there is nothing."""
 
-    def __new__(cls, reason: str, cure: str | None = None) -> NoValue:
-        self = super().__new__(cls, "nan")
-        self.reason, self.cure = reason, cure
-        return self
-
     reason: str
-    cure: str | None
+
+    def __new__(cls, reason: str) -> NoValue:
+        self = super().__new__(cls, "nan")
+        self.reason = reason
+        return self
 
 
 class ScalarReading:

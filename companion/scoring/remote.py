@@ -240,6 +240,18 @@ class RemoteScorer(Scorer[Scores]):
 
     # ------------------------------------------------------------------ inside
 
+    def _limit(self) -> tuple[int | None, str]:
+        """With the companion's protocol, also what the server takes: it is asked, once.
+
+        A server refuses a whole request for one text that is too long.
+        """
+        limit, words = super()._limit()
+        if self.protocol == "companion" and not self._described:
+            wait_for(self._describe_now())
+        if self._max_length is not None and (limit is None or self._max_length < limit):
+            return self._max_length, "the server takes"
+        return limit, words
+
     def _threads(self) -> Executor:
         return _threads_of(os.getpid())
 
@@ -263,20 +275,10 @@ class RemoteScorer(Scorer[Scores]):
         """What the servers say of each text, asked for in parts."""
         async with self._servers.client() as client:
             await self._describe(client)
-            limit = self._max_length
             values: list[Any] = [None] * len(ids)
-            asked: list[int] = []
-            for i, own in enumerate(ids):
-                if limit is not None and len(own) > limit:
-                    reason = f"{len(own)} tokens, the server takes {limit}"
-                    values[i] = NoValue(reason, "shorten the text, or serve a greater max_length")
-                else:
-                    asked.append(i)
-            if progress is not None and len(asked) < len(ids):
-                progress(len(ids) - len(asked))
             gate = asyncio.Semaphore(self.in_flight * len(self._servers.urls))
 
-            async def ask(part: Sequence[int]) -> None:
+            async def ask(part: range) -> None:
                 async with gate:
                     own_places = None if places is None else [list(places[i]) for i in part]
                     found = await self._ask(client, [list(ids[i]) for i in part], own_places)
@@ -285,10 +287,9 @@ class RemoteScorer(Scorer[Scores]):
                 if progress is not None:
                     progress(len(part))
 
-            size = self.batch_size
+            texts, size = range(len(ids)), self.batch_size
             tasks = [
-                asyncio.create_task(ask(asked[begin : begin + size]))
-                for begin in range(0, len(asked), size)
+                asyncio.create_task(ask(texts[begin : begin + size])) for begin in texts[::size]
             ]
             try:
                 await asyncio.gather(*tasks)
@@ -412,11 +413,8 @@ class RemoteScorer(Scorer[Scores]):
                         f"{url}: serves {', '.join(models) or 'no model'}, not {self.model}",
                         "give model= one of its names",
                     )
-                kind, version, limit = (
-                    found["kind"],
-                    found["model_version"],
-                    found.get("max_length"),
-                )
+                kind, version = found["kind"], found["model_version"]
+                limit = found.get("max_length")
             except (KeyError, TypeError, AttributeError) as error:
                 raise ServiceError(
                     f"{url}{path}: the answer does not fit the protocol 'companion': {error!r}",

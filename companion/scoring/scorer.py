@@ -32,7 +32,7 @@ from companion.models.readout import Readout, ScalarReadout, TokenReadout
 from companion.models.reward_model import RewardModel
 from companion.scoring.reading import Found, NoValue, Text, ids_of, reading_of
 from companion.scoring.results import PairScores, Scores, TokenScores
-from companion.scoring.reward_function import RewardFunction
+from companion.scoring.reward_function import AsyncRewardFunction, RewardFunction
 from companion.scoring.waiting import in_thread
 
 OnError = Literal["raise", "skip"]
@@ -238,6 +238,16 @@ class Scorer(ABC, Generic[ScoresT]):
         """
         return RewardFunction(self, **settings)
 
+    def as_async_reward_func(self, **settings: Any) -> AsyncRewardFunction:
+        """The same as a coroutine, which TRL awaits together with other reward functions.
+
+        Parameters
+        ----------
+        **settings
+            As in :meth:`as_reward_func`.
+        """
+        return AsyncRewardFunction(self.as_reward_func(**settings))
+
     # ------------------------------------------------------------------ token ids
 
     def score_encoded(
@@ -262,11 +272,11 @@ class Scorer(ABC, Generic[ScoresT]):
         names = [f"text {index}" for index in range(len(encoded))]
         texts = [reading.text(item, name) for item, name in zip(encoded, names, strict=True)]
         prepared = self._prepared([[text] for text in texts], 1, names)
-        limit = self.max_positions
+        limit, limited = self._limit()
         for name, text in zip(names, texts, strict=True):
             if limit is not None and len(ids_of(text)) > limit:
                 raise ModelError(
-                    f"{name} has {len(ids_of(text))} tokens, the model has positions for {limit}",
+                    f"{name} has {len(ids_of(text))} tokens, {limited} {limit}",
                     f"format with max_length={limit}",
                 )
         values = self._run(prepared, "raise", progress)
@@ -379,10 +389,14 @@ class Scorer(ABC, Generic[ScoresT]):
         Or a :class:`companion.scoring.reading.NoValue`.
         """
 
+    def _limit(self) -> tuple[int | None, str]:
+        """Longest text that has a score, in tokens, and the words before this number."""
+        return self.max_positions, "the model has positions for"
+
     def _prepared(self, found: Found, width: int, names: Sequence[str]) -> Prepared:
         """Which rows of `width` texts each are run, and why the others are not."""
         reasons: list[str | None] = [None] * len(found)
-        limit = self.max_positions
+        limit, limited = self._limit()
         kept: list[int] = []
         texts: list[Text] = []
         for index, row in enumerate(found):
@@ -391,7 +405,7 @@ class Scorer(ABC, Generic[ScoresT]):
             elif row is None:
                 reasons[index] = f"longer than max_length={self.formatter.max_length} tokens"
             elif limit is not None and (longest := max(len(ids_of(t)) for t in row)) > limit:
-                reasons[index] = f"{longest} tokens, the model has positions for {limit}"
+                reasons[index] = f"{longest} tokens, {limited} {limit}"
             else:
                 kept.append(index)
                 texts += row
@@ -416,14 +430,15 @@ class Scorer(ABC, Generic[ScoresT]):
         reasons = list(prepared.reasons)
         read: list[list[Any] | None] = [None] * rows
         failed: list[int] = []
-        cures: list[str | None] = []
+        cure: str | None = self._cure_of_nan
         for place, index in enumerate(prepared.kept):
             part = slice(place * width, (place + 1) * width)
             own = list(values[part])
             if not all(bool(np.isfinite(np.asarray(value)).all()) for value in own):
                 missing = next((value for value in own if isinstance(value, NoValue)), None)
+                if missing is not None and not failed:
+                    cure = None  # (the reason is not ours)
                 failed.append(index)
-                cures.append(self._cure_of_nan if missing is None else missing.cure)
                 reasons[index] = reading.not_finite(own) if missing is None else missing.reason
                 continue
             read[index] = own
@@ -432,7 +447,7 @@ class Scorer(ABC, Generic[ScoresT]):
         if failed and on_error == "raise":
             raise ReadoutError(
                 f"{prepared.names[failed[0]]}: {reasons[failed[0]]}; {len(failed)} such in all",
-                cures[0],
+                cure,
             )
         return raw, lengths, reasons, read
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import random
 import ssl
 import threading
 import time
@@ -34,6 +35,8 @@ _LONGEST_PAUSE: Final = 60.0
 _CONNECT: Final = 10.0
 #: Held by any thread that changes counts or addresses. (A lock of one's own does not pickle.)
 LOCK: Final = threading.Lock()
+#: Many processes with one request each must not all ask the first URL. (It touches no seed.)
+_DICE: Final = random.SystemRandom()
 
 
 class Unreachable(ServiceError):
@@ -88,12 +91,11 @@ class Servers:
 
     def client(self) -> httpx2.AsyncClient:
         """A client for one call: its connections belong to the event loop that opened them."""
-        secure = any(url.startswith("https") for url in self.urls)
         return httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {self.api_key}"} if self.api_key else None,
             timeout=httpx2.Timeout(self.timeout, connect=min(self.timeout, _CONNECT), pool=None),
             limits=httpx2.Limits(max_connections=None),
-            verify=_certificates() if secure else False,
+            verify=_certificates(),
             follow_redirects=True,
         )
 
@@ -121,7 +123,8 @@ class Servers:
             url = address.url
             back_at = max(address.back_at, pauses.get(url, 0.0))
             if only is None and (pause := back_at - time.monotonic()) > 0:
-                await asyncio.sleep(pause)
+                await asyncio.sleep(min(pause, 1.0))  # another may be back before
+                continue
             if tries:
                 self.count("retries")
             self._move(address, 1)
@@ -129,7 +132,7 @@ class Servers:
             try:
                 response = await client.request(method, url + path, json=body)
             except httpx2.TransportError as error:
-                problems[url] = f"no answer ({error or type(error).__name__})"
+                problems[url] = f"no answer ({str(error) or type(error).__name__})"
             except (httpx2.HTTPError, httpx2.InvalidURL) as error:
                 raise ServiceError(f"{url}{path}: {error!r}", "check the URL") from error
             else:
@@ -161,13 +164,13 @@ class Servers:
     def _choose(
         self, tries: Counter[str], pauses: Mapping[str, float], only: str | None
     ) -> _Address | None:
-        """The URL to ask next: one that answers, and has least to do; None if all are gone."""
+        """The URL to ask next: one that answers, the least busy; None if all are gone."""
         now = time.monotonic()
         allowed = 0 if only is not None else self.retries
 
-        def rank(address: _Address) -> tuple[float, int]:
+        def rank(address: _Address) -> tuple[float, int, float]:
             back_at = max(address.back_at, pauses.get(address.url, 0.0))
-            return (back_at if back_at > now else 0.0, address.in_flight)
+            return (back_at if back_at > now else 0.0, address.in_flight, _DICE.random())
 
         with LOCK:
             left = [

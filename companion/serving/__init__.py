@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
-    from companion.serving.app import make_app as make_app
+    from companion.serving.app import BODIES as BODIES, make_app as make_app
     from companion.serving.engine import Engine as Engine
     from companion.serving.listening import (
         address_of as address_of,

@@ -5,13 +5,12 @@ Chapter 6.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-if TYPE_CHECKING:
-    from companion.serving.service import Service
+from companion.serving.queue import Queue
 
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 _TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -67,20 +66,19 @@ class Metrics:
             "companion_model_info", "The model that is served", ["name", "version", "kind"], **own
         )
 
-    def describe(self, service: Service) -> None:
-        """Read the queue of a service, and name its model."""
-        queue: Any = {
-            "companion_queue_tokens": ("Tokens in the queue", lambda: service.queue.tokens),
-            "companion_queue_texts": ("Texts in the queue", lambda: len(service.queue)),
+    def describe(self, queue: Queue, name: str, version: str, kind: str) -> None:
+        """Read a queue, and name the model."""
+        gauges: Any = {
+            "companion_queue_tokens": ("Tokens in the queue", lambda: queue.tokens),
+            "companion_queue_texts": ("Texts in the queue", lambda: len(queue)),
             "companion_waiting_requests": (
                 "Requests that wait for room in the queue",
-                lambda: service.queue.waiting,
+                lambda: queue.waiting,
             ),
         }
-        for name, (text, read) in queue.items():
-            Gauge(name, text, registry=self.registry).set_function(read)
-        version, kind = service.identity.version, service.scorer.readout.kind
-        self._model.labels(service.name, version, kind).set(1)
+        for gauge, (text, read) in gauges.items():
+            Gauge(gauge, text, registry=self.registry).set_function(read)
+        self._model.labels(name, version, kind).set(1)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """A request has its answer."""

@@ -12,13 +12,10 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from companion.errors import DataError
 from companion.scoring import Prepared, ids_of
-
-if TYPE_CHECKING:
-    from companion.serving.service import Call
 
 
 class RequestLog:
@@ -46,16 +43,23 @@ class RequestLog:
             raise DataError(f"--log_dir: {path}: {error.strerror}") from error
         self._lock = threading.Lock()
 
-    def write(self, call: Call, items: Sequence[Any], prepared: Prepared, scores: Any) -> None:
-        """Lines for all texts of a call."""
+    def write(
+        self,
+        request: str,
+        protocol: str,
+        items: Sequence[Any],
+        prepared: Prepared,
+        scores: Any,
+    ) -> None:
+        """Lines for all texts of a request."""
         now = time.time()
         lines = []
         for index, text in enumerate(prepared.texts):
             raw = float(scores.raw[index])
             line: dict[str, Any] = {
                 "time": round(now, 3),
-                "request": call.id,
-                "protocol": call.protocol,
+                "request": request,
+                "protocol": protocol,
                 "index": index,
                 "input_ids": list(ids_of(text)),
                 "raw": raw if raw == raw else None,

@@ -6,6 +6,7 @@ Chapter 6.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Any
 
 from companion.errors import CompanionError, DataError, ServiceError
 from companion.formatting import Encoded
-from companion.models import Identity
+from companion.models import Identity, short_hash
 from companion.scoring import Prepared, Scorer, Text
 from companion.serving.engine import Engine
 from companion.serving.metrics import Metrics
@@ -121,9 +122,31 @@ class Service:
         padded = not getattr(scorer, "packs", True)
         self.queue = Queue(queue_tokens, by_length=padded)
         self.engine = Engine(scorer, self.queue, threads=engine_threads, watch=self.metrics.batch)
-        self.metrics.describe(self)
+        self.metrics.describe(self.queue, name, identity.version, scorer.readout.kind)
         # one thread: a tokenizer is no faster in several, and the engine's thread needs the other
         self._formatting = ThreadPoolExecutor(1, thread_name_prefix="formatting")
+
+        #: of what centred scores, z, percentiles and probabilities are made with; None without
+        self.reference_version: str | None = None
+        if scorer.manifest is not None and scorer.manifest.reference is not None:
+            scale = [vars(scorer.manifest.reference), scorer.manifest.temperature]
+            self.reference_version = short_hash(json.dumps(scale, sort_keys=True).encode())
+        golden = None if scorer.manifest is None else scorer.manifest.golden_texts
+        own = [] if golden is None else list(zip(golden.rows, golden.input_ids, strict=True))
+        self._openings = {ids[0] for _, ids in own}
+        self._ends = {ids[-1] for row, ids in own if row.get("terminated", True)}
+
+    def unlike(self, ids: Sequence[int]) -> list[str]:
+        """In what token ids that came from outside differ from texts of the model's formatter.
+
+        By the golden texts: whether they begin as those do, and end as the finished ones.
+        """
+        said = []
+        if len(self._openings) == 1 and ids[0] not in self._openings:
+            said.append("unlike the manifest's template: the ids do not begin as its texts do")
+        if self._ends and ids[-1] not in self._ends:
+            said.append("unfinished, or unlike the manifest's template: the ids have no end of it")
+        return said
 
     def start(self) -> None:
         """Begin to serve."""
@@ -196,7 +219,7 @@ class Service:
         scores = self.scorer.finish(prepared, values)
         self.metrics.scored(scores)
         if self.log is not None:
-            self.log.write(call, rows, prepared, scores)
+            self.log.write(call.id, call.protocol, rows, prepared, scores)
         return prepared, scores
 
     async def _values(

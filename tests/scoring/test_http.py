@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from companion import evaluate_pairs, evaluate_rankings, evaluate_tokens, rank_file
+from companion.cli.main import main
 from companion.errors import DataError, ReadoutError, ServiceError
 from companion.formatting import Encoded, EncodedSteps
 from companion.models import (
@@ -209,6 +210,78 @@ def test_a_file_does_not_go_on_with_another_version(
         score_file(begun, source, target, chunk_rows=2)
     assert "new scorer" in str(caught.value)
     assert len(target.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("kind", ["scalar", "process"])
+def test_commands_over_http_write_what_they_write_here(
+    kind: str,
+    models: Any,
+    serve: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = str(models(kind))
+    services = [serve(load_scorer(folder, device="cpu")) for _ in range(2)]
+    monkeypatch.setenv("SOME_KEY", "secret")
+    where = ["--url", services[0].url, "--url", services[1].url, "--protocol", "companion"]
+    where += ["--api_key_env", "SOME_KEY"]
+    rows = make_rows("steps" if kind == "process" else "pairs", 20, seed=5)
+    texts, data = tmp_path / "texts.jsonl", tmp_path / "data.jsonl"
+    lines = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in PAIRS]
+    texts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows))
+    written = {}
+    for name, flags in (("here", ["--device", "cpu"]), ("there", where)):
+        target, figures = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.json"
+        score = ["score", "--model", folder, "--input", str(texts), "--output", str(target)]
+        score += ["--chunk_rows", "1"]
+        assert main([*score, *flags]) == 0
+        assert main([*score, *flags]) == 0  # nothing is left to do
+        assert "20 done before, 0 scored now" in capsys.readouterr().err
+        evaluate = ["evaluate", "--model", folder, "--dataset_name", str(data)]
+        assert main([*evaluate, "--json", str(figures), *flags]) == 0
+        metrics = json.loads(figures.read_text())["metrics"]
+        written[name] = [[json.loads(line) for line in target.read_text().splitlines()], metrics]
+        if kind == "scalar":
+            ranked = tmp_path / f"{name}.best.jsonl"
+            given = tmp_path / "completions.jsonl"
+            lines = [
+                {"prompt": r["prompt"], "completions": [r["chosen"], r["rejected"]]} for r in PAIRS
+            ]
+            given.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            rank = ["rank", "--model", folder, "--input", str(given), "--output", str(ranked)]
+            assert main([*rank, *flags]) == 0
+            written[name].append([json.loads(line) for line in ranked.read_text().splitlines()])
+    close(written["there"], written["here"])
+    for service in services:
+        assert {headers["Authorization"] for headers in service.headers} == {"Bearer secret"}
+
+
+@pytest.mark.parametrize("command", ["score", "evaluate", "rank"])
+def test_flags_that_are_for_another_place_are_refused(
+    command: str, models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(dict(row)) + "\n" for row in PAIRS))
+    files = ["--dataset_name", str(data)]
+    if command != "evaluate":
+        files = ["--input", str(data), "--output", str(tmp_path / "out.jsonl")]
+    asked = [command, "--model", str(models("scalar")), *files]
+    remote = ["--url", "http://127.0.0.1:9"]
+    local = [["--device", "cpu"], ["--dtype", "float32"], ["--max_tokens_per_batch", "9"]]
+    if command != "rank":
+        local.append(["--packing", "off"])
+    if command == "score":
+        local.append(["--compile"])
+    for flag in local:
+        assert main([*asked, *remote, *flag]) == 2
+        assert f"{flag[0]} is for a model that is loaded here" in capsys.readouterr().err
+    for flag in (["--protocol", "classify"], ["--api_key_env", "X"]):
+        assert main([*asked, *flag]) == 2
+        assert f"{flag[0]} says something of a server" in capsys.readouterr().err
+    assert main([*asked, *remote, "--api_key_env", "NO_SUCH_KEY"]) == 2
+    assert "no NO_SUCH_KEY" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["scalar", "process"])

@@ -298,5 +298,5 @@ EXERCISE = Exercise(
         "`p.masked_fill(~mask, 1.0).log().sum(1)`.",
     ),
     right="Which of the four ranks answers best is a question to the held-out set: the companion's "
-    "`aggregate` has all of them, and the trainer's default is the one that measured best.",
+    "`aggregate` has all of them.",
 )

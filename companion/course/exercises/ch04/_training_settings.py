@@ -23,6 +23,10 @@ EPOCHS = (
     "Three epochs are the default of `Trainer`, not one of reward models: the training loss goes "
     "on falling with every pass, whatever the held-out loss does. One is the safe default."
 )
+SECOND = (
+    "A second epoch can help where the first leaves the held-out loss still falling. Nobody has "
+    "looked yet: begin with the safe default, one, and watch that loss."
+)
 LENGTH = (
     "The longest text has 900 tokens, and TRL drops a pair of which one side is longer than "
     "`max_length`, without a word. The long pairs never train: the model meets them first in use."
@@ -130,6 +134,10 @@ def many_epochs() -> dict[str, Any]:
     return {**_good(), "num_train_epochs": 3}
 
 
+def two_epochs() -> dict[str, Any]:
+    return {**_good(), "num_train_epochs": 2}
+
+
 def long_dropped() -> dict[str, Any]:
     return {**_good(), "max_length": 512}
 
@@ -179,8 +187,8 @@ EXERCISE = Exercise(
         Property("a dict with the same keys", "The settings should keep their keys.", _is_dict),
         Property(
             "not longer than one epoch",
-            "`num_train_epochs`: one is the safe default for a reward model, and what is asked "
-            "for here.",
+            "`num_train_epochs`: one is the safe default, and on a first run nothing speaks for a "
+            "second yet.",
             _epochs,
         ),
         Property(
@@ -219,6 +227,7 @@ EXERCISE = Exercise(
     mutants=(
         Mutant("All six traps are still there. One of them: " + EPOCHS, broken),
         Mutant(EPOCHS, many_epochs),
+        Mutant(SECOND, two_epochs),
         Mutant(LENGTH, long_dropped),
         Mutant(PAD, pad_is_eos, "transformers #35352"),
         Mutant(CENTRE, not_centred),
