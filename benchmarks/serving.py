@@ -39,14 +39,14 @@ from benchmarks.results import add_arguments, save
 from benchmarks.shapes import EOS, VOCABULARY, TokenIds, draw, log_normal, make_model
 
 #: texts of a request; requests of a round; how many of them are in flight
-TEXTS, REQUESTS, FLYING = 64, 4, 2
+TEXTS, REQUESTS, FLYING = 64, 2, 2
 Rows = list[dict[str, Any]]
 
 
 def make_ids(n: int, seed: int) -> TokenIds:
     """Texts of a chat's length, nothing in common."""
     rng = random.Random(seed)
-    return [[*draw(rng, log_normal(rng, 40, 0.6, 8, 200)), EOS] for _ in range(n)]
+    return [[*draw(rng, log_normal(rng, 24, 0.6, 6, 120)), EOS] for _ in range(n)]
 
 
 def make_rows(ids: TokenIds) -> Rows:

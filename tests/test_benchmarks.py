@@ -24,6 +24,7 @@ from benchmarks import (
     overoptimization,
     overoptimization_grpo,
     scoring,
+    serving,
     tokenising,
 )
 from benchmarks.measuring import Outcome, Timed, ratio, table, take_turns
@@ -118,6 +119,21 @@ def test_a_quick_run_writes_its_file(
     assert names[0] == "loop of 16, arrival order"
     assert "companion" in names
     assert all(0 < row["needed/computed"] <= 1 for row in case["methods"])
+
+
+@pytest.mark.slow
+@pytest.mark.serving
+def test_a_quick_run_serves_what_the_scorer_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["x", "--quick", "--output", str(target)])
+    serving.main()  # stops if the mean scores differ
+    record = json.loads(target.read_text(encoding="utf-8"))
+    names = [row["method"] for row in record["throughput"]]
+    assert names == ["offline scorer", "server", "server --exact"]
+    for own in record["latency_ms"].values():
+        assert own["overhead"] == pytest.approx(own["ratio"] * own["echo"])
 
 
 @pytest.mark.slow

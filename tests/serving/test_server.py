@@ -24,7 +24,7 @@ from served import ASSETS, client, rows_of, seeded
 
 from companion.formatting import Encoded, EncodedSteps
 from companion.scoring import load_scorer
-from companion.serving import PATIENCE, Running, engine as engine_module, running
+from companion.serving import PATIENCE, Running, engine as engine_module, listen, running
 
 pytestmark = pytest.mark.serving
 
@@ -362,7 +362,7 @@ def test_without_its_token_nothing_is_answered_but_the_probes() -> None:
                 assert http.post(path, json=body, headers=headers).status_code == 401
             right = {"Authorization": "Bearer sesam"}
             assert http.post(path, json=body, headers=right).status_code == 200
-        for path in ("/metrics", "/version", "/v1/models", "/openapi.json", "/nowhere"):
+        for path in ("/metrics", "/version", "/v1/models", "/v1/reference", "/nowhere"):
             assert http.get(path).status_code == 401
         for path in ("/livez", "/readyz"):
             assert http.get(path).status_code == 200
@@ -785,3 +785,16 @@ def test_the_examples_of_the_documentation_are_answered(servers: Any) -> None:
             for example in content["examples"].values():
                 answer = http.post(path, json=example["value"])
                 assert answer.status_code == 200, (path, answer.text)
+
+
+def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_head() -> None:
+    # asyncio switches Nagle's algorithm off only where a socket names its protocol; with it each
+    # answer on a kept connection comes 40 ms late
+    sock = listen("127.0.0.1", 0)
+    try:
+        with socket.create_connection(sock.getsockname()):
+            taken, _ = sock.accept()
+            assert taken.proto == socket.IPPROTO_TCP
+            taken.close()
+    finally:
+        sock.close()
