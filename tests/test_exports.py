@@ -113,7 +113,7 @@ def test_pages_and_programs_use_faces_only():
     assert found == []
 
 
-#: the command's own entry, which pages start in place of a shell; what exercises draw their data by;
+#: the command's own entry, which pages start not a shell; what exercises draw data by;
 #: what a new protocol is made of, as a benchmark's echo is
 ALLOWED = {
     "companion.serving.protocols.native": {"Rewards", "head", "error_body"},
