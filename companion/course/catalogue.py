@@ -56,6 +56,7 @@ CHAPTERS: dict[int, tuple[str, str]] = {
     3: ("Kinds of reward model", "ch03_kinds"),
     4: ("Training with TRL", "ch04_training"),
     5: ("From scores to behaviour", "ch05_use"),
+    6: ("Serving scores", "ch06_serving"),
 }
 
 #: every exercise, in the order of the course
@@ -92,6 +93,12 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("ch05.expected_best", "All of best-of-n from one pool", "write it", 20, 2),
     Entry("ch05.when_to_stop", "When to stop", "find the bug", 20, 2),
     Entry("ch05.reward_function", "A reward function with eight bugs", "find the bug", 30, 3),
+    Entry("ch06.percentile_of", "A percentile from 101 numbers", "write it", 10, 1),
+    Entry("ch06.forms_that_stay", "What a new version leaves alone", "predict, then run", 10, 1),
+    Entry("ch06.faulty_batches", "Which batch was it?", "find the bug", 15, 2),
+    Entry("ch06.new_threshold", "The same share from a new version", "write it", 20, 2),
+    Entry("ch06.score_by_budget", "Batches within a budget", "write it", 20, 2),
+    Entry("ch06.who_is_served", "A queue, and clients that leave", "find the bug", 25, 3),
 )
 
 BY_ID: dict[str, Entry] = {entry.id: entry for entry in CATALOGUE}

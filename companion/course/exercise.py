@@ -105,6 +105,15 @@ THREADS: dict[str, Thread] = {
     "OpenRLHF #938": Thread(
         _HUB + "OpenRLHF/OpenRLHF/issues/938", "a reward server with tensors on two devices"
     ),
+    "vllm #12910": Thread(
+        _HUB + "vllm-project/vllm/issues/12910", "a softmax over the one logit of a model"
+    ),
+    "verl-omni #366": Thread(
+        _HUB + "verl-project/verl-omni/pull/366", "a score that failed, counted as 0"
+    ),
+    "slime #1582": Thread(
+        _HUB + "THUDM/slime/pull/1582", "thousands of requests at once to a reward server"
+    ),
 }
 
 

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.models.exporting import (
+        EngineExport as EngineExport,
+        export_for_engine as export_for_engine,
+    )
     from companion.models.golden import GoldenTexts as GoldenTexts
     from companion.models.guards import (
         check_batch as check_batch,

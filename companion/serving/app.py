@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hmac
 import logging
 import re
@@ -16,6 +17,8 @@ from fastapi.responses import JSONResponse, Response
 
 from companion import __version__
 from companion.errors import ServiceError
+from companion.serving import page
+from companion.serving.openapi import OPEN, document
 from companion.serving.protocols import native, openrlhf, vllm
 from companion.serving.protocols.routes import BODIES
 from companion.serving.service import Service
@@ -28,8 +31,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 #: every protocol is one file with a router; a new one is named here and in `patience`
 PROTOCOLS: Final = (native, vllm, openrlhf)
-#: routes that answer without a token: probes, which have none
-_OPEN: Final = {"/livez", "/readyz"}
 #: routes that are asked so often that a line for each would bury the others
 _PROBED: Final = {"/livez", "/readyz", "/metrics"}
 __all__ = ["BODIES", "PROTOCOLS", "make_app"]
@@ -50,7 +51,7 @@ def make_app(
     service : Service
         Started with the application, and stopped with it, after its requests were served.
     token : str, optional
-        Asked for as a bearer token, on all routes but the probes.
+        Asked for as a bearer token, on all routes but the probes and the pages.
     max_body : int
         Bytes.
     overlong_chosen : bool
@@ -80,15 +81,19 @@ def make_app(
     app.state.overlong_chosen = overlong_chosen
     for protocol in PROTOCOLS:
         app.include_router(protocol.router)
+    app.include_router(page.router)
+    app.openapi = functools.partial(document, app)  # type: ignore[method-assign]
 
-    @app.get("/livez", tags=["server"])
+    down_said: Any = {503: {"description": "No: the body says what is down."}}
+
+    @app.get("/livez", tags=["server"], responses=down_said)
     async def livez() -> dict[str, str]:
         """Whether the process answers, and the model's thread lives; else it is to be restarted."""
         if app.state.ready and not service.engine.alive:
             raise _Down("the model's thread has died")
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["server"])
+    @app.get("/readyz", tags=["server"], responses=down_said)
     async def readyz() -> dict[str, str]:
         """Whether requests are to be sent here."""
         if not app.state.ready or app.state.draining:
@@ -154,6 +159,7 @@ class _Around:
                 more = [
                     (b"x-request-id", own.encode()),
                     (b"x-model-version", self.state.service.identity.version.encode()),
+                    (b"x-content-type-options", b"nosniff"),  # strangers' text is no page
                 ]
                 if self.state.draining:
                     more.append((b"connection", b"close"))
@@ -161,7 +167,7 @@ class _Around:
             await send(message)
 
         try:
-            if self.token and scope["path"] not in _OPEN and not self._allowed(headers):
+            if self.token and scope["path"] not in OPEN and not self._allowed(headers):
                 told = {"code": 401, "type": "no_token", "message": "the bearer token is missing"}
                 told |= {"cure": "send Authorization: Bearer …", "index": None}
                 refusal = JSONResponse({"id": own, "error": told}, 401)

@@ -254,10 +254,14 @@ class Service:
             if reason is not None:
                 what = reason if names[index] in reason else f"{names[index]}: {reason}"
                 raise BadItem(what, "shorten it, or send less of the prompt", index)
-            try:
-                self.scorer.check(row or [])
-            except CompanionError as error:
-                raise BadItem(f"{names[index]}: {error.what}", error.cure, index) from error
+        try:
+            self.scorer.check(prepared.texts)
+        except CompanionError:
+            for index, text in enumerate(prepared.texts):  # one by one only to find which it was
+                try:
+                    self.scorer.check([text])
+                except CompanionError as error:
+                    raise BadItem(f"{names[index]}: {error.what}", error.cure, index) from error
         return prepared, items
 
 

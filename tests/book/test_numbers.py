@@ -38,6 +38,11 @@ TYPED = {
         "0.9": "where to become suspicious",
     },
     "book/ch05_use.md": dict.fromkeys(("0.74", "0.73"), "of a story in an exercise"),
+    "book/ch06_serving.md": dict.fromkeys(("1.31", "1.28", "1.34"), "of a story in an exercise"),
+    "book/ch06_versions.md": {
+        "1.7": "a score that a reader may meet",
+        **dict.fromkeys(("0.8", "1.2", "2.4"), "of a story in an exercise"),
+    },
     "book/glossary.md": {"80%": "an example of a probability", "73%": "σ(1)"},
 }
 

@@ -136,6 +136,80 @@ def stop_by_hand(proxy, gold, kl, budget, alpha):
     return looks - 1, best
 
 
+@right("ch06.percentile_of")
+def percentile_of_groups(scores, quantiles):
+    step = 100 / (len(quantiles) - 1)
+    found = []
+    for s in scores.tolist():
+        equal = [k for k, q in enumerate(quantiles) if q == s]
+        if math.isnan(s):
+            found.append(math.nan)
+        elif equal:
+            found.append(step * (equal[0] + equal[-1]) / 2)
+        elif s < quantiles[0] or s > quantiles[-1]:
+            found.append(0.0 if s < quantiles[0] else 100.0)
+        else:
+            k = int(np.searchsorted(quantiles, s))
+            part = (s - quantiles[k - 1]) / (quantiles[k] - quantiles[k - 1])
+            found.append(step * (k - 1 + part))
+    return np.array(found)
+
+
+@right("ch06.faulty_batches")
+def faulty_in_a_loop(served, alone, batch, tolerance):
+    found = set()
+    for one, other, number in zip(served, alone, batch, strict=True):
+        if math.isnan(one) and math.isnan(other):
+            continue
+        if not abs(one - other) <= tolerance:
+            found.add(int(number))
+    return sorted(found)
+
+
+@right("ch06.new_threshold")
+def threshold_by_sorting(threshold, old, new):
+    wanted = int((old >= threshold).sum())
+    ordered = np.sort(new)[::-1]
+    for more in range(len(new) + 1):
+        for count in (wanted - more, wanted + more):
+            if count == 0:
+                return math.inf
+            if count == len(new):
+                return -math.inf
+            if 0 < count < len(new) and ordered[count - 1] > ordered[count]:
+                return float(ordered[count - 1] + ordered[count]) / 2
+    raise AssertionError
+
+
+@right("ch06.score_by_budget")
+def budget_from_short_to_long(texts, score, budget):
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    batches = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * len(texts[i]) <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    found = {}
+    for batch in batches:
+        found |= dict(zip(batch, score([texts[i] for i in batch]), strict=True))
+    return [found[i] for i in range(len(texts))]
+
+
+@right("ch06.who_is_served")
+def served_event_by_event(arrivals, tokens, patience, rate):
+    waiting = sorted(zip(arrivals, range(len(arrivals)), strict=True))
+    rewarded, now = set(), 0.0
+    while waiting:
+        arrival, i = waiting.pop(0)
+        now = max(now, arrival)
+        if now <= arrival + patience[i]:
+            now += tokens[i] / rate
+            if now <= arrival + patience[i]:
+                rewarded.add(i)
+    return [i in rewarded for i in range(len(arrivals))]
+
+
 @pytest.mark.parametrize(("name", "function"), ROWS, ids=[f.__name__ for _, f in ROWS])
 def test_it_passes(name, function):
     result = check(name, function)

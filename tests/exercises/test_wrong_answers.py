@@ -588,6 +588,97 @@ def reward_numpy(prompts, completions, completion_ids, model, tokenizer):
     return np.zeros(len(completions))
 
 
+# 6
+
+
+@wrong("ch06.percentile_of", mutant="counts_up_to")
+def percentile_plain_interp(scores, quantiles):
+    return np.interp(scores, quantiles, np.linspace(0, 100, len(quantiles)), left=0.0, right=100.0)
+
+
+@wrong("ch06.percentile_of", says=KIND)
+def percentile_list(scores, quantiles):
+    return [50.0 for _ in scores]
+
+
+@wrong("ch06.percentile_of", asks="between two quantiles it goes in a straight line")
+def percentile_nearest(scores, quantiles):
+    nearest = np.abs(scores[:, None] - quantiles[None, :]).argmin(1)
+    return 100.0 * nearest / (len(quantiles) - 1)
+
+
+@wrong("ch06.faulty_batches", mutant="close_by_numpy")
+def faulty_allclose(served, alone, batch, tolerance):
+    return [
+        int(b)
+        for b in np.unique(batch)
+        if not np.allclose(served[batch == b], alone[batch == b], atol=tolerance, equal_nan=True)
+    ]
+
+
+@wrong("ch06.faulty_batches", asks="rounding is no fault")
+def faulty_rounded(served, alone, batch, tolerance):
+    places = round(-math.log10(tolerance))
+    apart = np.round(served, places) != np.round(alone, places)
+    apart &= ~(np.isnan(served) & np.isnan(alone))
+    return [int(b) for b in np.unique(batch[apart])]
+
+
+@wrong("ch06.faulty_batches", says=KIND)
+def faulty_any(served, alone, batch, tolerance):
+    return bool((np.abs(served - alone) > tolerance).any())
+
+
+@wrong("ch06.new_threshold", asks="it lies in the middle of the gap")
+def threshold_of_next(threshold, old, new):
+    kept = int((old >= threshold).sum())
+    ordered = np.sort(new)[::-1]
+    if kept in (0, len(new)):
+        return math.inf if kept == 0 else -math.inf
+    return float(ordered[kept] + 1e-9)
+
+
+@wrong("ch06.new_threshold", says=KIND)
+def threshold_as_text(threshold, old, new):
+    return str(float(np.median(new)))
+
+
+@wrong("ch06.score_by_budget", asks="little padding")
+def budget_sorted_backwards_in_halves(texts, score, budget):
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    mixed = [i for pair in itertools.zip_longest(order, order[::-1]) for i in pair]
+    found, batch = [0.0] * len(texts), []
+    for i in dict.fromkeys(mixed):
+        if batch and (len(batch) + 1) * max(len(texts[j]) for j in [*batch, i]) > budget:
+            for j, one in zip(batch, score([texts[j] for j in batch]), strict=True):
+                found[j] = one
+            batch = []
+        batch.append(i)
+    if batch:
+        for j, one in zip(batch, score([texts[j] for j in batch]), strict=True):
+            found[j] = one
+    return found
+
+
+@wrong("ch06.score_by_budget", says=KIND)
+def budget_array(texts, score, budget):
+    return np.array(score(texts))  # all of them at once
+
+
+@wrong("ch06.who_is_served", mutant="stays_busy")
+def served_all_work_done(arrivals, tokens, patience, rate):
+    served, free = {}, 0.0
+    for i in np.argsort(arrivals):
+        free = max(free, arrivals[i]) + tokens[i] / rate
+        served[i] = bool(free <= arrivals[i] + patience[i])
+    return [served[i] for i in range(len(arrivals))]
+
+
+@wrong("ch06.who_is_served", mutant="from_start")
+def served_if_work_fits(arrivals, tokens, patience, rate):
+    return [count / rate <= wait for count, wait in zip(tokens, patience, strict=True)]
+
+
 @pytest.mark.parametrize(
     ("name", "function", "told"), ROWS, ids=[function.__name__ for _, function, _ in ROWS]
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
-import requests
 
 from companion.errors import ModelError
 from companion.models import (
@@ -44,7 +44,7 @@ def test_the_gateway_gives_the_engines_scores_with_what_the_engine_lacks(folder:
         behind.read_texts(overlong="error")
         with running(behind, name="gateway") as gateway:
             asked = {"items": ROWS, "return": ["raw", "z", "percentile"]}
-            answer = requests.post(f"{gateway.url}/v1/rewards", json=asked, timeout=60).json()
+            answer = httpx2.post(f"{gateway.url}/v1/rewards", json=asked, timeout=60).json()
             there = RemoteScorer.from_pretrained(gateway.url, folder, protocol="companion")
             again = there.score(ROWS)
     scores = here.score(ROWS)

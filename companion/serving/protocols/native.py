@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from companion.errors import CompanionError, DataError
 from companion.formatting import REMARKS, Encoded, EncodedSteps
 from companion.models import TokenReadout
 from companion.serving.protocols.routes import (
+    NotFinite,
     Unsupported,
     call_of,
     check_version,
@@ -28,6 +31,10 @@ Message = dict[str, Any]
 Words = str | list[Message]
 
 
+_MODEL: Any = Field(None, description="refuse (400) if another name is served")
+_VERSION: Any = Field(None, description="refuse (409) if another version is served")
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -35,12 +42,14 @@ class _Strict(BaseModel):
 class Item(_Strict):
     """A text: messages, prompt and completion, text, or token ids."""
 
-    messages: list[Message] | None = None
-    prompt: Words | None = None
-    completion: Words | None = None
+    messages: list[Message] | None = Field(
+        None, description="a conversation; the last message is scored"
+    )
+    prompt: Words | None = Field(None, description="text, or messages")
+    completion: Words | None = Field(None, description="text, or messages")
     completions: list[str] | None = Field(None, description="the steps, for a process model")
-    text: str | None = None
-    input_ids: list[StrictInt] | None = Field(None, min_length=1)
+    text: str | None = Field(None, description="the whole text")
+    input_ids: list[StrictInt] | None = Field(None, min_length=1, description="read as they are")
     places: list[StrictInt] | None = Field(
         None, description="with input_ids, for outcome and process models: the tokens to read"
     )
@@ -79,17 +88,23 @@ class Rewards(_Strict):
     """Texts to score."""
 
     items: Annotated[list[Item], Field(min_length=1, max_length=65_536)]
-    return_: list[Form] = Field(default=["raw"], alias="return", min_length=1)
-    model: str | None = None
-    model_version: str | None = Field(None, description="refuse (409) if another one is served")
+    return_: list[Form] = Field(
+        default=["raw"],
+        alias="return",
+        min_length=1,
+        description="all but raw need the model's reference set",
+    )
+    model: str | None = _MODEL
+    model_version: str | None = _VERSION
 
 
 class Steps(_Strict):
     """Solutions of which each step, or each token, is judged."""
 
     items: Annotated[list[Item], Field(min_length=1, max_length=65_536)]
-    model: str | None = None
-    model_version: str | None = None
+    tokens: StrictBool = Field(False, description="also what the token at each place reads as")
+    model: str | None = _MODEL
+    model_version: str | None = _VERSION
 
 
 class Pair(_Strict):
@@ -98,16 +113,16 @@ class Pair(_Strict):
     prompt: Words
     a: Words
     b: Words
-    a_terminated: StrictBool | None = None
-    b_terminated: StrictBool | None = None
+    a_terminated: StrictBool | None = Field(None, description="false: a was cut off")
+    b_terminated: StrictBool | None = Field(None, description="false: b was cut off")
 
 
 class Compare(_Strict):
     """Pairs to compare."""
 
     pairs: Annotated[list[Pair], Field(min_length=1, max_length=32_768)]
-    model: str | None = None
-    model_version: str | None = None
+    model: str | None = _MODEL
+    model_version: str | None = _VERSION
 
 
 def error_body(
@@ -205,6 +220,28 @@ async def rewards(request: Request, body: Rewards) -> dict[str, Any]:
     return {**head(request), "rewards": items, "usage": {"tokens": call.tokens}}
 
 
+def _read_tokens(
+    tokenizer: Any, texts: list[Any], places: list[list[int] | None]
+) -> list[list[str] | None]:
+    """What the token at each place reads as, behind the one before it.
+
+    (Alone, a token of some tokenizers loses the blank that it begins with.)
+    """
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    found: list[list[str] | None] = []
+    for text, own in zip(texts, places, strict=True):
+        ids = (text if isinstance(text, Encoded) else text.encoded).input_ids
+        if own is None:
+            found.append(None)
+            continue
+        words = []
+        for place in own:
+            before = decode(ids[max(place - 1, 0) : place])
+            words.append(decode(ids[max(place - 1, 0) : place + 1])[len(before) :])
+        found.append(words)
+    return found
+
+
 async def steps(request: Request, body: Steps) -> dict[str, Any]:
     """Values of steps (process models) or tokens (outcome models), and their aggregate."""
     service = _check(request, body.model, body.model_version)
@@ -217,6 +254,10 @@ async def steps(request: Request, body: Steps) -> dict[str, Any]:
     rows = [item.row(i) for i, item in enumerate(body.items)]
     prepared, scores = await service.score(call, rows)
     first = scores.first_errors(readout.threshold)
+    words: list[list[str] | None] = [None] * len(rows)
+    if body.tokens:
+        tokenizer = service.scorer.tokenizer
+        words = await run_in_threadpool(_read_tokens, tokenizer, prepared.texts, scores.places)
     found = []
     for i in range(len(rows)):
         own = _of_text(service, rows, prepared, scores, i, [])
@@ -229,6 +270,8 @@ async def steps(request: Request, body: Steps) -> dict[str, Any]:
             "places": scores.places[i],
             "first_error": first[i],
         }
+        if body.tokens:
+            own["tokens"] = words[i]
         found.append({"index": i, **own})
     return {**head(request), "results": found, "usage": {"tokens": call.tokens}}
 
@@ -304,7 +347,11 @@ _HEAD = {
 }
 _TEXT = {"raw": 1.25, "n_tokens": 23, "cut_tokens": 0, "warnings": [], "reason": None}
 
-_shared: dict[str, Any] = {"protocol": "native", "error_body": error_body}
+_shared: dict[str, Any] = {
+    "protocol": "native",
+    "error_body": error_body,
+    "never": (NotFinite,),  # of one text it is told in the answer
+}
 post(
     router,
     "/v1/rewards",
