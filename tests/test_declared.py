@@ -13,6 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 #: extras that a user of the package installs, in contrast to those of the course and of its tests
 EXTRAS = ("serve", "judge", "peft", "deepspeed")
+#: rooms that nobody enters without their extra, whose files may import it at once
+ROOMS = {"serving": "serve"}
+#: files that run in the environment of another program, and what that has
+ELSEWHERE = {"rl/verl.py": {"verl", "aiohttp"}}
 
 
 def normal(name: str) -> str:
@@ -55,12 +59,13 @@ def test_every_import_is_declared():
     providers = packages_distributions()
     missing, seen = [], set()
     for path in sorted((ROOT / "companion").rglob("*.py")):
+        room = ROOMS.get(path.relative_to(ROOT / "companion").parts[0])
+        own = names_of(PROJECT["optional-dependencies"][room]) if room else set()
         for package, at_once in imports_of(ast.parse(path.read_text(encoding="utf-8"))).items():
             if package == "companion":
                 continue
-            # (serving is an extra as a whole, and imported by its command alone)
-            own = not at_once or "serving" in path.parts
-            declared = dependencies | optional if own else dependencies
+            declared = dependencies | (own if at_once else optional)
+            declared |= ELSEWHERE.get(path.relative_to(ROOT / "companion").as_posix(), set())
             provided_by = {normal(name) for name in providers.get(package, [package])}
             seen |= provided_by
             if not provided_by & declared:

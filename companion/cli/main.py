@@ -28,6 +28,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("companion.cli.evaluate", "measure a reward model of any kind on held-out rows"),
     "score": ("companion.cli.score", "score a JSONL file of texts, messages or completions"),
     "serve": ("companion.cli.serve", "serve a reward model over HTTP, for RL jobs and people"),
+    "compare": ("companion.cli.compare", "how scores, ranks and decisions move between two models"),
+    "export": ("companion.cli.export", "what makes vLLM or OpenRLHF give a model's z itself"),
     "rank": ("companion.cli.rank", "choose the best of N completions; data for fine-tuning"),
     "judge": ("companion.cli.judge", "ask a language model which completion is better"),
     "judge-report": ("companion.cli.judge_report", "a judge's biases; who agrees with whom"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import socket
 import sys
@@ -50,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_body", type=int, default=32 * 2**20, help="bytes of a request")
     add("--log_dir", help="write ids and scores of each request into this folder")
     add("--log_text", action="store_true", help="and the words that clients sent")
+    add("--log_format", choices=("text", "json"), default="text", help="of the lines on stderr")
+    add(
+        "--log_level",
+        choices=("info", "warning"),
+        default="info",
+        help="warning: no line for each request",
+    )
     add(
         "--engine",
         choices=("companion", "vllm"),
@@ -78,13 +86,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal; 0 if it ended by one."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     args = _with_config(args)
+    _begin_log(args)
     if args.model is None:
         raise DataError("no --model", "name a folder that 'companion train' wrote, or a hub id")
     if (args.engine == "vllm") != bool(args.engine_url):
@@ -162,6 +165,32 @@ def _token(path: str | None) -> str | None:
     if not token:
         raise DataError(f"--token_file {path} is empty", "write the token into it")
     return token
+
+
+class _Json(logging.Formatter):
+    """A line of JSON for each record, with the fields that it brings."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def _begin_log(args: argparse.Namespace) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(_Json() if args.log_format == "json" else text)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("companion.serving.access").setLevel(args.log_level.upper())
+    for chatty in ("httpx", "httpx2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def _with_config(args: argparse.Namespace) -> argparse.Namespace:

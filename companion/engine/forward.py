@@ -334,7 +334,12 @@ def check_texts(ids: Sequence[Sequence[int]], config: Any) -> None:
     ReadoutError
         It names the row.
     """
-    pad = config.get_text_config().pad_token_id
+    text = config.get_text_config()
+    pad, bos = text.pad_token_id, text.bos_token_id
+    if pad is not None and not any(
+        item[-1] == pad or (bos is not None and list(item[:2]) == [bos, bos]) for item in ids
+    ):
+        return  # no tensors, which cost as much as a tokenizer; below they say what is wrong
     ends = [[*item[:2], item[-1]] if len(item) > 2 else list(item) for item in ids]
     batch = pad_batch(ends, -1 if pad is None else pad)
     check_batch(batch["input_ids"], batch["attention_mask"], config)

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.evaluation.comparison import (
+        Comparison as Comparison,
+        compare_scorers as compare_scorers,
+    )
     from companion.evaluation.evaluation import Evaluation as Evaluation
     from companion.evaluation.figures import (
         draw_accuracy as draw_accuracy,

@@ -87,7 +87,7 @@ class PairEvaluation(Evaluation):
             chosen_lengths=self.chosen_lengths,
             rejected_lengths=self.rejected_lengths,
             subsets=subsets,
-            groups=_groups(self.rows),
+            groups=prompt_groups(self.rows),
             probability=self.probability,
             reasons=self.reasons,
             temperature=self.temperature,
@@ -191,7 +191,8 @@ def gold_probability(rows: Sequence[Mapping[str, Any]]) -> tuple[Array | None, s
     return np.exp(-np.logaddexp(0.0, -gap)), "reward_chosen - reward_rejected"
 
 
-def _groups(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def prompt_groups(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each row what tells its prompt from others: what an interval resamples as a whole."""
     keys = []
     for place, row in enumerate(rows):
         try:

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.models.exporting import (
+        EngineExport as EngineExport,
+        export_for_engine as export_for_engine,
+    )
     from companion.models.golden import GoldenTexts as GoldenTexts
     from companion.models.guards import (
         check_batch as check_batch,
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from companion.models.identity import (
         Identity as Identity,
         identity_of as identity_of,
+        short_hash as short_hash,
         text_hashes as text_hashes,
     )
     from companion.models.loading import (

@@ -26,5 +26,6 @@ if TYPE_CHECKING:
         weighted_sum as weighted_sum,
     )
     from companion.rl.run import GRPOResult as GRPOResult, train_grpo as train_grpo
+    from companion.rl.verl import RewardManager as RewardManager
 else:
     __getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         TokenScores as TokenScores,
     )
     from companion.scoring.reward_function import (
+        AsyncRewardFunction as AsyncRewardFunction,
         RewardFunction as RewardFunction,
         Transform as Transform,
     )

@@ -9,6 +9,7 @@ in training and has in serving. Chapter 5.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import threading
@@ -319,3 +320,36 @@ class RewardFunction:
         self.__dict__.update(state)
         if self._make is not None:
             self.scorer = self._make()
+
+
+class AsyncRewardFunction:
+    """A reward function as a coroutine: TRL awaits all of those at once, on a loop of its own.
+
+    Two reward models on servers are then waited for side by side, not one after the other. It gives
+    what the function inside gives, in a thread of its own, so that nothing else on the loop waits.
+
+    Parameters
+    ----------
+    function : RewardFunction
+        What is called.
+
+    Attributes
+    ----------
+    counts : Counter
+        Those of the function.
+    """
+
+    def __init__(self, function: RewardFunction) -> None:
+        self.function = function
+        self.__name__ = function.__name__
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Completions so far, by what became of them."""
+        return self.function.counts
+
+    async def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
+        """Rewards of completions, as :meth:`RewardFunction.__call__` gives them."""
+        return await asyncio.to_thread(self.function, prompts, completions, **columns)

@@ -32,7 +32,7 @@ from companion.models.readout import Readout, ScalarReadout, TokenReadout
 from companion.models.reward_model import RewardModel
 from companion.scoring.reading import Found, NoValue, Text, ids_of, reading_of
 from companion.scoring.results import PairScores, Scores, TokenScores
-from companion.scoring.reward_function import RewardFunction
+from companion.scoring.reward_function import AsyncRewardFunction, RewardFunction
 from companion.scoring.waiting import in_thread
 
 OnError = Literal["raise", "skip"]
@@ -237,6 +237,16 @@ class Scorer(ABC, Generic[ScoresT]):
             ``clip``, ``truncated``, ``eos_token_ids``, ``policy``, ``name``.
         """
         return RewardFunction(self, **settings)
+
+    def as_async_reward_func(self, **settings: Any) -> AsyncRewardFunction:
+        """The same as a coroutine, which TRL awaits together with other reward functions.
+
+        Parameters
+        ----------
+        **settings
+            As in :meth:`as_reward_func`.
+        """
+        return AsyncRewardFunction(self.as_reward_func(**settings))
 
     # ------------------------------------------------------------------ token ids
 

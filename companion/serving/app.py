@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hmac
+import logging
 import re
 import time
 import uuid
@@ -15,9 +17,13 @@ from fastapi.responses import JSONResponse, Response
 
 from companion import __version__
 from companion.errors import ServiceError
+from companion.serving import page
+from companion.serving.openapi import OPEN, document
 from companion.serving.protocols import native, openrlhf, vllm
 from companion.serving.protocols.routes import BODIES
 from companion.serving.service import Service
+
+logger = logging.getLogger("companion.serving.access")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -25,8 +31,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 #: every protocol is one file with a router; a new one is named here and in `patience`
 PROTOCOLS: Final = (native, vllm, openrlhf)
-#: routes that answer without a token: probes, which have none
-_OPEN: Final = {"/livez", "/readyz"}
+#: routes that are asked so often that a line for each would bury the others
+_PROBED: Final = {"/livez", "/readyz", "/metrics"}
 __all__ = ["BODIES", "PROTOCOLS", "make_app"]
 _PLAIN: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -45,7 +51,7 @@ def make_app(
     service : Service
         Started with the application, and stopped with it, after its requests were served.
     token : str, optional
-        Asked for as a bearer token, on all routes but the probes.
+        Asked for as a bearer token, on all routes but the probes and the pages.
     max_body : int
         Bytes.
     overlong_chosen : bool
@@ -75,15 +81,19 @@ def make_app(
     app.state.overlong_chosen = overlong_chosen
     for protocol in PROTOCOLS:
         app.include_router(protocol.router)
+    app.include_router(page.router)
+    app.openapi = functools.partial(document, app)  # type: ignore[method-assign]
 
-    @app.get("/livez", tags=["server"])
+    down_said: Any = {503: {"description": "No: the body says what is down."}}
+
+    @app.get("/livez", tags=["server"], responses=down_said)
     async def livez() -> dict[str, str]:
         """Whether the process answers, and the model's thread lives; else it is to be restarted."""
         if app.state.ready and not service.engine.alive:
             raise _Down("the model's thread has died")
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["server"])
+    @app.get("/readyz", tags=["server"], responses=down_said)
     async def readyz() -> dict[str, str]:
         """Whether requests are to be sent here."""
         if not app.state.ready or app.state.draining:
@@ -149,6 +159,7 @@ class _Around:
                 more = [
                     (b"x-request-id", own.encode()),
                     (b"x-model-version", self.state.service.identity.version.encode()),
+                    (b"x-content-type-options", b"nosniff"),  # strangers' text is no page
                 ]
                 if self.state.draining:
                     more.append((b"connection", b"close"))
@@ -156,7 +167,7 @@ class _Around:
             await send(message)
 
         try:
-            if self.token and scope["path"] not in _OPEN and not self._allowed(headers):
+            if self.token and scope["path"] not in OPEN and not self._allowed(headers):
                 told = {"code": 401, "type": "no_token", "message": "the bearer token is missing"}
                 told |= {"cure": "send Authorization: Bearer …", "index": None}
                 refusal = JSONResponse({"id": own, "error": told}, 401)
@@ -166,7 +177,11 @@ class _Around:
             await self.app(scope, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self.state.service.metrics.request(route, status, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            self.state.service.metrics.request(route, status, seconds)
+            if route not in _PROBED:
+                told = {"request": own, "route": route, "status": status, "seconds": seconds}
+                logger.info(f"{route} {status} in {seconds:.3f} s ({own})", extra={"fields": told})
 
     def _allowed(self, headers: dict[bytes, bytes]) -> bool:
         wanted = f"Bearer {self.token}".encode()

@@ -88,11 +88,11 @@ class Engine:
             except Exception as error:
                 self._one_by_one(places, error)
                 continue
+            seconds = time.perf_counter() - began
+            _deliver(places, values)  # first: somebody waits for it
             if self.watch is not None:
                 tokens = sum(place.length for place in places)
-                seconds = time.perf_counter() - began
                 self.watch(len(places), tokens, _computed(self.scorer, tokens), seconds)
-            _deliver(places, values)
 
     def _one_by_one(self, places: Sequence[Place], error: Exception) -> None:
         """After a batch that failed: each request alone, so that one does not harm the others."""

@@ -6,6 +6,7 @@ Chapter 6.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Any
 
 from companion.errors import CompanionError, DataError, ServiceError
 from companion.formatting import Encoded
-from companion.models import Identity
+from companion.models import Identity, short_hash
 from companion.scoring import Prepared, Scorer, Text
 from companion.serving.engine import Engine
 from companion.serving.metrics import Metrics
@@ -125,6 +126,28 @@ class Service:
         # one thread: a tokenizer is no faster in several, and the engine's thread needs the other
         self._formatting = ThreadPoolExecutor(1, thread_name_prefix="formatting")
 
+        #: of what centred scores, z, percentiles and probabilities are made with; None without
+        self.reference_version: str | None = None
+        if scorer.manifest is not None and scorer.manifest.reference is not None:
+            scale = [vars(scorer.manifest.reference), scorer.manifest.temperature]
+            self.reference_version = short_hash(json.dumps(scale, sort_keys=True).encode())
+        golden = None if scorer.manifest is None else scorer.manifest.golden_texts
+        own = [] if golden is None else list(zip(golden.rows, golden.input_ids, strict=True))
+        self._openings = {ids[0] for _, ids in own}
+        self._ends = {ids[-1] for row, ids in own if row.get("terminated", True)}
+
+    def unlike(self, ids: Sequence[int]) -> list[str]:
+        """In what token ids that came from outside differ from texts of the model's formatter.
+
+        By the golden texts: whether they begin as those do, and end as the finished ones.
+        """
+        said = []
+        if len(self._openings) == 1 and ids[0] not in self._openings:
+            said.append("unlike the manifest's template: the ids do not begin as its texts do")
+        if self._ends and ids[-1] not in self._ends:
+            said.append("unfinished, or unlike the manifest's template: the ids have no end of it")
+        return said
+
     def start(self) -> None:
         """Begin to serve."""
         self.engine.start()
@@ -231,10 +254,14 @@ class Service:
             if reason is not None:
                 what = reason if names[index] in reason else f"{names[index]}: {reason}"
                 raise BadItem(what, "shorten it, or send less of the prompt", index)
-            try:
-                self.scorer.check(row or [])
-            except CompanionError as error:
-                raise BadItem(f"{names[index]}: {error.what}", error.cure, index) from error
+        try:
+            self.scorer.check(prepared.texts)
+        except CompanionError:
+            for index, text in enumerate(prepared.texts):  # one by one only to find which it was
+                try:
+                    self.scorer.check([text])
+                except CompanionError as error:
+                    raise BadItem(f"{names[index]}: {error.what}", error.cure, index) from error
         return prepared, items
 
 

@@ -15,9 +15,11 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from book_pages import PAGES, ROOT, all_commands, commands_of, companion_arguments, inline_commands
+from transformers import AutoTokenizer
 
 from companion import CompanionError
 from companion.cli.main import _VERBATIM, COMMANDS, main
@@ -52,6 +54,25 @@ def check_companion(arguments: list[str], output_dir: Path) -> None:
     parser = argparse.ArgumentParser(exit_on_error=True)
     module.add_arguments(parser)
     parser.parse_args(rest)
+
+
+def check_verl(words: list[str]) -> None:
+    """The companion's class is where verl is told to look, and takes these settings."""
+    given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
+    settings = {
+        name.removeprefix("reward.reward_kwargs."): given.pop(name)
+        for name in list(given)
+        if name.startswith("reward.reward_kwargs.")
+    }
+    manager = "reward.reward_manager"
+    module = importlib.import_module(given[f"{manager}.module.path"].removeprefix("pkg://"))
+    assert given[f"{manager}.source"] == "importlib"
+    config = SimpleNamespace(
+        reward={"reward_kwargs": settings},
+        actor_rollout_ref=SimpleNamespace(model=SimpleNamespace(path=str(TUTOR_BASE))),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(TUTOR_BASE)
+    getattr(module, given[f"{manager}.name"])(config, tokenizer)
 
 
 def check_launcher(words: list[str]) -> None:
@@ -99,6 +120,8 @@ def test_command_of_a_page_is_accepted(command, tmp_path, monkeypatch):
     elif words[0] == "sbatch":
         assert all(Path(word).is_file() for word in words[1:])
         subprocess.run(["bash", "-n", words[1]], check=True)
+    elif words[:3] == ["python", "-m", "verl.trainer.main_ppo"]:
+        check_verl(words[3:])
     else:
         pytest.fail(f"nothing here knows how to check {words[0]!r}")
 

@@ -83,6 +83,7 @@ def test_exact_values_of_steps() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_none_of_ten_thousand_compositions_differs() -> None:
     with serving("pairwise", exact=True) as server:
         assert differing(server, rows_of("pairwise"), 10_000, seeded()) == 0

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from companion.errors import ModelError
 from companion.formatting import Encoded
-from companion.scoring import ids_of
+from companion.scoring import RewardScorer, ids_of
 from companion.serving import Engine, Queue, QueueFull, Request
 
 
@@ -199,3 +200,25 @@ def test_what_is_inside_is_served_when_the_queue_closes() -> None:
         assert [values[0] for values in found] == list(np.arange(12.0))
 
     asyncio.run(run())
+
+
+def test_a_prompt_of_several_requests_is_computed_once(tiny_reward: Path) -> None:
+    scorer = RewardScorer.from_pretrained(tiny_reward)
+    prompt = "What shall we do with all these boxes of pens? " * 6
+    rows = [{"prompt": prompt, "completion": f"Take {word}."} for word in ("one", "two", "all")]
+    alone = [scorer.score([row]).raw[0] for row in rows]
+    queue = Queue(1 << 20)
+    computed: list[tuple[int, int]] = []
+    engine = Engine(scorer, queue, watch=lambda _, tokens, own, __: computed.append((tokens, own)))
+
+    async def run() -> list[list[Any]]:
+        calls = [asyncio.ensure_future(ask(queue, scorer.prepare([row]).texts)) for row in rows]
+        await asyncio.sleep(0)  # all wait before the engine begins
+        engine.start()
+        return await asyncio.gather(*calls)
+
+    found = asyncio.run(run())
+    engine.stop(5)
+    np.testing.assert_allclose([values[0] for values in found], alone, atol=1e-5)
+    ((tokens, own),) = computed
+    assert own < 0.6 * tokens

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from companion.errors import CompanionError, DataError
 from companion.formatting import REMARKS, Encoded, EncodedSteps
 from companion.models import TokenReadout
 from companion.serving.protocols.routes import (
+    NotFinite,
     Unsupported,
     call_of,
     check_version,
@@ -28,6 +31,10 @@ Message = dict[str, Any]
 Words = str | list[Message]
 
 
+_MODEL: Any = Field(None, description="refuse (400) if another name is served")
+_VERSION: Any = Field(None, description="refuse (409) if another version is served")
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -35,17 +42,22 @@ class _Strict(BaseModel):
 class Item(_Strict):
     """A text: messages, prompt and completion, text, or token ids."""
 
-    messages: list[Message] | None = None
-    prompt: Words | None = None
-    completion: Words | None = None
+    messages: list[Message] | None = Field(
+        None, description="a conversation; the last message is scored"
+    )
+    prompt: Words | None = Field(None, description="text, or messages")
+    completion: Words | None = Field(None, description="text, or messages")
     completions: list[str] | None = Field(None, description="the steps, for a process model")
-    text: str | None = None
-    input_ids: list[StrictInt] | None = Field(None, min_length=1)
+    text: str | None = Field(None, description="the whole text")
+    input_ids: list[StrictInt] | None = Field(None, min_length=1, description="read as they are")
     places: list[StrictInt] | None = Field(
         None, description="with input_ids, for outcome and process models: the tokens to read"
     )
     terminated: StrictBool | None = Field(
         None, description="false: the completion was cut off, and its end is not written"
+    )
+    drawn: StrictBool | None = Field(
+        None, description="true: a policy wrote the completion, which may repeat the prompt"
     )
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -57,7 +69,7 @@ class Item(_Strict):
         if self.input_ids is None:
             if self.places is not None:
                 raise DataError(f"{where}.places: only token ids have places", "give input_ids too")
-            if not given.keys() - {"terminated", "tools", "chat_template_kwargs"}:
+            if not given.keys() - {"terminated", "drawn", "tools", "chat_template_kwargs"}:
                 raise DataError(
                     f"{where}: holds no text",
                     "give messages, prompt and completion, text, or input_ids",
@@ -76,17 +88,23 @@ class Rewards(_Strict):
     """Texts to score."""
 
     items: Annotated[list[Item], Field(min_length=1, max_length=65_536)]
-    return_: list[Form] = Field(default=["raw"], alias="return", min_length=1)
-    model: str | None = None
-    model_version: str | None = Field(None, description="refuse (409) if another one is served")
+    return_: list[Form] = Field(
+        default=["raw"],
+        alias="return",
+        min_length=1,
+        description="all but raw need the model's reference set",
+    )
+    model: str | None = _MODEL
+    model_version: str | None = _VERSION
 
 
 class Steps(_Strict):
     """Solutions of which each step, or each token, is judged."""
 
     items: Annotated[list[Item], Field(min_length=1, max_length=65_536)]
-    model: str | None = None
-    model_version: str | None = None
+    tokens: StrictBool = Field(False, description="also what the token at each place reads as")
+    model: str | None = _MODEL
+    model_version: str | None = _VERSION
 
 
 class Pair(_Strict):
@@ -95,16 +113,16 @@ class Pair(_Strict):
     prompt: Words
     a: Words
     b: Words
-    a_terminated: StrictBool | None = None
-    b_terminated: StrictBool | None = None
+    a_terminated: StrictBool | None = Field(None, description="false: a was cut off")
+    b_terminated: StrictBool | None = Field(None, description="false: b was cut off")
 
 
 class Compare(_Strict):
     """Pairs to compare."""
 
     pairs: Annotated[list[Pair], Field(min_length=1, max_length=32_768)]
-    model: str | None = None
-    model_version: str | None = None
+    model: str | None = _MODEL
+    model_version: str | None = _VERSION
 
 
 def error_body(
@@ -123,6 +141,7 @@ def head(request: Request) -> dict[str, Any]:
         "model": service.name,
         "model_version": service.identity.version,
         "hashes": service.identity.to_dict(),
+        "reference_version": service.reference_version,
     }
 
 
@@ -136,13 +155,16 @@ def _check(request: Request, model: str | None, version: str | None) -> Service:
     return service
 
 
-def _warnings(text: Any, limit: int | None) -> list[str]:
-    """What is to be said of one text."""
+def _warnings(service: Service, item: Any, text: Any) -> list[str]:
+    """What is to be said of one text, that was sent as words or as ids."""
     encoded = text if isinstance(text, Encoded) else text.encoded
+    if isinstance(item, (Encoded, EncodedSteps)):
+        return service.unlike(encoded.input_ids)
     said = [REMARKS[name].replace("texts", "a text", 1) for name in encoded.remarks]
     if not encoded.terminated:
         said.append("unfinished: the completion was cut off, and its end is not written")
     if encoded.cut_tokens:
+        limit = service.scorer.formatter.max_length
         said.append(f"{encoded.cut_tokens} tokens of the prompt were cut to fit {limit}")
     return said
 
@@ -152,7 +174,7 @@ def _number(value: float) -> float | None:
 
 
 def _of_text(
-    service: Service, prepared: Any, scores: Any, i: int, forms: list[str]
+    service: Service, rows: list[Any], prepared: Any, scores: Any, i: int, forms: list[str]
 ) -> dict[str, Any]:
     text = prepared.texts[i]
     cut = cut_tokens(text)
@@ -165,7 +187,7 @@ def _of_text(
     return found | {
         "n_tokens": len(text if isinstance(text, Encoded) else text.encoded),
         "cut_tokens": cut,
-        "warnings": _warnings(text, service.scorer.formatter.max_length),
+        "warnings": _warnings(service, rows[i], text),
         "reason": scores.reasons[i],
     }
 
@@ -192,9 +214,32 @@ async def rewards(request: Request, body: Rewards) -> dict[str, Any]:
     prepared, scores = await service.score(call, rows)
     forms: list[str] = list(body.return_)
     items = [
-        {"index": i, **_of_text(service, prepared, scores, i, forms)} for i in range(len(rows))
+        {"index": i, **_of_text(service, rows, prepared, scores, i, forms)}
+        for i in range(len(rows))
     ]
     return {**head(request), "rewards": items, "usage": {"tokens": call.tokens}}
+
+
+def _read_tokens(
+    tokenizer: Any, texts: list[Any], places: list[list[int] | None]
+) -> list[list[str] | None]:
+    """What the token at each place reads as, behind the one before it.
+
+    (Alone, a token of some tokenizers loses the blank that it begins with.)
+    """
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    found: list[list[str] | None] = []
+    for text, own in zip(texts, places, strict=True):
+        ids = (text if isinstance(text, Encoded) else text.encoded).input_ids
+        if own is None:
+            found.append(None)
+            continue
+        words = []
+        for place in own:
+            before = decode(ids[max(place - 1, 0) : place])
+            words.append(decode(ids[max(place - 1, 0) : place + 1])[len(before) :])
+        found.append(words)
+    return found
 
 
 async def steps(request: Request, body: Steps) -> dict[str, Any]:
@@ -209,9 +254,13 @@ async def steps(request: Request, body: Steps) -> dict[str, Any]:
     rows = [item.row(i) for i, item in enumerate(body.items)]
     prepared, scores = await service.score(call, rows)
     first = scores.first_errors(readout.threshold)
+    words: list[list[str] | None] = [None] * len(rows)
+    if body.tokens:
+        tokenizer = service.scorer.tokenizer
+        words = await run_in_threadpool(_read_tokens, tokenizer, prepared.texts, scores.places)
     found = []
     for i in range(len(rows)):
-        own = _of_text(service, prepared, scores, i, [])
+        own = _of_text(service, rows, prepared, scores, i, [])
         has = scores.values[i] is not None
         own |= {
             "score": _number(scores.raw[i]),
@@ -221,6 +270,8 @@ async def steps(request: Request, body: Steps) -> dict[str, Any]:
             "places": scores.places[i],
             "first_error": first[i],
         }
+        if body.tokens:
+            own["tokens"] = words[i]
         found.append({"index": i, **own})
     return {**head(request), "results": found, "usage": {"tokens": call.tokens}}
 
@@ -257,7 +308,7 @@ async def compare(request: Request, body: Compare) -> dict[str, Any]:
     forms = ["raw"] + (["z", "percentile"] if service.scorer.reference is not None else [])
     found = []
     for i in range(len(body.pairs)):
-        a, b = (_of_text(service, prepared, scores, 2 * i + side, forms) for side in (0, 1))
+        a, b = (_of_text(service, rows, prepared, scores, 2 * i + side, forms) for side in (0, 1))
         margin = scores.raw[2 * i] - scores.raw[2 * i + 1]
         probability = None
         if why is None and temperature is not None and math.isfinite(margin):
@@ -296,7 +347,11 @@ _HEAD = {
 }
 _TEXT = {"raw": 1.25, "n_tokens": 23, "cut_tokens": 0, "warnings": [], "reason": None}
 
-_shared: dict[str, Any] = {"protocol": "native", "error_body": error_body}
+_shared: dict[str, Any] = {
+    "protocol": "native",
+    "error_body": error_body,
+    "never": (NotFinite,),  # of one text it is told in the answer
+}
 post(
     router,
     "/v1/rewards",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -17,11 +18,24 @@ from companion.serving.service import BadItem, Call, ClientGone, DeadlineOver, S
 
 logger = logging.getLogger(__name__)
 
+#: letters of what is wrong in an answer
+_LONGEST: Final = 1000
+
 Body = TypeVar("Body", bound=BaseModel)
 #: Path of each route that takes a body, and what it takes.
 BODIES: dict[str, type[BaseModel]] = {}
 #: Of a protocol: status, type, what and cure, index of the item -> the body of an error.
 ErrorBody = Callable[[int, str, CompanionError, int | None, str], dict[str, Any]]
+#: Statuses after which another try may help.
+_AGAIN: Final = (429, 503)
+#: The header that pins a version, as OpenAPI has it.
+_PIN: Final = {
+    "name": "X-Model-Version",
+    "in": "header",
+    "required": False,
+    "description": "refuse (409) if another version of the model is served",
+    "schema": {"type": "string"},
+}
 
 
 class WrongVersion(ModelError):
@@ -101,8 +115,16 @@ def check_version(request: Request, pinned: str | None) -> None:
 
 def status_of(error: CompanionError, protocol: str) -> tuple[int, str]:
     """HTTP status and type of an error."""
+    for kind, status, name in _errors(protocol):
+        if isinstance(error, kind):
+            return status, name
+    return 500, "model_failed"
+
+
+def _errors(protocol: str) -> Sequence[tuple[type[CompanionError], int, str]]:
+    """Kinds of errors, the first that fits holds: status and type."""
     full = PATIENCE[protocol].full
-    table: Sequence[tuple[type[CompanionError], int, str]] = (
+    return (
         (BadItem, 400, "bad_item"),
         (TooLarge, 413, "body_too_large"),
         (NotFinite, 422, "not_finite"),
@@ -114,10 +136,38 @@ def status_of(error: CompanionError, protocol: str) -> tuple[int, str]:
         (ClientGone, 499, "client_gone"),
         (DataError, 400, "bad_request"),
     )
-    for kind, status, name in table:
-        if isinstance(error, kind):
-            return status, name
-    return 500, "model_failed"
+
+
+def _refusals(
+    protocol: str, error_body: ErrorBody, never: Sequence[type[CompanionError]]
+) -> dict[int | str, dict[str, Any]]:
+    """The refusals of a route as OpenAPI has them, each with an example of its body."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for kind, status, name in _errors(protocol):
+        if kind in (*never, ClientGone):  # nobody reads that one
+            continue
+        said = (kind.__doc__ or "").strip().splitlines()[0]
+        if kind is DataError:
+            said = "A body that is not what the route takes; the message names the field."
+        error = BadItem(said, "…", 3) if kind is BadItem else kind(said, "…")
+        body = error_body(status, name, error, getattr(error, "index", None), "…")
+        told = found.setdefault(
+            status,
+            {"description": "", "content": {"application/json": {"examples": {}}}},
+        )
+        told["description"] = f"{told['description']} `{name}`: {said}".strip()
+        told["content"]["application/json"]["examples"][name] = {"value": body}
+        if status in _AGAIN:
+            about = {"description": "Seconds until another try.", "schema": {"type": "integer"}}
+            told["headers"] = {"Retry-After": about}
+    return found
+
+
+def _shortened(error: CompanionError) -> CompanionError:
+    """An error that does not repeat all that was sent (a field's name of a megabyte, say)."""
+    if len(error.what) <= _LONGEST:
+        return error
+    return CompanionError(error.what[:_LONGEST] + "…", error.cure)
 
 
 def post(
@@ -130,6 +180,7 @@ def post(
     error_body: ErrorBody,
     examples: Sequence[dict[str, Any]],
     answers: dict[str, Any],
+    never: Sequence[type[CompanionError]] = (),
 ) -> None:
     """Add a route whose body is read by `model` and answered by `answer`.
 
@@ -152,6 +203,8 @@ def post(
         Of bodies, for the documentation.
     answers : dict
         An example of an answer.
+    never : sequence of type
+        Errors that the route does not have, for the documentation.
     """
 
     async def route(request: Request) -> Response:
@@ -165,21 +218,26 @@ def post(
             if status >= 500:
                 logger.warning(f"{path} {status} {kind}: {error.what}")
             index = error.index if isinstance(error, BadItem) else None
-            content = error_body(status, kind, error, index, request.state.id)
-            headers = {"Retry-After": "1"} if status in (429, 503) else None
+            content = error_body(status, kind, _shortened(error), index, request.state.id)
+            headers = {"Retry-After": "1"} if status in _AGAIN else None
             return JSONResponse(content, status, headers)
 
     BODIES[path] = model
+    # `openapi.document` moves what is in $defs to where the references point
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    description = inspect.cleandoc(answer.__doc__ or "")
     router.add_api_route(
         path,
         route,
         methods=["POST"],
-        summary=(answer.__doc__ or "").strip().splitlines()[0],
-        description=answer.__doc__ or "",
+        description=description,
         name=path.strip("/").replace("/", "_"),
-        responses={200: {"content": {"application/json": {"example": answers}}}},
+        responses={
+            200: {"content": {"application/json": {"example": answers}}},
+            **_refusals(protocol, error_body, never),
+        },
         openapi_extra={
+            "parameters": [_PIN],
             "requestBody": {
                 "required": True,
                 "content": {
@@ -188,6 +246,6 @@ def post(
                         "examples": {str(i): {"value": one} for i, one in enumerate(examples)},
                     }
                 },
-            }
+            },
         },
     )
