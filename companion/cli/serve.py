@@ -115,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
     service = serving.open_service(
         scorer,
         name=args.name or Path(args.model).resolve().name,
+        aliases=[args.model],  # vLLM's default name, which verl sends
         exact=args.exact,
         allow_unchecked=args.allow_unchecked,
         queue_tokens=args.queue_tokens,

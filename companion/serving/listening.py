@@ -233,8 +233,9 @@ def keep_serving(command: Sequence[str], sock: socket.socket) -> int:
             if worker.process.poll() is not None and coming is None:
                 code = worker.process.returncode
                 quick = not worker.ready or time.monotonic() - worker.began < 60
-                deaths = deaths + 1 if quick and code else 0
-                if code == 2 or deaths >= _DEATHS or (not worker.ready and not deaths):
+                told = code in (0, -signal.SIGTERM)  # (uvicorn raises it again when it has drained)
+                deaths = deaths + 1 if quick and not told else 0
+                if code == 2 or deaths >= _DEATHS:
                     logger.error(f"the worker ended with {code}: not started again")
                     return code or 1
                 logger.warning(f"the worker ended with {code}: starting another")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ def open_service(
     scorer: Scorer[Any],
     *,
     name: str = "reward",
+    aliases: Collection[str] = (),
     exact: bool = False,
     allow_unchecked: bool = False,
     queue_tokens: int = 1 << 20,
@@ -45,6 +46,8 @@ def open_service(
         Here; or on another server, whose gateway this is.
     name : str
         Of the model, as clients see it.
+    aliases : collection of str
+        Other names that clients may call it by: its path, as with vLLM.
     exact : bool
         Each text runs alone: its score is the same to the last bit, whatever else is served.
     allow_unchecked : bool
@@ -90,6 +93,7 @@ def open_service(
     return Service(
         scorer,
         name=name,
+        aliases=aliases,
         identity=identity,
         queue_tokens=queue_tokens,
         engine_threads=1 if local else _GATEWAY_THREADS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +84,8 @@ class Service:
         Here or on a server.
     name : str
         Of the model, as clients see it.
+    aliases : collection of str
+        Other names that clients may call it by.
     identity : Identity
         Hashes of all that decides a score.
     queue_tokens : int
@@ -103,6 +105,7 @@ class Service:
         scorer: Scorer[Any],
         *,
         name: str,
+        aliases: Collection[str] = (),
         identity: Identity,
         queue_tokens: int = 1 << 20,
         engine_threads: int = 1,
@@ -113,6 +116,7 @@ class Service:
     ) -> None:
         self.scorer = scorer
         self.name = name
+        self.names = {name, *aliases}
         self.identity = identity
         self.exact = exact
         self.deviation = deviation

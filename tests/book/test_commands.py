@@ -10,7 +10,9 @@ import argparse
 import importlib
 import json
 import re
+import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +26,8 @@ from transformers import AutoTokenizer
 from companion import CompanionError
 from companion.cli.main import _VERBATIM, COMMANDS, main
 from companion.course.progress import VARIABLE
+from companion.models import ReferenceStats, RewardManifest, load_base, save_reward_model
+from companion.scoring import add_golden_texts
 from companion.tutor import TUTOR_BASE, make_rows
 
 COMMANDS_ON_PAGES = all_commands()
@@ -219,14 +223,42 @@ def _own_commands(path: Path) -> list[list[str]]:
         if command.words[0] == "companion"
         and "…" not in command.words
         and "--config" not in command.words  # a recipe; tests/training reads them all
+        and "--engine_url" not in command.words  # needs a vLLM server; tests/engines has one
     ]
+
+
+def _serve_for_a_moment(words: list[str]) -> int:
+    """What ``companion serve`` ends with if it is told to as soon as it is ready."""
+    words = [*words, "--port", "0"]
+    command = [sys.executable, "-m", "companion", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        stop = threading.Timer(120, server.kill)
+        stop.start()
+        assert server.stderr is not None
+        said = []
+        for line in server.stderr:
+            said.append(line)
+            if line.startswith("ready: "):
+                server.terminate()
+        stop.cancel()
+    assert any(line.startswith("ready: ") for line in said), "".join(said)
+    return server.returncode
+
+
+@pytest.fixture(scope="module")
+def saved_model(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model as ``companion train`` leaves it: with a reference and golden texts."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    manifest = RewardManifest(reference=ReferenceStats.from_scores(range(9), "nine numbers"))
+    save_reward_model(load_base(tiny_base), folder, manifest, describe=add_golden_texts)
+    return folder
 
 
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if _own_commands(p)], ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_commands_of_a_page_run_one_after_the_other(
-    page, tmp_path, monkeypatch, tiny_base, tiny_reward, judge_server
+    page, tmp_path, monkeypatch, tiny_base, tiny_reward, judge_server, saved_model
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(VARIABLE, str(tmp_path / "progress.json"))
@@ -237,9 +269,14 @@ def test_commands_of_a_page_run_one_after_the_other(
     for name in ("completions.jsonl", "texts.jsonl"):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in own))
     Path("prompts.jsonl").write_text(json.dumps({"prompt": own[0]["prompt"]}) + "\n")
+    Path("token.txt").write_text("secret")
+    for name in ("reward-model", "reward-model-v1", "reward-model-v2"):
+        if not any("--output_dir" in words and name in words for words in _own_commands(page)):
+            shutil.copytree(saved_model, name)
     for words in _own_commands(page):
         small = in_small(words, tiny_base, tiny_reward, judge_server)
-        assert main(small) == 0, small
+        run = _serve_for_a_moment if small[0] == "serve" else main
+        assert run(small) == 0, small
         for flag in ("--output", "--output_dir", "--json"):
             if flag in small:
                 assert Path(small[small.index(flag) + 1]).exists(), small

@@ -147,7 +147,7 @@ def head(request: Request) -> dict[str, Any]:
 
 def _check(request: Request, model: str | None, version: str | None) -> Service:
     service = service_of(request)
-    if model is not None and model != service.name:
+    if model is not None and model not in service.names:
         raise DataError(
             f"model is {model!r}, and this server has {service.name!r}", "ask GET /v1/models"
         )

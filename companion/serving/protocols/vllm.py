@@ -83,7 +83,7 @@ def _check(service: Service, body: Classify) -> None:
                 f"{name}={value!r} would change what is scored, and this server does not do it",
                 "leave it out: texts are never cut here, and the template is the model's own",
             )
-    if body.model is not None and body.model != service.name:
+    if body.model is not None and body.model not in service.names:
         raise DataError(f"the model {body.model!r} does not exist", f"it is {service.name!r}")
     if (body.input is None) == (body.messages is None):
         raise DataError("neither or both of input and messages", "give one of them")
