@@ -63,9 +63,8 @@ def _serve(pipe: Any, folder: str, exact: bool, cores: Sequence[int]) -> None:
     from fastapi import APIRouter, Request
 
     from companion.scoring import load_scorer
-    from companion.serving import listen, make_app, open_service, serve
-    from companion.serving.listening import address_of
-    from companion.serving.protocols.native import Rewards, head
+    from companion.serving import address_of, listen, make_app, open_service, serve
+    from companion.serving.protocols.native import Rewards, error_body, head
     from companion.serving.protocols.routes import post
 
     scorer: Any = load_scorer(folder, device="cpu")
@@ -103,8 +102,6 @@ def _serve(pipe: Any, folder: str, exact: bool, cores: Sequence[int]) -> None:
 
         seconds, processor, mean = await asyncio.to_thread(run)
         return {"seconds": seconds, "processor": processor, "mean": mean}
-
-    from companion.serving.protocols.native import error_body
 
     for path, route in (("/echo", echo), ("/bare", bare), ("/offline", alone)):
         post(

@@ -289,11 +289,11 @@ def test_the_command_on_pairs(
     assert not list(new.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("form", ["completion", "messages", "instruction"])
+@pytest.mark.parametrize("form", ["completion", "messages", "blocks", "instruction"])
 def test_the_command_on_texts(model: Callable[..., Path], tmp_path: Path, form: str):
     rows: list[Any] = texts(30, seed=6)
     expected = [RewardScorer.from_pretrained(model(s)).score(rows).raw.mean() for s in (1, 2)]
-    if form == "messages":
+    if form in ("messages", "blocks"):
         rows = [
             {
                 "messages": [
@@ -303,6 +303,10 @@ def test_the_command_on_texts(model: Callable[..., Path], tmp_path: Path, form: 
             }
             for row in rows
         ]
+        for row in rows if form == "blocks" else ():
+            row["messages"][0]["content"] = [
+                {"type": "text", "text": row["messages"][0]["content"]}
+            ]
     elif form == "instruction":
         rows = [{"instruction": row["prompt"], "output": row["completion"]} for row in rows]
     figures = tmp_path / "figures.json"

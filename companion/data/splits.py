@@ -40,12 +40,17 @@ def prompt_key(row: Mapping[str, Any]) -> str:
     if prompt is None:
         prompt = _shared_text(row)
     if not isinstance(prompt, str):
-        turns = [(message["role"], message.get("content") or "") for message in prompt]
+        turns = [(message["role"], _words(message.get("content"))) for message in prompt]
         if len(turns) == 1 and turns[0][0] == "user":
             prompt = turns[0][1]
         else:
             prompt = "\x1e".join(f"{role}\x1f{content}" for role, content in turns)
     return hashlib.sha256(normalise(prompt).encode()).hexdigest()
+
+
+def _words(content: Any) -> str:
+    """Content as text; blocks (``[{"type": "text", …}]``) as JSON."""
+    return content if isinstance(content, str) else json.dumps(content) if content else ""
 
 
 def _shared_text(row: Mapping[str, Any]) -> str:

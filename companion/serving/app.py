@@ -168,7 +168,7 @@ class _Around:
 
         try:
             if self.token and scope["path"] not in OPEN and not self._allowed(headers):
-                told = {"code": 401, "type": "no_token", "message": "the bearer token is missing"}
+                told = {"code": 401, "type": "no_token", "message": "no bearer token, or another"}
                 told |= {"cure": "send Authorization: Bearer …", "index": None}
                 refusal = JSONResponse({"id": own, "error": told}, 401)
                 self.state.service.metrics.refused("no_token")

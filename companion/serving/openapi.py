@@ -15,8 +15,8 @@ from fastapi.openapi.utils import get_openapi
 from companion.errors import DataError
 
 #: paths that answer without a token: probes, which have none, and pages, as a browser that opens
-#: one sends none. They say nothing of the model.
-OPEN = frozenset({"/livez", "/readyz", "/", "/page.css", "/page.js", "/docs", "/openapi.json"})
+#: one sends none. They say nothing of the model (but its version, which stands in every header).
+OPEN = frozenset({"/livez", "/readyz", "/", "/page.css", "/page.js", "/docs"})
 
 
 def document(app: FastAPI) -> dict[str, Any]:

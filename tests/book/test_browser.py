@@ -11,6 +11,7 @@ import bs4
 import pytest
 import torch
 from book_pages import BOOK, load_module
+from chromium import axe, watch
 
 from companion.functional import (
     best_global_shift,
@@ -58,37 +59,12 @@ class Visit(NamedTuple):
     axe: list[str]
 
 
-def _watch(page):
-    """Lists that fill as the page is used: its console, its requests, those that failed."""
-    console, requests, failed = [], [], []
-    page.on("console", lambda m: console.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: console.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("requestfailed", lambda request: failed.append(request.url))
-    return console, requests, failed
-
-
 #: one page of each sort, at which axe looks in every view and with the contrast, which takes the
 #: browser longer than all else; at the others in the first view (in all by the slow test)
 EACH_SORT = ("index", "ch01_bradley_terry", "maths", "speed")
 
 
-def _axe(page, contrast):
-    """What axe calls critical or serious, with the first element."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    rules = {
-        "label-content-name-mismatch": {"enabled": True},
-        "color-contrast": {"enabled": contrast},
-    }
-    options = {"rules": rules, "resultTypes": ["violations"]}
-    return [
-        f"{found['id']}: {found['nodes'][0]['html'][:120]}"
-        for found in axe.Axe().run(page, options=options).response["violations"]
-        if found["impact"] in ("critical", "serious")
-    ]
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def visits(site, browser):
     """Each page once in each view."""
     found = []
@@ -97,7 +73,7 @@ def visits(site, browser):
             viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
         ) as context:
             page = context.new_page()  # one tab: another process for each page takes longer
-            records = _watch(page)
+            records = watch(page)
             for path in sorted((site / "book").rglob("*.html")):
                 page.goto("about:blank")  # the last page is closed, and says nothing any more
                 for record in records:
@@ -106,7 +82,7 @@ def visits(site, browser):
                 seen = page.evaluate(_LOOK)
                 found.append(Visit(path.stem, view, *map(list, records), seen, []))
                 if view == "desktop" or path.stem in EACH_SORT:
-                    found[-1].axe.extend(_axe(page, path.stem in EACH_SORT))
+                    found[-1].axe.extend(axe(page, path.stem in EACH_SORT))
     assert len({visit.page for visit in found}) >= 10
     return found
 
@@ -134,7 +110,7 @@ def test_axe_finds_nothing_serious_on_any_page_in_any_view(site, browser, view):
         page, found = context.new_page(), {}
         for path in sorted((site / "book").rglob("*.html")):
             page.goto(path.as_uri(), wait_until="load")
-            if problem := _axe(page, True):
+            if problem := axe(page, True):
                 found[path.stem] = problem
     assert found == {}
 
@@ -193,7 +169,7 @@ def open_figure(browser, slider_pages):
 
         def open_it(kind):
             page = context.new_page()
-            console, *_ = _watch(page)
+            console, *_ = watch(page)
             page.goto(slider_pages[kind], wait_until="load")
             assert console == []
             return page, page.locator(f'[data-slider-figure="{kind}"]')

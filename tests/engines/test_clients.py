@@ -83,7 +83,11 @@ def count(folder: Path) -> int:
 
 
 class Restarts(threading.Thread):
-    """SIGTERM to the worker when few posts were answered, SIGHUP to its parent near the end."""
+    """SIGTERM to the worker when few posts were answered, SIGHUP once another has its place.
+
+    The first answers what it has accepted, which is nearly all; what is posted meanwhile waits in
+    the kernel for the second.
+    """
 
     def __init__(self, server: Any, folder: Path) -> None:
         super().__init__(daemon=True)
@@ -91,16 +95,13 @@ class Restarts(threading.Thread):
         self.sent: dict[str, int] = {}
 
     def run(self) -> None:
-        self._wait_for(AT_ONCE // 8)
+        end = time.monotonic() + 300
+        while count(self.folder) < AT_ONCE // 8 and time.monotonic() < end:
+            time.sleep(0.005)
         (worker,) = self.server.workers()
         self._send(worker, signal.SIGTERM)
-        self._wait_for(AT_ONCE + 128)
+        self.server.wait_for("ready: ", 300, times=2)
         self._send(self.server.process.pid, signal.SIGHUP)
-
-    def _wait_for(self, answers: int) -> None:
-        end = time.monotonic() + 300
-        while count(self.folder) < answers and time.monotonic() < end:
-            time.sleep(0.005)
 
     def _send(self, pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)

@@ -15,6 +15,7 @@ import requests
 from launched import Process
 
 from companion import RemoteScorer, RewardScorer
+from companion.cli.main import main
 from companion.tutor import make_rows
 
 pytestmark = [pytest.mark.engines, pytest.mark.serving]
@@ -114,9 +115,16 @@ def test_a_gateway_refuses_an_engine_that_runs_another_model(
 
 
 def test_with_the_exported_pooler_config_vllm_itself_answers_z(
-    vllm_python: Path, offline: RewardScorer, reward_model: Path, rows: list[dict[str, Any]]
+    vllm_python: Path,
+    offline: RewardScorer,
+    reward_model: Path,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
-    exported = exported_pooler_config(reward_model)
+    file = tmp_path / "pooler.json"
+    words = ["--model", str(reward_model), "--engine", "vllm", "--output", str(file)]
+    assert main(["export", *words]) == 0
+    exported = json.loads(file.read_text())
     process = start_vllm(vllm_python, reward_model, "--pooler-config", json.dumps(exported))
     try:
         want = offline.score(rows)
@@ -130,12 +138,3 @@ def test_with_the_exported_pooler_config_vllm_itself_answers_z(
         assert apart(found, want.raw) > 0.1
     finally:
         process.stop()
-
-
-def exported_pooler_config(model: Path) -> dict[str, float]:
-    """What ``companion export --engine vllm`` says."""
-    from companion import RewardManifest
-
-    reference = RewardManifest.load(model).reference
-    assert reference is not None
-    return {"logit_mean": reference.mean, "logit_sigma": reference.std}

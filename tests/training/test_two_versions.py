@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import pytest
 
 from companion.cli.main import main
 from companion.data import prompt_key, write_rows
+from companion.evaluation import compare_scorers
 from companion.models import RewardManifest
+from companion.scoring import RewardScorer
 from companion.training import DataArguments, ModelArguments, PairwiseRewardConfig, train_pairwise
 from companion.tutor import TUTOR_BASE, make_rows
 
@@ -63,29 +65,26 @@ def test_one_percentile_threshold_for_two_versions(tmp_path: Path):
         return rows
 
     reference = written(tmp_path / "reference.jsonl", fresh(PAIRS, 71))
-    test = written(tmp_path / "test.jsonl", fresh(PAIRS, 72))
+    test = fresh(PAIRS, 72)
     old = trained(tmp_path / "old", fresh(1_400, 73), seed=1)
     new = trained(tmp_path / "new", fresh(1_400, 74), seed=2)
-    found = tmp_path / "figures.json"
-
-    def compare(a: Path, b: Path, data: Path, *more: str) -> dict[str, Any]:
-        argv = ["compare", a, b, "--data", data, "--json", found, "--device", "cpu", *more]
-        assert main([str(word) for word in argv]) == 0
-        return json.loads(found.read_text())
-
     # the references of both of the same texts
-    compare(new, old, reference, "--write_reference")
-    compare(old, new, reference, "--write_reference")
-    for folder in (old, new):
-        stats = RewardManifest.load(folder).reference
+    for a, b in ((new, old), (old, new)):
+        argv = ["compare", a, b, "--data", reference, "--device", "cpu", "--write_reference"]
+        assert main([str(word) for word in argv]) == 0
+        stats = RewardManifest.load(b).reference
         assert stats is not None
         assert stats.n == 2 * PAIRS >= 5_000
+    scorers = [RewardScorer.from_pretrained(folder, device="cpu") for folder in (old, new)]
+    result = compare_scorers(*scorers, test)
+    gaps = []
     for percentile in PERCENTILES:
-        figures = compare(old, new, test, "--percentile", str(percentile))["metrics"]
+        figures = replace(result, percentile=percentile).measure().metrics
         assert figures["n_texts"] >= 5_000
         assert figures["correlation"]["spearman"] < 0.99  # they are two models
         own, raw = figures["accepted"]["own"], figures["accepted"]["raw"]
         shares = {side: 100 * own[side]["share"] for side in ("old", "new")}
+        gaps.append(100 * abs(raw["old"]["share"] - raw["new"]["share"]))
         print(
             f"percentile {percentile}: OLD accepts {shares['old']:.2f}%, NEW {shares['new']:.2f}%, "
             f"{100 * own['flipped']['share']:.1f}% flip; above OLD's raw threshold "
@@ -96,3 +95,4 @@ def test_one_percentile_threshold_for_two_versions(tmp_path: Path):
         )
         assert abs(shares["old"] - shares["new"]) < 2
         assert abs(shares["new"] - (100 - percentile)) < 2
+    assert max(gaps) > 2  # the threshold on raw scores is another one for each

@@ -63,12 +63,14 @@ function complain(error) {
   const box = $("error");
   box.replaceChildren();
   if (!error) return;
+  $(error.status === 401 ? "unlock" : "ask").after(box);
   if (error.status === 401) {
     $("unlock").hidden = false;
     if (!token) { $("token").focus(); return; }
   }
   box.append(element("div", { class: "error" }, element("strong", {}, error.message),
     element("div", {}, error.cure ? `What helps: ${error.cure}` : "")));
+  box.scrollIntoView({ block: "nearest" });
 }
 
 async function load() {
@@ -256,6 +258,7 @@ async function compare(event) {
     complain();
     shown = answer.comparisons[0];
     $("result").hidden = false;
+    $("said").textContent = "Scores";
     $("result").classList.remove("old");
     summarise(shown);
     tabulate(answer);
@@ -281,7 +284,7 @@ function example() {
 
 function changed() {
   asked++; // an answer on its way is for another text
-  if (shown) $("result").classList.add("old");
+  if (shown) { $("result").classList.add("old"); $("said").textContent = "Scores of an earlier text"; }
   $("state").textContent = shown ? "The text has changed since these scores: compare again." : "";
 }
 
