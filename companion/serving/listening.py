@@ -142,9 +142,18 @@ def tell_ready() -> None:
     """In a worker: say to the parent that requests are served."""
     number = os.environ.pop(READY, None)
     if number is not None:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         with contextlib.suppress(OSError):
             os.write(int(number), b"ready")
             os.close(int(number))
+
+
+def _end_with(parent: int) -> None:
+    """Drain and end when the parent is gone: a worker that is left over would hold the port."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    logger.warning("the parent is gone: draining")
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 # ---------------------------------------------------------------------- the parent

@@ -174,3 +174,27 @@ def test_a_model_that_cannot_be_served_ends_the_command(
     sock = listen("127.0.0.1", 0)
     assert main(["serve", "--model", str(folder), "--fd", str(sock.detach())]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+def test_a_worker_ends_when_its_parent_is_gone(folder: Path) -> None:
+    served = Served("--model", str(folder), "--allow_unchecked")
+    (worker,) = served.workers()
+    served.process.kill()
+    served.process.wait(10)
+    try:
+        served.wait_for("the parent is gone")
+        end = time.monotonic() + 60
+        while _runs(worker) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not _runs(worker)
+    finally:
+        if _runs(worker):
+            os.kill(worker, signal.SIGKILL)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process has not ended; nobody may have asked what it ended with."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
