@@ -80,8 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         module.add_arguments(sub)
-        # (a command that starts itself again, or reads a file of flags, needs the words too)
-        return int(module.run(sub.parse_args(args.rest, argparse.Namespace(words=args.rest))))
+        # (a command that starts itself again needs its words too)
+        own = {"words": args.rest} if hasattr(module, "KEEPS_WORDS") else {}
+        return int(module.run(sub.parse_args(args.rest, argparse.Namespace(**own))))
     except CompanionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

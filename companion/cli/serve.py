@@ -26,6 +26,10 @@ example:
 """
 
 
+#: :attr:`words` of the arguments are those that a worker is started with
+KEEPS_WORDS = True
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.epilog = _EXAMPLE

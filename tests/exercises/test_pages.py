@@ -91,8 +91,8 @@ def test_what_runs_after_a_prediction_is_folded_away_on_the_page(name):
 @pytest.mark.parametrize("name", [n for n in IDS if isinstance(load_exercise(n), Prediction)])
 def test_the_options_of_a_prediction_can_be_copied(name):
     part = part_of(path_of("exercises", BY_ID[name].chapter).read_text("utf-8"), name)
-    comments = re.findall(r"^ +# (.+)\n +\"", part, re.MULTILINE)
-    offered = [json.loads(f"[{comment}]") for comment in comments]
+    comments = re.findall(r"((?:^ +# .+\n)+) +\"", part, re.MULTILINE)
+    offered = [json.loads(f"[{re.sub('^ +# ', '', c, flags=re.MULTILINE)}]") for c in comments]
     assert offered == [list(question.options) for question in load_exercise(name).questions]
 
 
