@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,6 +130,13 @@ class Service:
         # one thread: a tokenizer is no faster in several, and the engine's thread needs the other
         self._formatting = ThreadPoolExecutor(1, thread_name_prefix="formatting")
 
+        #: what has more letters is too long whatever its tokens are: it is refused before it is
+        #: tokenised, which would keep the others waiting (2 MB took 10 s)
+        self._most_letters: int | None = None
+        limit = scorer.formatter.max_length or scorer.max_positions
+        if limit is not None:
+            # (four times: a tokenizer may drop spaces and accents)
+            self._most_letters = 4 * limit * max(map(len, scorer.tokenizer.get_vocab()))
         #: of what centred scores, z, percentiles and probabilities are made with; None without
         self.reference_version: str | None = None
         if scorer.manifest is not None and scorer.manifest.reference is not None:
@@ -251,6 +258,13 @@ class Service:
         if callable(items):
             items = items()
         names = [named(i) for i in range(len(items))]
+        if self.scorer.formatter.overlong == "error":
+            for index, item in enumerate(items):
+                if self._most_letters is not None and _letters(item) > self._most_letters:
+                    what = (
+                        f"{names[index]}: {_letters(item):,} letters are more than the model takes"
+                    )
+                    raise BadItem(what, "shorten it, or send less of the prompt", index)
         prepared = self.scorer.prepare(items, names=names)
         for index, (row, reason) in enumerate(zip(prepared.found, prepared.reasons, strict=True)):
             if isinstance(row, CompanionError):
@@ -267,6 +281,15 @@ class Service:
                 except CompanionError as error:
                     raise BadItem(f"{names[index]}: {error.what}", error.cure, index) from error
         return prepared, items
+
+
+def _letters(item: Any) -> int:
+    """Letters of all words in a row."""
+    if isinstance(item, str):
+        return len(item)
+    if isinstance(item, Mapping):
+        return sum(map(_letters, item.values()))
+    return sum(map(_letters, item)) if isinstance(item, (list, tuple)) else 0
 
 
 def cut_tokens(text: Text) -> int:

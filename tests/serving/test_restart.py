@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -168,8 +169,10 @@ def test_a_restart_refuses_nothing_and_loses_nothing(served: Served, folder: Pat
 
 
 def test_a_model_that_cannot_be_served_ends_the_command(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # the command logs to what stderr is now; pytest closes that
+    monkeypatch.setattr(logging.root, "handlers", list(logging.root.handlers))
     (folder / "config.json").write_text("{", encoding="utf-8")
     sock = listen("127.0.0.1", 0)
     assert main(["serve", "--model", str(folder), "--fd", str(sock.detach())]) == 2

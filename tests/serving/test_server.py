@@ -798,3 +798,20 @@ def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_head() -> None:
             taken.close()
     finally:
         sock.close()
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tokenised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with running(scorer_of("pairwise"), allow_unchecked=True) as server, client(server.url) as http:
+        fits = {"items": [{"prompt": "Ana has 3 pens.", "completion": "word " * 100}]}
+        assert http.post("/v1/rewards", json=fits).status_code == 200
+        monkeypatch.setattr(server.service.scorer, "prepare", lambda *_, **__: pytest.fail("asked"))
+        for item in (
+            {"prompt": "Ana has 3 pens.", "completion": "word " * 400_000},
+            {"messages": [{**CHAT[0], "content": "word " * 400_000}, CHAT[1]]},
+        ):
+            answer = http.post("/v1/rewards", json={"items": [PAIR, item]})
+            assert answer.status_code == 400
+            assert answer.json()["error"]["index"] == 1
+            assert "letters" in answer.json()["error"]["message"]
