@@ -105,5 +105,6 @@ EXERCISE = Prediction(
         "new pairs: two get worse, and the model is surer of itself than before.",
     ),
     right="Training loss falls, held-out loss rises, accuracy falls, confidence rises: the "
-    "training curve looks best when the model is worst. Hence one epoch, and a held-out set.",
+    "training curve looks best when the model is worst. Hence a held-out set, looked at after each "
+    "epoch.",
 )
