@@ -4,10 +4,14 @@
 waits for the other's. Texts, tokenising included, 64 a request. What is timed:
 
 - a number of requests, several in flight, against ``scorer.score`` of the same rows in the server's
-  own process; with ``--exact`` too;
+  own process; with ``--exact`` too; and vLLM, if ``--vllm`` names the Python of an environment that
+  has it (``make test-engines`` builds ``build/env-vllm``), by its route ``/classify``, which gets
+  the token ids;
 - one text a request, one request at a time: its median, minus the bare forward of that text (in the
   server's process), over the median of an echo, which reads the same body and answers in the same
-  form, but asks no model.
+  form, but asks no model. Also over a `rested` echo, before which the client sleeps as long as the
+  forward takes: a processor that has waited is slower for a while (here by half a millisecond), and
+  that is no part of the server.
 
 The former also in the processor's seconds of the server's process: on a machine that has other
 work, those are what can be compared. The latter also with token ids in place of words, where no
@@ -24,7 +28,10 @@ import json
 import multiprocessing
 import os
 import random
+import signal
+import socket
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -120,6 +127,45 @@ def _serve(pipe: Any, folder: str, exact: bool, cores: Sequence[int]) -> None:
     serve(app, sock)
 
 
+@contextlib.contextmanager
+def vllm_server(python: str, folder: str, cores: Sequence[int]) -> Iterator[str]:
+    """vLLM with the same model, on these cores; gives ``host:port``."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [
+        *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder),
+        *("--runner", "pooling", "--dtype", "float32", "--max-model-len", "2048"),
+        *("--enforce-eager", "--host", "127.0.0.1", "--port", str(port)),
+    ]
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    own |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command,
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | own,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: _stay_on(cores),
+            start_new_session=True,
+        )
+        try:
+            for _ in range(600):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise SystemExit(f"vLLM ended: {log.read()[-2000:].decode(errors='replace')}")
+                time.sleep(0.5)
+            yield f"127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def _stay_on(cores: Sequence[int]) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
@@ -152,7 +198,7 @@ class Client:
 
     def post(self, path: str, body: bytes) -> Any:
         """The answer."""
-        self.connection.request("POST", path, body)
+        self.connection.request("POST", path, body, {"Content-Type": "application/json"})
         answer = self.connection.getresponse()
         text = answer.read()
         if answer.status != 200:
@@ -170,29 +216,45 @@ def as_body(rows: Rows) -> bytes:
     return json.dumps({"items": rows}).encode()
 
 
-def throughput(normal: str, exact: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def throughput(
+    normal: str, exact: str, vllm: str | None, args: argparse.Namespace
+) -> list[dict[str, Any]]:
     """All rows in requests of 64, several in flight; and the offline scorer."""
     requests = 1 if args.quick else REQUESTS
-    rows = make_rows(make_ids(requests * TEXTS, 0))
+    ids = make_ids(requests * TEXTS, 0)
+    rows = make_rows(ids)
     bodies = [as_body(rows[i : i + TEXTS]) for i in range(0, len(rows), TEXTS)]
 
     processor: dict[str, list[float]] = {}
 
+    def asked(address: str, path: str, bodies: list[bytes], read: Any) -> float:
+        """Mean of all scores."""
+
+        def ask(own: list[bytes]) -> float:
+            client = Client(address)
+            return sum(sum(read(client.post(path, body))) for body in own)
+
+        with ThreadPoolExecutor(FLYING) as threads:
+            return sum(threads.map(ask, [bodies[i::FLYING] for i in range(FLYING)])) / len(rows)
+
     def served(name: str, address: str) -> Any:
         def run() -> Outcome:
             before = Client(address).processor()
-
-            def ask(own: list[bytes]) -> float:
-                client = Client(address)
-                answers = [client.post("/v1/rewards", body) for body in own]
-                return sum(item["raw"] for answer in answers for item in answer["rewards"])
-
-            with ThreadPoolExecutor(FLYING) as threads:
-                mean = sum(threads.map(ask, [bodies[i::FLYING] for i in range(FLYING)])) / len(rows)
+            raw = lambda answer: [item["raw"] for item in answer["rewards"]]  # noqa: E731
+            mean = asked(address, "/v1/rewards", bodies, raw)
             processor.setdefault(name, []).append(Client(address).processor() - before)
             return Outcome(0, mean)
 
         return lambda: run
+
+    def by_vllm() -> Outcome:
+        """(Its route takes an empty ``model``.)"""
+        own = [
+            json.dumps({"input": ids[i : i + TEXTS], "use_activation": False}).encode()
+            for i in range(0, len(ids), TEXTS)
+        ]
+        probs = lambda answer: [item["probs"][0] for item in answer["data"]]  # noqa: E731
+        return Outcome(0, asked(str(vllm), "/classify", own, probs))
 
     seconds: list[float] = []
 
@@ -207,6 +269,8 @@ def throughput(normal: str, exact: str, args: argparse.Namespace) -> list[dict[s
         "server": served("server", normal),
         "server --exact": served("server --exact", exact),
     }
+    if vllm is not None:
+        methods["vLLM"] = lambda: by_vllm
     timed = take_turns(methods, args.rounds, torch.device("cpu"))
     timed["offline scorer"].seconds = seconds[1:]  # as the server's process measured it
     means = {name: each.outcome.check for name, each in timed.items()}
@@ -222,18 +286,20 @@ def throughput(normal: str, exact: str, args: argparse.Namespace) -> list[dict[s
                 "texts a second": len(rows) / each.median,
                 "of offline": of_offline.pop("median"),
                 **of_offline,
-                "by processor": ratio(computed["offline scorer"], computed[name])["median"],
+                "by processor": ratio(computed["offline scorer"], computed[name])["median"]
+                if name in computed
+                else None,
             }
         )
     return found
 
 
 #: what is asked in turn, and where
-_WAYS = {"request": "/v1/rewards", "bare": "/bare", "echo": "/echo"}
+_WAYS = {"request": "/v1/rewards", "bare": "/bare", "echo": "/echo", "rested": "/echo"}
 
 
 def latency(address: str, args: argparse.Namespace, rows: Rows) -> dict[str, Any]:
-    """One text a request: request, bare forward and echo in turn; medians of each round."""
+    """One text a request: request, bare forward and echoes in turn; medians of each round."""
     client = Client(address)
     bodies = [as_body([row]) for row in rows]
     found = []
@@ -241,7 +307,9 @@ def latency(address: str, args: argparse.Namespace, rows: Rows) -> dict[str, Any
         times: dict[str, list[float]] = {way: [] for way in _WAYS}
         for i, body in enumerate(bodies):
             for way in list(_WAYS)[:: 1 if i % 2 else -1]:
-                client.post("/bare", body)  # leaves the caches as any model leaves them
+                forward = client.post("/bare", body)  # leaves the caches as any model leaves them
+                if way == "rested":
+                    time.sleep(forward["seconds"])
                 began = time.perf_counter()
                 answer = client.post(_WAYS[way], body)
                 took = time.perf_counter() - began
@@ -251,6 +319,7 @@ def latency(address: str, args: argparse.Namespace, rows: Rows) -> dict[str, Any
         over = [a - b for a, b in zip(times["request"], times["bare"], strict=True)]
         medians["overhead"] = 1000 * statistics.median(over)
         medians["ratio"] = medians["overhead"] / medians["echo"]
+        medians["of rested"] = medians["overhead"] / medians["rested"]
         if turn:  # the first one warms up
             found.append(medians)
     ratios = [one["ratio"] for one in found]
@@ -262,6 +331,7 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
+    parser.add_argument("--vllm", metavar="PYTHON", help="of an environment with vLLM")
     args = parser.parse_args()
     args.rounds = args.rounds or (1 if args.quick else 5)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
@@ -277,9 +347,10 @@ def main() -> None:
             stack.enter_context(server(folder, exact=exact, cores=engine))
             for exact in (False, True)
         )
+        vllm = stack.enter_context(vllm_server(args.vllm, folder, engine)) if args.vllm else None
         _stay_on(client)
         try:
-            rates = throughput(normal, exact, args)
+            rates = throughput(normal, exact, vllm, args)
             ids = make_ids(3 if args.quick else 40, 1)
             delays = {
                 "words": latency(normal, args, make_rows(ids)),
@@ -289,7 +360,7 @@ def main() -> None:
             _stay_on(cores)
     print(table(rates))
     print("one text a request, ms; ratio: overhead over echo")
-    shown = ("request", "bare", "echo", "overhead", "ratio", "least", "most")
+    shown = ("request", "bare", "echo", "rested", "overhead", "ratio", "least", "most", "of rested")
     print(table([{"of": name, **{key: own[key] for key in shown}} for name, own in delays.items()]))
     figures = {"shape": shape, "texts_a_request": TEXTS, "requests_in_flight": FLYING}
     figures |= {"cores": {"client": client, "server": engine}, "throughput": rates}

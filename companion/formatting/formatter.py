@@ -155,6 +155,7 @@ class RewardFormatter:
         self.text: TextMode | None = text
         self.split_special_tokens = split_special_tokens
         self._last_opening: tuple[Any, str] | None = None
+        self._last_adds: tuple[Any, tuple[bool, bool]] | None = None
         self._of_template: tuple[Any, dict[str, Any]] = None, {}
         self._special_tokens: SpecialTokens | None = None
         self._pieces: PieceTokenizer | None = None
@@ -432,6 +433,15 @@ class RewardFormatter:
             bos is not None and ids[:1] == [bos] and bare[:1] != [bos],
             eos is not None and ids[-1:] == [eos] and bare[-1:] != [eos],
         )
+
+    def _adds_now(self) -> tuple[bool, bool]:
+        """The same, asked anew only if the tokenizer's settings have changed."""
+        tokenizer = self.tokenizer
+        settings: Any = tokenizer.bos_token_id, tokenizer.eos_token_id
+        settings += tuple(getattr(tokenizer, f"add_{end}_token", None) for end in ("bos", "eos"))
+        if self._last_adds is None or self._last_adds[0] != settings:
+            self._last_adds = settings, self._adds()
+        return self._last_adds[1]
 
     def _drafts(
         self,
@@ -788,7 +798,7 @@ class RewardFormatter:
                 verbose=False,
                 **options,
             )
-            adds_eos = not chat and self._adds()[1]
+            adds_eos = not chat and self._adds_now()[1]
             for at, place in enumerate(chosen):
                 yield place, list(batch["input_ids"][at]), batch, at, adds_eos
 
@@ -801,7 +811,7 @@ class RewardFormatter:
         for i, draft in enumerate(drafts):
             if draft.letters:
                 ids, places = self._piecewise()(draft.text, draft.letters)
-                if not draft.chat and special.bos is not None and self._adds()[0]:
+                if not draft.chat and special.bos is not None and self._adds_now()[0]:
                     ids, places = [special.bos, *ids], [(0, 0), *places]
                 spans[i] = list(ids), list(places)
                 ends = (end > draft.split for _, end in places)

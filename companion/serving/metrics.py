@@ -5,7 +5,9 @@ Chapter 6.
 
 from __future__ import annotations
 
-from typing import Any
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -15,6 +17,8 @@ from companion.serving.queue import Queue
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 _TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _SCORES = (-10, -5, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 5, 10)
+#: what may wait to be counted
+_PENDING: Final = 1000
 
 
 class Metrics:
@@ -22,6 +26,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._pending: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         own: Any = {"registry": self.registry}
         self._requests = Counter(
             "companion_requests", "Requests by route and status", ["route", "status"], **own
@@ -80,13 +85,33 @@ class Metrics:
             Gauge(gauge, text, registry=self.registry).set_function(read)
         self._model.labels(name, version, kind).set(1)
 
+    def _later(self, count: Callable[..., Any], *values: Any) -> None:
+        """Count when the metrics are read: an answer does not wait for them."""
+        self._pending.append((count, values))
+        if len(self._pending) > _PENDING:
+            self._count()
+
+    def _count(self) -> None:
+        while self._pending:
+            try:
+                count, values = self._pending.popleft()
+            except IndexError:  # another thread has counted it
+                return
+            count(*values)
+
     def request(self, route: str, status: int, seconds: float) -> None:
         """A request has its answer."""
+        self._later(self._count_request, route, status, seconds)
+
+    def _count_request(self, route: str, status: int, seconds: float) -> None:
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def phase(self, name: str, seconds: float) -> None:
         """A part of a request is over."""
+        self._later(self._count_phase, name, seconds)
+
+    def _count_phase(self, name: str, seconds: float) -> None:
         self._phases.labels(name).observe(seconds)
 
     def refused(self, reason: str) -> None:
@@ -99,7 +124,9 @@ class Metrics:
 
     def scored(self, scores: Any) -> None:
         """A request has its scores."""
-        values = scores.raw if scores.z is None else scores.z
+        self._later(self._count_scores, scores.raw if scores.z is None else scores.z)
+
+    def _count_scores(self, values: np.ndarray) -> None:
         good = values[np.isfinite(values)]
         self._not_finite.inc(len(values) - len(good))
         for value in good.tolist():
@@ -107,6 +134,9 @@ class Metrics:
 
     def batch(self, texts: int, tokens: int, computed: int, seconds: float) -> None:
         """The model has run a batch."""
+        self._later(self._count_batch, texts, tokens, computed, seconds)
+
+    def _count_batch(self, texts: int, tokens: int, computed: int, seconds: float) -> None:
         self._texts.inc(texts)
         self._tokens.inc(tokens)
         self._computed.inc(computed)
@@ -116,4 +146,5 @@ class Metrics:
 
     def text(self) -> bytes:
         """The exposition format."""
+        self._count()
         return generate_latest(self.registry)

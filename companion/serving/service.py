@@ -11,12 +11,12 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from companion.errors import CompanionError, DataError, ServiceError
 from companion.formatting import Encoded
 from companion.models import Identity, short_hash
-from companion.scoring import Prepared, Scorer, Text
+from companion.scoring import Prepared, Scorer, Text, ids_of
 from companion.serving.engine import Engine
 from companion.serving.metrics import Metrics
 from companion.serving.patience import Patience
@@ -25,6 +25,10 @@ from companion.serving.request_log import RequestLog
 
 #: Resolves when the client has hung up.
 Gone = Callable[[], Awaitable[None]]
+#: seconds after which one looks whether the client still waits
+_WATCHED_AFTER: Final = 0.02
+#: token ids that are looked through in the event loop; more would keep other requests waiting
+_FEW: Final = 4096
 #: What is scored; see :meth:`Service.score`.
 Items = Sequence[Any] | Callable[[], Sequence[Any]]
 
@@ -200,22 +204,33 @@ class Service:
         """
         named = name if callable(name) else lambda i: f"{name}[{i}]"
         loop = asyncio.get_running_loop()
-        gone = asyncio.ensure_future(call.gone())
-        work = asyncio.ensure_future(self._score(call, items, named, loop))
-        left = call.patience.answer - (time.monotonic() - call.since)
+        limit = asyncio.timeout(call.patience.answer - (time.monotonic() - call.since))
+        watching: list[asyncio.Task[None]] = []
+        hung_up = over = False
+
+        async def watch() -> None:
+            nonlocal hung_up
+            await call.gone()
+            if not over:
+                hung_up = True
+                limit.reschedule(loop.time())
+
+        # (not at once: most answers are there before a client can have changed its mind)
+        later = loop.call_later(_WATCHED_AFTER, lambda: watching.append(loop.create_task(watch())))
         try:
-            await asyncio.wait({gone, work}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return work.result()
-            if gone.done():
-                raise ClientGone("the client has hung up")
+            async with limit:
+                return await self._score(call, items, named, loop)
+        except TimeoutError as error:
+            if hung_up:
+                raise ClientGone("the client has hung up") from error
             raise DeadlineOver(
                 f"no answer within {call.patience.answer:g} s", "send fewer texts, or later"
-            )
+            ) from error
         finally:
-            for task in (gone, work):
+            over = True
+            later.cancel()
+            for task in watching:
                 task.cancel()
-            await asyncio.gather(gone, work, return_exceptions=True)
 
     async def _score(
         self,
@@ -224,7 +239,12 @@ class Service:
         named: Callable[[int], str],
         loop: asyncio.AbstractEventLoop,
     ) -> tuple[Prepared, Any]:
-        prepared, rows = await loop.run_in_executor(self._formatting, self._prepare, items, named)
+        if _few_ids(items):
+            prepared, rows = self._prepare(items, named)
+        else:
+            prepared, rows = await loop.run_in_executor(
+                self._formatting, self._prepare, items, named
+            )
         self.metrics.phase("format", time.monotonic() - call.since)
         values = await self._values(call, prepared.texts, loop)
         scores = self.scorer.finish(prepared, values)
@@ -281,6 +301,13 @@ class Service:
                 except CompanionError as error:
                     raise BadItem(f"{names[index]}: {error.what}", error.cure, index) from error
         return prepared, items
+
+
+def _few_ids(items: Items) -> bool:
+    """Whether there is nothing to tokenise, and little to look through."""
+    if callable(items) or not all(isinstance(item, Text) for item in items):
+        return False
+    return sum(len(ids_of(item)) for item in items) <= _FEW
 
 
 def _letters(item: Any) -> int:
