@@ -12,12 +12,14 @@ NumPy float64: these are statistics over a whole set, never part of a gradient.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
+from scipy import stats
+from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import rankdata
 
 from companion.errors import DataError, ShapeError
@@ -353,3 +355,71 @@ def fit_temperature(margins: Values, *, bounds: tuple[float, float] = (0.01, 100
         return float(np.exp(found))
     warnings.warn(f"the temperature stands at its bound {np.exp(found):g}: {reason}", stacklevel=2)
     return float(np.exp(found))
+
+
+def inverse_temperature_limits(
+    margins: Values,
+    outcome: Values | None = None,
+    groups: Sequence[Any] | None = None,
+    *,
+    alpha: float = 0.05,
+) -> tuple[float, float, float]:
+    """The inverse temperature 1/T that fits best, and how sure that is.
+
+    Parameters
+    ----------
+    margins : array ``[n]``
+        ``chosen - rejected``, raw.
+    outcome : array ``[n]``, optional
+        Whether the chosen was preferred: 1, or 0.5 for a tie; all 1 if absent.
+    groups : sequence ``[n]``, optional
+        The prompt of each pair; pairs of one prompt are not independent.
+    alpha : float
+        Chance, on each side, that the true 1/T lies outside.
+
+    Returns
+    -------
+    (float, float, float)
+        1/T, its lower and its upper limit: a normal interval in 1/T, in which the log loss is
+        convex, with the standard error of the groups' sums of the score (White 1982, the
+        'sandwich'). The lower one is at least 0.
+
+    Raises
+    ------
+    DataError
+        If the margins order every pair rightly (1/T has no bound) or there are fewer than two
+        groups.
+    ShapeError
+        If the lengths differ.
+    """
+    array = vector("margins", margins)
+    won = np.ones_like(array) if outcome is None else _probabilities("outcome", outcome)
+    if won.shape != array.shape or (groups is not None and len(groups) != array.size):
+        raise ShapeError(f"{array.size} margins, {won.size} outcomes, and groups of another length")
+
+    def score(inverse: float) -> Array:
+        """Slope of the log likelihood, pair by pair."""
+        return np.asarray(array * (won - _sigmoid(array * inverse)))
+
+    if score(0.0).sum() <= 0:
+        best = 0.0
+    else:
+        high = 1 / max(float(np.abs(array).max()), 1e-12)
+        while score(high).sum() > 0:
+            high *= 2
+            if high > 1e9:
+                raise DataError(
+                    "every pair is ordered rightly: the temperature has no bound",
+                    "take more pairs, some of which the model gets wrong",
+                )
+        best = float(brentq(lambda inverse: score(inverse).sum(), 0.0, high))
+    names = range(array.size) if groups is None else groups
+    index = np.unique(np.asarray([str(name) for name in names]), return_inverse=True)[1]
+    sums = np.bincount(index, weights=score(best))
+    if sums.size < 2:
+        raise DataError("one prompt says nothing about other prompts", "give more of them")
+    probability = _sigmoid(array * best)
+    curvature = float((array**2 * probability * (1 - probability)).sum())
+    spread = np.sqrt(float((sums**2).sum()) * sums.size / (sums.size - 1)) / max(curvature, 1e-300)
+    wide = float(stats.t.isf(alpha, sums.size - 1)) * spread
+    return best, max(best - wide, 0.0), best + wide
