@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
-    pass
+    from companion.monitoring.golden import (
+        GoldenCheck as GoldenCheck,
+        check_target as check_target,
+        read_golden as read_golden,
+    )
 else:
     __getattr__, __dir__, __all__ = exports(__name__, __file__)
