@@ -16,5 +16,14 @@ if TYPE_CHECKING:
         check_target as check_target,
         read_golden as read_golden,
     )
+    from companion.monitoring.traffic import (
+        TrafficSummary as TrafficSummary,
+        TrafficWarning as TrafficWarning,
+        compare_traffic as compare_traffic,
+        merge_summaries as merge_summaries,
+        population_stability as population_stability,
+        read_traffic as read_traffic,
+        summarise_traffic as summarise_traffic,
+    )
 else:
     __getattr__, __dir__, __all__ = exports(__name__, __file__)
