@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy import stats
 
 from companion.errors import DataError, ShapeError
 
+if TYPE_CHECKING:
+    import torch
+
 Array: TypeAlias = npt.NDArray[np.float64]
-Values: TypeAlias = torch.Tensor | npt.NDArray[Any] | Sequence[float]
+# (a string: this file is read where torch is not, by the monitor)
+Values: TypeAlias = "torch.Tensor | npt.NDArray[Any] | Sequence[float]"
 
 
 class Interval(NamedTuple):
@@ -28,11 +31,16 @@ class Interval(NamedTuple):
     high: float
 
 
+def _as_float64(values: Any) -> Array:
+    """As NumPy; a tensor is known by ``detach``, so that nobody pays for torch who has none."""
+    if hasattr(values, "detach"):  # (first to the CPU: some devices have no float64)
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
 def vector(name: str, values: Values) -> Array:
     """Return a non-empty 1-d float64 array without NaN, or raise an error that says the place."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().to("cpu", torch.float64).numpy()
-    array = np.asarray(values, dtype=np.float64)
+    array = _as_float64(values)
     if array.ndim != 1:
         raise ShapeError(f"{name} must be one-dimensional, not of shape {list(array.shape)}")
     if array.size == 0:
@@ -146,9 +154,7 @@ def bootstrap_runs(
     DataError, ShapeError
         If there are fewer than two runs or items, or a run or an item has no value at all.
     """
-    if isinstance(values, torch.Tensor):
-        values = values.detach().to("cpu", torch.float64).numpy()
-    array = np.asarray(values, dtype=np.float64)
+    array = _as_float64(values)
     if array.ndim < 2 or (statistic is None and array.ndim > 2):
         raise ShapeError(f"values must be [runs, items], not of shape {list(array.shape)}")
     runs, items = array.shape[:2]

@@ -34,6 +34,8 @@ class GoldenReport:
         Names of the hashes that are not those at saving; empty where the target has none.
     most : float
         The largest move of all.
+    values : list
+        What was said of each text, alone.
     """
 
     tolerance: float
@@ -41,6 +43,7 @@ class GoldenReport:
     other_ids: list[int] = field(default_factory=list)
     differs: list[str] = field(default_factory=list)
     most: float = 0.0
+    values: list[Any] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -111,7 +114,9 @@ def add_golden_texts(reward_model: RewardModel, manifest: RewardManifest) -> Non
         manifest.notes.append("no golden texts: the model cannot read them")
 
 
-def check_golden(scorer: Scorer[Any], *, tolerance: float | None = None) -> GoldenReport | None:
+def check_golden(
+    scorer: Scorer[Any], *, tolerance: float | None = None, golden: GoldenTexts | None = None
+) -> GoldenReport | None:
     """Compare what a scorer says of its model's golden texts with what was saved.
 
     The rows are formatted anew, for their ids; the ids are scored, each text alone and all in one
@@ -124,18 +129,21 @@ def check_golden(scorer: Scorer[Any], *, tolerance: float | None = None) -> Gold
     tolerance : float, optional
         Most that a value may move; default: the manifest's, or that of the dtype in which the
         model runs, if that is coarser.
+    golden : GoldenTexts, optional
+        Those that were recorded elsewhere; default: the manifest's.
 
     Returns
     -------
     GoldenReport or None
-        None if the manifest has no golden texts.
+        None if there are no golden texts.
 
     Raises
     ------
     CompanionError
         If the scorer cannot score.
     """
-    golden = None if scorer.manifest is None else scorer.manifest.golden_texts
+    if golden is None and scorer.manifest is not None:
+        golden = scorer.manifest.golden_texts
     if golden is None:
         return None
     report = GoldenReport(tolerance or golden.tolerance)
@@ -157,7 +165,9 @@ def check_golden(scorer: Scorer[Any], *, tolerance: float | None = None) -> Gold
             report.other_ids.append(i)
     # the values are of the ids as they were saved: what reads texts another way is found above
     texts = _texts(golden)
+    scorer.check(texts)  # of other weights the vocabulary may be smaller
     alone = [scorer.values([text])[0] for text in texts]
+    report.values = [_plain(value) for value in alone]
     for way, values in (("alone", alone), ("batch", scorer.values(texts))):
         for i, value in enumerate(values):
             by = _distance(_plain(value), golden.values[i])

@@ -33,7 +33,7 @@ from companion.models.reward_model import RewardModel
 from companion.scoring.reading import NoValue
 from companion.scoring.results import Scores
 from companion.scoring.scorer import Progress, Scorer, positions_of
-from companion.scoring.servers import LOCK, Servers, Unreachable, refusal
+from companion.scoring.servers import LOCK, Refused, Servers, Unreachable, refusal
 from companion.scoring.waiting import wait_for
 
 logger = logging.getLogger(__name__)
@@ -463,7 +463,7 @@ class RemoteScorer(Scorer[Scores]):
             )
         if response.status_code != 200:
             what, cure = refusal(response)
-            raise ServiceError(f"{where}: {what}", cure)
+            raise Refused(f"{where}: {what}", cure, response.status_code)
         try:
             return response.json()
         except ValueError as error:

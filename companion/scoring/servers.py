@@ -43,6 +43,20 @@ class Unreachable(ServiceError):
     """No server has answered."""
 
 
+class Refused(ServiceError):
+    """A server has answered, and not with what was asked for.
+
+    Parameters
+    ----------
+    status : int
+        Of its answer.
+    """
+
+    def __init__(self, what: str, cure: str | None, status: int) -> None:
+        super().__init__(what, cure)
+        self.status = status
+
+
 @dataclass
 class _Address:
     """A server's URL, and since when it does not answer."""

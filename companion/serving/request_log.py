@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from companion.errors import DataError
+from companion.formatting import Encoded, EncodedSteps
 from companion.scoring import Prepared, ids_of
 
 
@@ -22,8 +23,10 @@ class RequestLog:
     """Writes ``requests-<process>.jsonl`` into a folder.
 
     Each line has ``time`` (Unix seconds), ``request``, ``protocol``, ``index``, ``input_ids``,
-    ``raw`` (null for a text without a score), ``model_version``; with `text` also ``item``, what
-    the client sent.
+    ``raw`` (null for a text without a score), ``model_version``, ``warnings`` (of the text's form
+    or template); of a text that came as words ``prompt_length``, ``cut_tokens`` and ``terminated``,
+    which are null for token ids; with `text` also ``item``, what the client sent.
+    :func:`companion.monitoring.summarise_traffic` reads them.
 
     Raises
     ------
@@ -50,12 +53,18 @@ class RequestLog:
         items: Sequence[Any],
         prepared: Prepared,
         scores: Any,
+        warnings: Sequence[Sequence[str]],
     ) -> None:
         """Lines for all texts of a request."""
         now = time.time()
         lines = []
         for index, text in enumerate(prepared.texts):
             raw = float(scores.raw[index])
+            encoded = text if isinstance(text, Encoded) else text.encoded
+            # (vLLM's route hands over ids, which it made of messages itself)
+            words = encoded.prompt_length > 0 or not isinstance(
+                items[index], (Encoded, EncodedSteps)
+            )
             line: dict[str, Any] = {
                 "time": round(now, 3),
                 "request": request,
@@ -64,6 +73,10 @@ class RequestLog:
                 "input_ids": list(ids_of(text)),
                 "raw": raw if raw == raw else None,
                 "model_version": self.version,
+                "prompt_length": encoded.prompt_length if words else None,
+                "cut_tokens": encoded.cut_tokens if words else None,
+                "terminated": encoded.terminated if words else None,
+                "warnings": list(warnings[index]),
             }
             if self.text:
                 line["item"] = items[index]

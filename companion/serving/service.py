@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from companion.errors import CompanionError, DataError, ServiceError
-from companion.formatting import Encoded
+from companion.formatting import REMARKS, Encoded, EncodedSteps
 from companion.models import Identity, short_hash
 from companion.scoring import Prepared, Scorer, Text, ids_of
 from companion.serving.engine import Engine
@@ -163,6 +163,13 @@ class Service:
             said.append("unfinished, or unlike the manifest's template: the ids have no end of it")
         return said
 
+    def template_warnings(self, item: Any, text: Text) -> list[str]:
+        """What was noticed of the form of a text, that was sent as words or as ids."""
+        encoded = text if isinstance(text, Encoded) else text.encoded
+        if isinstance(item, (Encoded, EncodedSteps)):
+            return self.unlike(encoded.input_ids)
+        return [REMARKS[name].replace("texts", "a text", 1) for name in encoded.remarks]
+
     def start(self) -> None:
         """Begin to serve."""
         self.engine.start()
@@ -250,7 +257,11 @@ class Service:
         scores = self.scorer.finish(prepared, values)
         self.metrics.scored(scores)
         if self.log is not None:
-            self.log.write(call.id, call.protocol, rows, prepared, scores)
+            warnings = [
+                self.template_warnings(item, text)
+                for item, text in zip(rows, prepared.texts, strict=True)
+            ]
+            self.log.write(call.id, call.protocol, rows, prepared, scores, warnings)
         return prepared, scores
 
     async def _values(

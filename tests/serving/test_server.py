@@ -651,6 +651,9 @@ def test_the_log_holds_ids_and_scores_and_words_only_if_asked(scorers: Any, tmp_
         assert {line["request"] for line in lines} == {answer["id"]}
         assert {line["model_version"] for line in lines} == {answer["model_version"]}
         assert {line["protocol"] for line in lines} == {"native"}
+        for name in ("prompt_length", "terminated", "cut_tokens"):
+            assert [line[name] for line in lines] == [getattr(item, name) for item in encoded]
+        assert [line["warnings"] for line in lines] == [[] for _ in lines]
         assert ("books" in path.read_text(encoding="utf-8")) is text
 
 

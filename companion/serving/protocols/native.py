@@ -12,7 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from companion.errors import CompanionError, DataError
-from companion.formatting import REMARKS, Encoded, EncodedSteps
+from companion.formatting import Encoded, EncodedSteps
 from companion.models import TokenReadout
 from companion.serving.protocols.routes import (
     NotFinite,
@@ -158,9 +158,9 @@ def _check(request: Request, model: str | None, version: str | None) -> Service:
 def _warnings(service: Service, item: Any, text: Any) -> list[str]:
     """What is to be said of one text, that was sent as words or as ids."""
     encoded = text if isinstance(text, Encoded) else text.encoded
+    said = service.template_warnings(item, text)
     if isinstance(item, (Encoded, EncodedSteps)):
-        return service.unlike(encoded.input_ids)
-    said = [REMARKS[name].replace("texts", "a text", 1) for name in encoded.remarks]
+        return said
     if not encoded.terminated:
         said.append("unfinished: the completion was cut off, and its end is not written")
     if encoded.cut_tokens:

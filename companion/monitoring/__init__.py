@@ -1,0 +1,29 @@
+"""Watch a reward model age, with alarms that do not cry wolf. Chapter 7.
+
+Nothing here imports torch when it is imported: a look at labels costs a second, not ten. Only what
+scores texts loads it, inside its functions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from companion._exports import exports
+
+if TYPE_CHECKING:
+    from companion.monitoring.golden import (
+        GoldenCheck as GoldenCheck,
+        check_target as check_target,
+        read_golden as read_golden,
+    )
+    from companion.monitoring.traffic import (
+        TrafficSummary as TrafficSummary,
+        TrafficWarning as TrafficWarning,
+        compare_traffic as compare_traffic,
+        merge_summaries as merge_summaries,
+        population_stability as population_stability,
+        read_traffic as read_traffic,
+        summarise_traffic as summarise_traffic,
+    )
+else:
+    __getattr__, __dir__, __all__ = exports(__name__, __file__)
