@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
-    from companion.monitoring.retraining import Retraining as Retraining, retrain as retrain
+    from companion.monitoring.retraining import (
+        Retraining as Retraining,
+        is_better as is_better,
+        retrain as retrain,
+    )
 else:
     __getattr__, __dir__, __all__ = exports(__name__, __file__)

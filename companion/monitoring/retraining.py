@@ -33,6 +33,8 @@ RECORD: Final = "retrain.json"
 _TEMPLATE: Final = "chat_template.jinja"
 #: fewer held-out prompts than these say nothing: the bootstrap's interval of so few is too narrow
 FEWEST_PROMPTS: Final = 50
+#: a usual share of pairs on which two models part, for the size of an interval to come
+_PART: Final = 0.1
 #: what the old run decided for itself, or for its machine
 _NOT_TAKEN: Final = ("num_train_epochs", "max_steps", "load_best_model_at_end", "bf16", "fp16")
 #: what training and scoring read of a pair; other columns may have other types in the other file
@@ -191,7 +193,7 @@ def retrain(
     tell: Callable[[str], None] = (say or print) if main else (lambda line: None)
 
     rows, counts, notes = _rows(given, new, new_fraction, manifest)
-    notes += _differences(manifest, config)
+    notes += [*_differences(manifest, config), *_too_few(counts["held_old_prompts"], tolerance)]
     plan = {"old_model": str(old_model), "start": start, "from": origin, **counts}
     plan |= {"epochs": config.num_train_epochs, "settings": defaults}
     plan |= {"margin": margin, "tolerance": tolerance}
@@ -228,7 +230,8 @@ def retrain(
         train_pairwise(own, started, pairs, say=tell)
     if main:
         _compare(result, made, rows, config.trust_remote_code, target.name)
-        _decide(result, margin, tolerance)
+        on = result.comparisons
+        result.published, result.reasons = is_better(on["old"], on["new"], margin, tolerance)
         result.folder = target if result.published else rejected
         _record(part, result)
         shutil.rmtree(made.get("continued_", ""), ignore_errors=True)
@@ -488,6 +491,19 @@ def _differences(manifest: RewardManifest, config: Any) -> list[str]:
     return notes
 
 
+def _too_few(prompts: int, tolerance: float) -> list[str]:
+    """Before the training: can so few old pairs show that nothing is lost?"""
+    half = 1.96 * math.sqrt(_PART / prompts)
+    if half <= tolerance:
+        return []
+    needed = "" if tolerance <= 0 else f"hold out {math.ceil(_PART * (1.96 / tolerance) ** 2):,}, "
+    return [
+        f"on {prompts:,} held-out old prompts an interval ends about {half:.1%} off, if models "
+        f"part on {_PART:.0%} of the pairs: even an equal model may not be published "
+        f"({needed}or allow more: --tolerance)"
+    ]
+
+
 # ---------------------------------------------------------------------- after
 
 
@@ -561,20 +577,30 @@ def _compare(
         write_card(folder, manifest, scorer.formatter, model_id=name)
 
 
-def _decide(result: Retraining, margin: float, tolerance: float) -> None:
-    """Publish, if both rules hold by the lower end of their interval."""
-    found = []
-    for name, bound in (("new", margin), ("old", -tolerance)):
-        one = result.comparisons[name]
+def is_better(
+    old_pairs: Comparison, new_pairs: Comparison, margin: float = 0.0, tolerance: float = 0.02
+) -> tuple[bool, list[str]]:
+    """Whether a new model takes the old one's place, and why or why not.
+
+    Parameters
+    ----------
+    old_pairs, new_pairs : Comparison
+        The old model against the new one on held-out old pairs and on held-out new pairs.
+    margin, tolerance : float
+        The paired 95% interval of the difference in accuracy must lie above `margin` on new pairs,
+        and not below ``-tolerance`` on old ones.
+    """
+    found, reasons = [], []
+    for name, one, bound in (("new", new_pairs, margin), ("old", old_pairs, -tolerance)):
         accuracy = one.metrics["pairs"]["accuracy"]
         low, difference = accuracy["interval"][0], accuracy["difference"]
         holds = low > bound if name == "new" else low >= bound
-        reason = f"{name} pairs: the lower end, {low:+.1%}, is "
-        reason += f"{'above' if holds else 'not above'} {bound:.1%}: {'' if holds else 'not '}"
-        reason += "better" if name == "new" else "as good"
+        wish = f"above {bound:.1%}" if name == "new" else f"at least {bound:.1%}"
+        reason = f"{'holds' if holds else 'fails'}: on {name} pairs the interval begins {wish}: "
+        reason += f"{low:+.1%}"
         if not holds and difference > bound:
             prompts = len(set(one.groups)) * ((difference - low) / (difference - bound)) ** 2
             reason += f" (if the difference stays, about {math.ceil(prompts):,} prompts show it)"
-        found.append(holds)
-        result.reasons.append(reason)
-    result.published = all(found)
+        found.append(bool(holds))
+        reasons.append(reason)
+    return all(found), reasons
