@@ -9,6 +9,7 @@ place in one move, when all is done, or none.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import os
@@ -99,17 +100,17 @@ class Retraining:
         for name, one in self.comparisons.items():
             found = one.metrics["pairs"]["accuracy"]
             part = name.removeprefix("continued_")
-            who = "NEW" if part == name else "OLD, trained on"
+            who = "NEW" if part == name else "OLD gone on"
             rows.append(
                 (
-                    f"{part} pairs: {who}",
+                    f"{who} on {part} pairs",
                     f"{one.metrics['n_rows']:,}",
                     percent(found["old"]["mean"]),
                     percent(found["new"]["mean"]),
                     percent(found["difference"], found["interval"]),
                 )
             )
-        head = ("held-out", "pairs", "OLD", "the other", "difference [95%]")
+        head = ("accuracy, held out", "pairs", "OLD", "then", "difference [95%]")
         where = "published as" if self.published else "not published: it stands in"
         return "\n".join([format_table(head, rows), *self.reasons, f"{where} {self.folder}"])
 
@@ -143,9 +144,9 @@ def retrain(
         The model in use, a folder or a hub id. Its manifest names the base, and the settings of its
         run, which this one takes over; but it is always one epoch.
     data : path, str or rows
-        Old pairs. Which of them are held out is decided as ``companion train`` does; with the
-        flags of the old model's run (``eval_fraction``, ``split_seed``, ``eval_dataset_name``) they
-        are those that the old model did not train on, which its manifest confirms.
+        Old pairs. Which of them are held out is decided as ``companion train`` does, with the
+        share of the old model's run. By the fingerprint in its manifest it is known whether it was
+        trained on them; if it had a ``split_seed``, ``limit`` or ``eval_dataset_name``, give it.
     new : path, str or rows
         New pairs, in any layout of pairs, or with ``a``, ``b`` and ``label`` (``a``, ``b``,
         ``tie``). Only those whose ``sampling`` is ``random``, or not named, are held out.
@@ -215,11 +216,11 @@ def retrain(
         eval_dataset_name=str(kept / "held_out.jsonl"),
         calibration_fraction=given.calibration_fraction,
         split_seed=given.split_seed,
-        margins=given.margins,
+        margins="none" if given.margins == "none" else "given",  # made of ratings by now
     )
     made = {"": part}
     if also_continue and start == "base":
-        made["continued_"] = part.with_name(f"{part.name}.continued")
+        made["continued_"] = part / "continued"
     for name, folder in made.items():
         own, from_old = copy.copy(config), start == "old" or name == "continued_"
         own.output_dir = str(folder)
@@ -229,12 +230,13 @@ def retrain(
         started = replace(model, model_name_or_path=origin, keep_head=from_old)
         train_pairwise(own, started, pairs, say=tell)
     if main:
+        gc.collect()  # what the trainings held
         _compare(result, made, rows, config.trust_remote_code, target.name)
         on = result.comparisons
         result.published, result.reasons = is_better(on["old"], on["new"], margin, tolerance)
         result.folder = target if result.published else rejected
         _record(part, result)
-        shutil.rmtree(made.get("continued_", ""), ignore_errors=True)
+        shutil.rmtree(part / "continued", ignore_errors=True)
         os.replace(part, result.folder)
         tell(result.table())
     return result
@@ -316,6 +318,10 @@ def settings_of(manifest: RewardManifest) -> dict[str, Any]:
         for name in ("text", "split_special_tokens", "max_length", "overlong")
         if recipe.get(name) is not None
     }
+    parts = [manifest.data.get(name, {}) for name in ("train", "held_out")]
+    sizes = [part.get("rows", 0) for part in parts]
+    if parts[0].get("source") == parts[1].get("source") and all(sizes):
+        found["eval_fraction"] = sizes[1] / sum(sizes)  # and the same prompts are held out
     if lora := manifest.training.get("lora"):
         found |= {"use_peft": True, "use_rslora": lora["use_rslora"]}
         found |= {f"lora_{name}": lora[name] for name in ("r", "alpha", "dropout")}
@@ -379,7 +385,7 @@ def _rows(
     sets, _, notes = load_sets(data, "pairs")
     trained = manifest.data.get("train", {}).get("sha256") == dataset_fingerprint(sets["train"])
     apart = type(data)(
-        dataset_name=new if isinstance(new, (str, list)) else str(new),  # type: ignore[arg-type]
+        dataset_name=os.fspath(new) if isinstance(new, os.PathLike) else new,  # type: ignore[arg-type]
         columns=_verdict_column(new),
         margins=data.margins,
         on_error=data.on_error,
@@ -421,12 +427,13 @@ def _rows(
         )
     if lost := len(fresh) - counts["new"] - counts["held_new"]:
         notes.append(f"{lost:,} new pairs are left out, since their prompts are held out")
-    counts["old_held_out_by_old"] = trained
+    counts["old_held_out_is_clean"] = trained
     if not trained:
         notes.append(
-            "OLD's manifest does not say that these are the old pairs which it was trained on, "
-            "without those held out: if it was trained on those too, their figure flatters OLD "
-            "(give --eval_fraction, --split_seed or --eval_dataset_name of its run)"
+            "by OLD's manifest it was trained on other rows than these old pairs without those "
+            "held out: if it was trained on some of those, their figure flatters OLD (give "
+            "--eval_fraction, --split_seed, --limit or --eval_dataset_name of its run; it held out "
+            f"{manifest.data.get('held_out', {}).get('source', 'nobody knows what')})"
         )
     _same_form(parts, manifest.formatter.get("text"))
     kept = {
@@ -531,9 +538,8 @@ def _prepare(
     """Write the rows, and a folder that is known to be ours."""
     from companion.data import write_rows
 
-    for folder in (part, part.with_name(f"{part.name}.continued")):
-        if not resumes:
-            shutil.rmtree(folder, ignore_errors=True)
+    if not resumes:
+        shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True, exist_ok=True)
     _record(part, result)
     write_rows(rows["train"], kept / "train.jsonl")
