@@ -7,6 +7,15 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.functional.betting import (
+        bets_of as bets_of,
+        by_group as by_group,
+        likely_start as likely_start,
+        log_growth as log_growth,
+        mean_lower_limit as mean_lower_limit,
+        mix as mix,
+        mix_starts as mix_starts,
+    )
     from companion.functional.calibration import (
         ReliabilityBins as ReliabilityBins,
         brier_score as brier_score,
@@ -14,6 +23,7 @@ if TYPE_CHECKING:
         confidence_and_correctness as confidence_and_correctness,
         expected_calibration_error as expected_calibration_error,
         fit_temperature as fit_temperature,
+        inverse_temperature_limits as inverse_temperature_limits,
         orient_at_random as orient_at_random,
         reliability_bins as reliability_bins,
     )

@@ -11,10 +11,34 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.monitoring.evidence import (
+        Evidence as Evidence,
+        Labels as Labels,
+        Test as Test,
+        measure as measure,
+    )
     from companion.monitoring.golden import (
         GoldenCheck as GoldenCheck,
         check_target as check_target,
         read_golden as read_golden,
+    )
+    from companion.monitoring.plan import (
+        Calibration as Calibration,
+        Level as Level,
+        Plan as Plan,
+        make_plan as make_plan,
+        rightness as rightness,
+    )
+    from companion.monitoring.planner import (
+        Change as Change,
+        Population as Population,
+        promise as promise,
+        simulate as simulate,
+    )
+    from companion.monitoring.retraining import (
+        Retraining as Retraining,
+        is_better as is_better,
+        retrain as retrain,
     )
     from companion.monitoring.traffic import (
         TrafficSummary as TrafficSummary,
