@@ -1,0 +1,3 @@
+"""A browser for the tests of this folder."""
+
+from chromium import browser as browser
