@@ -62,6 +62,8 @@ def test_alpha_has_no_value_where_chance_explains_all():
     assert (figures["agreement"], figures["alpha"], figures["ceiling"]) == (1.0, None, 1.0)
     assert figures["agreement_interval"] is None
     assert annotator_agreement(np.full((3, 2), -1))["ceiling"] is None
+    quarrel = annotator_agreement(np.array([[0, 1], [1, 0], [0, 0]]))
+    assert (quarrel["ceiling"], quarrel["ceiling_unequal"]) == (0.5, 0.5)
 
 
 def annotators(quality, n, m, seed):

@@ -46,12 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8100, help="on 127.0.0.1, for no other machine; 0: a free one")
     add("--seed", type=int, default=0, help="of the sides")
     add("--json", type=Path, metavar="FILE", help="write the figures here at the end")
-    add_flags(parser, "on_error", on_error="a bad row stops the command, or is named and left out")
+    add_flags(
+        parser,
+        *("columns", "on_error"),
+        on_error="a bad row stops the command, or is named and left out",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM; return 0."""
     from companion.errors import DataError
+    from companion.layouts import columns_of
     from companion.monitoring.label_page import LabelServer
     from companion.monitoring.labelling import Labelling, figure_lines, read_pairs
 
@@ -62,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(f"{target}: judgements are appended to plain JSONL", "end it with .jsonl")
     if target.resolve() == Path(args.pairs).resolve():
         raise DataError(f"{target}: input and output are the same file", "give another --output")
-    pairs, notes = read_pairs(args.pairs, on_error=args.on_error)
+    pairs, notes = read_pairs(args.pairs, columns=columns_of(args.columns), on_error=args.on_error)
     with Labelling(pairs, target, annotator=args.annotator, seed=args.seed) as labelling:
         for note in [*notes, *labelling.notes]:
             print(f"note: {note}", file=sys.stderr)

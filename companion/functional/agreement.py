@@ -144,10 +144,10 @@ def annotator_agreement(codes: Any, groups: Sequence[Any] | None = None) -> dict
         ``n``, the items that two or more judged. ``agreement``, over a, b and tie: the mean of
         :func:`item_agreement`; ``alpha``, :func:`krippendorff_alpha`. ``n_decided``,
         ``agreement_decided``: the same of verdicts that name a side. ``ceiling``:
-        :func:`accuracy_ceiling` of that, if all pairs are equally hard; ``agreement_decided`` is
-        what is left of it if they are as unequal as can be. Each with ``…_interval``. A figure, or
-        an interval, that the rows do not allow is None: where all agree on everything, resampling
-        has nothing to go by.
+        :func:`accuracy_ceiling` of that, if all pairs are equally hard; ``ceiling_unequal``, what
+        is left of it if they are as unequal as can be. Each with ``…_interval``. A figure, or an
+        interval, that the rows do not allow is None: where all agree on everything, resampling has
+        nothing to go by.
 
     Raises
     ------
@@ -189,4 +189,6 @@ def annotator_agreement(codes: Any, groups: Sequence[Any] | None = None) -> dict
         "agreement_decided_interval": decided_ends,
         "ceiling": None if decided is None else accuracy_ceiling(decided),
         "ceiling_interval": decided_ends and tuple(map(accuracy_ceiling, decided_ends)),
+        "ceiling_unequal": None if decided is None else max(decided, 0.5),
+        "ceiling_unequal_interval": decided_ends and tuple(max(end, 0.5) for end in decided_ends),
     }

@@ -19,5 +19,11 @@ if TYPE_CHECKING:
         read_pairs as read_pairs,
         shown_first as shown_first,
     )
+    from companion.monitoring.sampling import (
+        PromptCompletions as PromptCompletions,
+        Sample as Sample,
+        read_completions as read_completions,
+        sample_pairs as sample_pairs,
+    )
 else:
     __getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -30,6 +30,7 @@ from companion.data.splits import prompt_key
 from companion.data.writing import plain_row, to_json
 from companion.errors import DataError
 from companion.judge.items import GIVEN, read_item
+from companion.layouts import rename_columns, with_prompt
 
 Row = dict[str, Any]
 
@@ -79,7 +80,10 @@ def pair_id(row: Mapping[str, Any]) -> str:
 
 
 def read_pairs(
-    path: str | os.PathLike[str], *, on_error: str = "raise"
+    path: str | os.PathLike[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    on_error: str = "raise",
 ) -> tuple[list[LabelPair], list[str]]:
     """Pairs of a file, each once, in its order.
 
@@ -89,6 +93,8 @@ def read_pairs(
         Rows with ``prompt`` and ``a``, ``b``, or ``chosen``, ``rejected`` (whose sides are then
         drawn by a hash; the label that they had is kept as ``given_preference``). ``id`` and
         ``prompt_id`` are made from the texts where they are absent; other fields are kept.
+    columns : mapping of str to str, optional
+        Old to new names of fields; an empty new name leaves the field out.
     on_error : {"raise", "skip"}
         ``skip`` leaves bad rows out, and a note names each.
 
@@ -108,11 +114,11 @@ def read_pairs(
     pairs: dict[str, LabelPair] = {}
     notes: list[str] = []
     again = 0
-    for where, record in read_file(Path(path)):
+    for where, record in read_file(Path(path), columns):
         try:
             if isinstance(record, RowError):
                 raise RowProblem.of(record, where).as_error()
-            pair = _pair(record, where)
+            pair = _pair(rename_columns(record, columns or {}, where), where)
             known = pairs.setdefault(pair.id, pair)
             if not _same(known.row, pair.row):
                 raise DataError(
@@ -132,7 +138,11 @@ def read_pairs(
 
 
 def _pair(record: Row, where: str) -> LabelPair:
-    row = _by_side(read_item(record, "pairwise", where).row, record)
+    try:
+        named = dict(with_prompt(record))
+    except RowError as error:
+        raise RowProblem.of(error, where).as_error() from error
+    row = _by_side(read_item(named, "pairwise", where).row, named)
     if same_text(row["a"], row["b"]):
         raise DataError(
             f"{where}: the two completions are the same", "leave the row out: there is no choice"
@@ -244,7 +254,7 @@ def figure_lines(figures: Mapping[str, Any]) -> list[str]:
         n = sum(count[label] for label in LABELS)
         line = f"{name}: {n:,} judged, {count['tie']:,} ties"
         if count["first_share"] is not None:
-            line += f"; took the one shown first in {count['first_share']:.0%} of the others"
+            line += f"; took the one shown first in {count['first_share']:.0%} of the rest"
         lines.append(line)
     both = figures["agreement"]
     if both is None or not both["n"]:
@@ -264,7 +274,7 @@ def figure_lines(figures: Mapping[str, Any]) -> list[str]:
             f"{_share(both, 'agreement_decided')}. Measured against one person's labels, a model's "
             f"accuracy can be {_share(both, 'ceiling')} at most, if all pairs are equally hard and "
             "people err independently; if some are clear and the others a coin, "
-            f"{both['agreement_decided']:.1%} at most."
+            f"{both['ceiling_unequal']:.1%} at most."
         )
     return lines
 

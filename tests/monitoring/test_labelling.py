@@ -174,6 +174,20 @@ def test_a_bad_row_is_named_with_line_and_cure(tmp_path, line, said):
     assert [note for note in notes if "line 2" in note]
 
 
+def test_columns_of_other_names_are_read(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    write_rows(
+        [{"instruction": "Add.", "input": "2, 2", "response_a": "4", "response_b": "5"}], path
+    )
+    (pair,) = read_pairs(path)[0]
+    assert (pair.row["a"], pair.row["b"]) == ("4", "5")
+    assert "Add." in pair.row["prompt"]
+    assert "2, 2" in pair.row["prompt"]
+    write_rows([{"q": "Add.", "left": "4", "right": "5"}], path)
+    columns = {"q": "prompt", "left": "a", "right": "b"}
+    assert read_pairs(path, columns=columns)[0][0].row["prompt"] == "Add."
+
+
 def test_repeated_rows_are_counted_and_an_empty_file_is_refused(tmp_path):
     path = tmp_path / "pairs.jsonl"
     write_rows(rows_of(3) + rows_of(2), path)

@@ -161,7 +161,7 @@ async function act(what) {
 }
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.altKey || event.metaKey || event.target.matches("input")) return;
+  if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest?.("input")) return;
   const what = KEYS[event.key] ?? KEYS[event.key.toLowerCase()];
   if (what === undefined) return;
   event.preventDefault();
