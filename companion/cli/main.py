@@ -33,6 +33,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rank": ("companion.cli.rank", "choose the best of N completions; data for fine-tuning"),
     "judge": ("companion.cli.judge", "ask a language model which completion is better"),
     "judge-report": ("companion.cli.judge_report", "a judge's biases; who agrees with whom"),
+    "sample": ("companion.cli.sample", "which completions of your policy to label next, as pairs"),
+    "label": ("companion.cli.label", "judge pairs on a page of this machine, by keyboard"),
     "progress": ("companion.cli.progress", "which of the course's exercises you have solved"),
     "make-base": ("companion.cli.make_base", "train the tutor base that ships with the companion"),
 }

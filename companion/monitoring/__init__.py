@@ -16,6 +16,20 @@ if TYPE_CHECKING:
         check_target as check_target,
         read_golden as read_golden,
     )
+    from companion.monitoring.label_page import LabelServer as LabelServer
+    from companion.monitoring.labelling import (
+        Labelling as Labelling,
+        LabelPair as LabelPair,
+        label_figures as label_figures,
+        read_pairs as read_pairs,
+        shown_first as shown_first,
+    )
+    from companion.monitoring.sampling import (
+        PromptCompletions as PromptCompletions,
+        Sample as Sample,
+        read_completions as read_completions,
+        sample_pairs as sample_pairs,
+    )
     from companion.monitoring.traffic import (
         TrafficSummary as TrafficSummary,
         TrafficWarning as TrafficWarning,
