@@ -597,6 +597,4 @@ def test_the_tutors_policy_drifts_and_the_new_model_follows(tmp_path: Path) -> N
     assert result.published
     assert result.plan["old_held_out_is_clean"]
     assert found["difference"] > 0.04
-    assert (
-        found["old"]["mean"] < result.comparisons["old"].metrics["pairs"]["accuracy"]["old"]["mean"]
-    )
+    assert found["old"]["mean"] < known["old"]["mean"] - 0.1  # what the drift cost
