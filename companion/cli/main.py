@@ -29,6 +29,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("companion.cli.score", "score a JSONL file of texts, messages or completions"),
     "serve": ("companion.cli.serve", "serve a reward model over HTTP, for RL jobs and people"),
     "compare": ("companion.cli.compare", "how scores, ranks and decisions move between two models"),
+    "retrain": (
+        "companion.cli.retrain",
+        "train anew on old and new pairs, and publish the model if it is better",
+    ),
     "export": ("companion.cli.export", "what makes vLLM or OpenRLHF give a model's z itself"),
     "rank": ("companion.cli.rank", "choose the best of N completions; data for fine-tuning"),
     "judge": ("companion.cli.judge", "ask a language model which completion is better"),
@@ -84,7 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(sub)
         # (a command that starts itself again needs its words too)
         own = {"words": args.rest} if hasattr(module, "KEEPS_WORDS") else {}
-        return int(module.run(sub.parse_args(args.rest, argparse.Namespace(**own))))
+        args_, rest = sub.parse_known_args(args.rest, argparse.Namespace(**own))
+        if hasattr(module, "TAKES_SETTINGS"):
+            args_.settings = rest
+        elif rest:
+            sub.error(f"unrecognized arguments: {' '.join(rest)}")
+        return int(module.run(args_))
     except CompanionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

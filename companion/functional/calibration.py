@@ -480,7 +480,7 @@ def score_parts(
         return float(-(xlogy(came, p) + xlogy(1 - came, 1 - p)).mean())
 
     # equal probabilities get one value, whatever the order of the rows
-    unique, index, count = np.unique(said, return_inverse=True, return_counts=True)
+    _, index, count = np.unique(said, return_inverse=True, return_counts=True)
     means = np.bincount(index, weights=came) / count
     fitted = isotonic_regression(means, weights=count).x[index]
     score, best = mean_score(said), mean_score(np.clip(fitted, 0.0, 1.0))

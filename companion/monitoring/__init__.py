@@ -24,6 +24,11 @@ if TYPE_CHECKING:
         read_pairs as read_pairs,
         shown_first as shown_first,
     )
+    from companion.monitoring.retraining import (
+        Retraining as Retraining,
+        is_better as is_better,
+        retrain as retrain,
+    )
     from companion.monitoring.sampling import (
         PromptCompletions as PromptCompletions,
         Sample as Sample,

@@ -243,7 +243,7 @@ class Store:
 
     def labels(self, *, sampling: str | None = None, phase: int | None = None) -> Labels:
         """Those of a phase, by look; with `sampling` only those that were chosen by this rule."""
-        where, given = "phase = ?", [phase or self.phase]
+        where, given = "phase = ?", [phase or self.phase]  # type: str, list[Any]
         if sampling is not None:
             where, given = f"{where} AND sampling = ?", [*given, sampling]
         rows = self._db.execute(

@@ -57,7 +57,10 @@ def check_companion(arguments: list[str], output_dir: Path) -> None:
         return
     parser = argparse.ArgumentParser(exit_on_error=True)
     module.add_arguments(parser)
-    parser.parse_args(rest)
+    if hasattr(module, "TAKES_SETTINGS"):
+        parser.parse_known_args(rest)
+    else:
+        parser.parse_args(rest)
 
 
 def check_verl(words: list[str]) -> None:
