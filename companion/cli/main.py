@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "judge-report": ("companion.cli.judge_report", "a judge's biases; who agrees with whom"),
     "sample": ("companion.cli.sample", "which completions of your policy to label next, as pairs"),
     "label": ("companion.cli.label", "judge pairs on a page of this machine, by keyboard"),
+    "monitor": ("companion.cli.monitor", "watch a reward model age; alarms that do not cry wolf"),
     "progress": ("companion.cli.progress", "which of the course's exercises you have solved"),
     "make-base": ("companion.cli.make_base", "train the tutor base that ships with the companion"),
 }

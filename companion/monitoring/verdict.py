@@ -162,6 +162,7 @@ def _told(test: Test, plan: Plan, labels: Labels, store: Store) -> dict[str, Any
         name = test.name.removeprefix("slice ")
         level = plan.slices[name]
         since = since.part(np.array([one == name for one in since.slice], dtype=bool))
+    assert level is not None
     share, interval = _share(since)
     told |= {"before": level.mean, "now": share, "interval": list(interval)}
     told["change"] = share - level.mean
