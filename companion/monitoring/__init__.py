@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         check_target as check_target,
         read_golden as read_golden,
     )
+    from companion.monitoring.prometheus import write_prometheus as write_prometheus
     from companion.monitoring.traffic import (
         TrafficSummary as TrafficSummary,
         TrafficWarning as TrafficWarning,
