@@ -10,7 +10,6 @@ which it formats. Ids alone would never see that its template or its tokenizer i
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -23,6 +22,7 @@ import numpy as np
 
 from companion.errors import CompanionError, DataError, ModelError, ServiceError
 from companion.models.golden import HALF_TOLERANCE, GoldenTexts
+from companion.models.manifest import MANIFEST_FILE, RewardManifest
 
 if TYPE_CHECKING:
     from companion.models.identity import Identity
@@ -126,21 +126,15 @@ def read_golden(model: str | os.PathLike[str]) -> dict[str, Any] | None:
     ModelError
         If there is no manifest, or it is damaged.
     """
-    file: str | None = str(Path(model) / "reward_manifest.json")
+    file: str | None = str(Path(model) / MANIFEST_FILE)
     if not Path(model).is_dir():
         from companion.models.checkpoint import find_file, resolve
 
-        file = find_file(resolve(model), "reward_manifest.json")
-    try:
-        data = json.loads(Path(str(file)).read_text(encoding="utf-8"))
-        found = data.get("golden_texts")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"{model}: no manifest to be read: {error}", "give a folder that the companion saved"
-        ) from error
-    if found is not None:
-        GoldenTexts.from_dict(found, str(file))
-    return None if found is None else dict(found)
+        file = find_file(resolve(model), MANIFEST_FILE)
+    if file is None:
+        raise ModelError(f"{model}: no {MANIFEST_FILE}", "give a model that the companion saved")
+    found = RewardManifest.load(file).golden_texts
+    return None if found is None else asdict(found)
 
 
 def check_target(
@@ -328,7 +322,6 @@ def _why_not_loaded(
     """Part by part: what of a folder cannot be loaded."""
     from companion.models.checkpoint import find_file, resolve
     from companion.models.loading import load_formatter
-    from companion.models.manifest import MANIFEST_FILE, RewardManifest
 
     try:
         file = find_file(resolve(model), MANIFEST_FILE, hub["revision"])

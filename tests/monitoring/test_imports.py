@@ -37,6 +37,7 @@ def loaded(names: list[str], rooms: bool = False) -> list[str]:
     "names",
     [
         ["companion.monitoring", "companion.errors"],
+        ["companion.models.manifest"],  # reference, temperature and golden texts of a model
         [
             "companion.functional.calibration",
             "companion.functional.resampling",
