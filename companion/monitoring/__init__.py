@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         read_pairs as read_pairs,
         shown_first as shown_first,
     )
+    from companion.monitoring.prometheus import write_prometheus as write_prometheus
     from companion.monitoring.retraining import (
         Retraining as Retraining,
         is_better as is_better,
