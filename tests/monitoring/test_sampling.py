@@ -347,7 +347,7 @@ def test_the_command_from_completions_to_rows_that_train(tmp_path, capsys):
 
     assert main(words) == 2
     assert "is there already" in capsys.readouterr().err
-    assert main([*words, "--overwrite", "--n", "4000"]) == 1
+    assert main([*words, "--overwrite", "--n", "4000"]) == 0
     assert "there are no more" in capsys.readouterr().err
     assert main([*words[:6], "--overwrite", "--rule", "uncertainty"]) == 2
     assert "no --model is given" in capsys.readouterr().err
