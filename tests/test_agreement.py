@@ -11,6 +11,7 @@ from companion.errors import DataError, DtypeError, ShapeError
 from companion.functional import (
     accuracy_ceiling,
     annotator_agreement,
+    bootstrap_interval,
     item_agreement,
     krippendorff_alpha,
 )
@@ -78,9 +79,8 @@ def annotators(quality, n, m, seed):
 def test_the_ceiling_is_what_a_model_that_knows_reaches(q):
     better, codes = annotators(q, 20_000, 2, seed=1)
     reached = (codes[:, 0] == better).mean()
-    figures = annotator_agreement(codes)
-    assert figures["ceiling"] == pytest.approx(reached, abs=0.012)
-    low, high = figures["ceiling_interval"]
+    assert accuracy_ceiling(item_agreement(codes).mean()) == pytest.approx(reached, abs=0.012)
+    low, high = annotator_agreement(codes[:1000])["ceiling_interval"]
     assert low < q < high
 
 
@@ -89,11 +89,22 @@ def test_pairs_of_unequal_difficulty_lie_between_agreement_and_the_formula():
     for quality in (rng.uniform(0.5, 1, 40_000), rng.choice([0.5, 1.0], 40_000)):
         better, codes = annotators(quality, 40_000, 2, seed=3)
         reached = (codes[:, 0] == better).mean()
-        figures = annotator_agreement(codes, range(40_000))
-        assert figures["agreement_decided"] - 0.01 < reached < figures["ceiling"] + 0.01
+        agreement = item_agreement(codes).mean()
+        assert agreement - 0.01 < reached < accuracy_ceiling(agreement) + 0.01
     # half clear, half coins: agreement itself is the ceiling, and the formula well above it
-    assert reached == pytest.approx(figures["agreement_decided"], abs=0.01)
-    assert figures["ceiling"] > reached + 0.05
+    assert reached == pytest.approx(agreement, abs=0.01)
+    assert accuracy_ceiling(agreement) > reached + 0.05
+
+
+def test_the_interval_of_alpha_is_that_of_the_general_bootstrap():
+    """And as wide as α of fresh annotators varies."""
+    _, codes = annotators(0.8, 120, 3, seed=6)
+    prompts = np.repeat(np.arange(40), 3)
+    found = annotator_agreement(codes, prompts)["alpha_interval"]
+    wanted = bootstrap_interval(codes, prompts, statistic=krippendorff_alpha, n_resamples=1000)
+    assert found == pytest.approx(wanted, abs=0.03)
+    fresh = [krippendorff_alpha(annotators(0.8, 120, 3, seed=s)[1]) for s in range(100, 300)]
+    assert found[1] - found[0] == pytest.approx(3.92 * np.std(fresh), rel=0.3)
 
 
 @pytest.mark.parametrize(

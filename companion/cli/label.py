@@ -72,14 +72,14 @@ def run(args: argparse.Namespace) -> int:
         for note in [*notes, *labelling.notes]:
             print(f"note: {note}", file=sys.stderr)
         server = LabelServer(labelling, args.port)
-        print(
-            f"{len(pairs):,} pairs, {labelling.found:,} judgements in {target}\n"
-            f"ready: {server.url}/ (Ctrl-C ends)",
-            file=sys.stderr,
-            flush=True,
-        )
-        before = signal.signal(signal.SIGTERM, _stop)
+        before = signal.signal(signal.SIGTERM, _stop)  # before anyone is told that it is there
         try:
+            print(
+                f"{len(pairs):,} pairs, {labelling.found:,} judgements in {target}\n"
+                f"ready: {server.url}/ (Ctrl-C ends)",
+                file=sys.stderr,
+                flush=True,
+            )
             server.serve_forever()
         except KeyboardInterrupt:
             pass

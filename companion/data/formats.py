@@ -157,7 +157,9 @@ def detect_kind(columns: Iterable[str]) -> str:
 
 
 def _layout(names: set[str], kind: str, asked: bool = False) -> str | None:
-    judged = names & set(VERDICT_COLUMNS) and any(set(s) <= names for s in SIDE_COLUMNS)
+    # (with a completion, `label` says whether that is right)
+    verdicts = names & set(VERDICT_COLUMNS) - ({"label"} if "completion" in names else set())
+    judged = verdicts and any(set(s) <= names for s in SIDE_COLUMNS)
     fits = {
         "preferences": names & {"chosen", "rejected", "rejected_response", "rejected_messages"},
         "judgements": judged,

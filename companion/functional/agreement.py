@@ -84,18 +84,47 @@ def krippendorff_alpha(codes: Any) -> float:
     ShapeError, DtypeError, DataError
         As :func:`item_agreement`.
     """
-    return _alpha(_counts(codes))
+    return float(_alpha_of(_parts(_counts(codes)).sum(axis=0)))
 
 
-def _alpha(counts: npt.NDArray[np.float64]) -> float:
+def _parts(counts: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """``[n, 1 + c]`` what each item adds: how far its verdicts differ, and how many of each."""
     many = counts.sum(axis=1)
     counts, many = counts[many > 1], many[many > 1]
-    total, each = many.sum(), counts.sum(axis=0)
-    expected = total**2 - (each**2).sum()
-    if expected == 0:
-        return float("nan")
-    observed = ((many**2 - (counts**2).sum(axis=1)) / (many - 1)).sum()
-    return float(1 - (total - 1) * observed / expected)
+    differ = (many**2 - (counts**2).sum(axis=1)) / (many - 1)
+    return np.column_stack([differ, counts])
+
+
+def _alpha_of(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """``[...]`` α of sums ``[..., 1 + c]`` of parts; NaN where all verdicts are the same."""
+    differ, each = sums[..., 0], sums[..., 1:]
+    total = each.sum(axis=-1)
+    expected = total**2 - (each**2).sum(axis=-1)
+    nan = np.full_like(expected, np.nan)
+    return 1 - np.divide((total - 1) * differ, expected, out=nan, where=expected > 0)
+
+
+def _alpha_interval(
+    counts: npt.NDArray[np.float64], names: Sequence[Any], n_resamples: int = 2000
+) -> tuple[float, float] | None:
+    """The bootstrap's, over whole groups; None where a resample has no α, or all have the same.
+
+    (As ``bootstrap_interval`` with a statistic, but in products of matrices.)
+    """
+    from companion.functional.resampling import middle
+
+    kept = list(map(str, compress(names, counts.sum(axis=1) > 1)))
+    _, group = np.unique(kept, return_inverse=True)
+    parts = _parts(counts)
+    sums = np.zeros((int(group.max()) + 1, parts.shape[1]))
+    np.add.at(sums, group, parts)
+    rng, size = np.random.default_rng(0), len(sums)
+    drawn: list[npt.NDArray[np.float64]] = []
+    for begin in range(0, n_resamples, 100):
+        times = rng.multinomial(size, [1 / size] * size, min(100, n_resamples - begin))
+        drawn.append(_alpha_of(times @ sums))
+    low, high = middle(np.concatenate(drawn), 0.95)
+    return None if math.isnan(low) or low == high else (low, high)
 
 
 def accuracy_ceiling(agreement: float) -> float:
@@ -171,13 +200,8 @@ def annotator_agreement(codes: Any, groups: Sequence[Any] | None = None) -> dict
 
     n, share, ends = mean(_same(counts))
     n_decided, decided, decided_ends = mean(_same(counts[:, :_TIE]))
-    alpha, alpha_ends = _alpha(counts), None
-    judged = counts.sum(axis=1) > 1
-    if not math.isnan(alpha) and len(set(compress(names, judged))) > 1:
-        low, high = bootstrap_interval(
-            counts[judged], list(compress(names, judged)), statistic=_alpha, n_resamples=1000
-        )
-        alpha_ends = None if math.isnan(low) or math.isnan(high) or low == high else (low, high)
+    alpha = float(_alpha_of(_parts(counts).sum(axis=0)))
+    alpha_ends = None if math.isnan(alpha) else _alpha_interval(counts, names)
     return {
         "n": n,
         "agreement": share,

@@ -305,6 +305,11 @@ class _LabelFile:
                 "open that one's page (it takes several annotators), or give another --output",
             ) from error
         try:
+            try:
+                with open(path, "ab"):  # one that cannot be written is known before the work
+                    pass
+            except OSError as error:
+                raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
             self._mend()
             self.rows = self._read()
         except BaseException:
@@ -317,8 +322,6 @@ class _LabelFile:
 
     def _mend(self) -> None:
         """Cut off a last line that a kill has torn: nobody was told that it was written."""
-        if not self.path.exists():
-            return
         with open(self.path, "r+b") as file:
             text = file.read()
             tail = text[text.rfind(b"\n") + 1 :]
@@ -339,8 +342,6 @@ class _LabelFile:
     def _read(self) -> list[Row]:
         rows: list[Row] = []
         seen: set[tuple[str, str]] = set()
-        if not self.path.exists():
-            return rows
         for where, row in read_rows(self.path):
             for name in ("id", "prompt", "a", "b", "label", "annotator"):
                 if row.get(name) is None:

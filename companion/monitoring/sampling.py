@@ -74,7 +74,8 @@ class Sample:
     ----------
     rows : list of dict
         ``id``, ``prompt_id``, ``prompt``, ``a``, ``b``, ``sampling``, ``sampling_share``; with a
-        model also ``scores`` and ``model_version``; and what both completions' rows say alike.
+        model also ``scores`` and ``model_version``; and the other fields of the completions' rows:
+        those that differ within a prompt (``reward``) as ``reward_a`` and ``reward_b``.
     counts : dict
         Numbers of prompts, completions and pairs, for a machine.
     notes : list of str
@@ -139,10 +140,13 @@ def read_completions(
         exact = json.dumps([row["prompt"], *(row.get(name) for name in _OF_PROMPT)], sort_keys=True)
         own = prompts.setdefault((prompt_id, exact), PromptCompletions(prompt_id, row["prompt"]))
         rest = {k: v for k, v in row.items() if k not in (*_OF_COMPLETION, "prompt", "prompt_id")}
-        for completion, whole in zip(completions, ended, strict=True):
+        each = {k: rest.pop(k) for k in list(rest) if _one_each(rest[k], row, completions)}
+        for at, (completion, whole) in enumerate(zip(completions, ended, strict=True)):
             if whole:
                 own.completions.append(completion)
-                own.fields.append(rest)
+                own.fields.append(
+                    rest | {key.removesuffix("s"): values[at] for key, values in each.items()}
+                )
             else:
                 left_out["completions that were cut off"] += 1
     for reason, problems in bad.items():
@@ -174,6 +178,16 @@ def _row(record: Row) -> tuple[Row, list[Text], list[bool]]:
     if not all(one is None or isinstance(one, bool) for one in ended):
         raise RowError("wrong type", "terminated", "neither true nor false")
     return row, completions, [one is not False for one in ended]
+
+
+def _one_each(value: Any, row: Row, completions: Sequence[Text]) -> bool:
+    """Whether a field of a row of ``completions`` lists one number of each."""
+    return (
+        "completions" in row
+        and isinstance(value, list)
+        and len(value) == len(completions)
+        and all(isinstance(item, (bool, int, float)) for item in value)
+    )
 
 
 def near(completion: Text) -> str:
@@ -289,7 +303,17 @@ def sample_pairs(
                 "the server does not say which version of the model it runs, so its scores are not "
                 "written: with --protocol companion they are"
             )
-    rows = [_pair(prompts[place[0]], place, name, p, scores, version) for place, name, p in taken]
+    varying = {
+        key
+        for own in prompts
+        for fields in own.fields
+        for key in fields
+        if any(fields[key] != other.get(key) for other in own.fields)
+    }
+    rows = [
+        _pair(prompts[place[0]], place, name, p, varying, scores, version)
+        for place, name, p in taken
+    ]
     counts = {
         "prompts": len(prompts),
         "completions": sum(map(len, classes)),
@@ -407,6 +431,7 @@ def _pair(
     place: _Place,
     rule: str,
     share: float,
+    varying: set[str],
     scores: Mapping[tuple[int, int], float],
     version: str | None,
 ) -> Row:
@@ -414,12 +439,12 @@ def _pair(
     texts = {"prompt": own.prompt, "a": own.completions[i], "b": own.completions[j]}
     row: Row = {"id": pair_id(texts), "prompt_id": own.prompt_id, **texts}
     row |= {"sampling": rule, "sampling_share": share}
-    other = own.fields[j]
-    row |= {
-        key: value
-        for key, value in own.fields[i].items()
-        if key not in row and key in other and other[key] == value
-    }
+    for key in {**own.fields[i], **own.fields[j]}:
+        first, second = own.fields[i].get(key), own.fields[j].get(key)
+        if key in varying:
+            row |= {f"{key}_a": first, f"{key}_b": second}
+        elif key not in row:
+            row[key] = first
     if version is not None and (number, i) in scores and (number, j) in scores:
         row["scores"] = {"a": scores[number, i], "b": scores[number, j]}
         row["model_version"] = version

@@ -30,6 +30,7 @@ from companion.monitoring import (
     read_pairs,
     shown_first,
 )
+from companion.tutor import TUTOR_BASE, make_rows
 
 NASTY = "<script>document.title = 'owned'</script><img src=x onerror=alert(1)> & \u202eevil"
 
@@ -98,6 +99,23 @@ def test_training_takes_the_file_and_leaves_ties_out(pairs, tmp_path):
     for row, pair in zip((r for r in rows if r["label"] != "tie"), dataset, strict=True):
         other = "b" if row["label"] == "a" else "a"
         assert (pair["chosen"], pair["rejected"]) == (row[row["label"]], row[other])
+
+
+@pytest.mark.slow
+def test_a_training_on_the_file(tmp_path, capfd):
+    """Two steps on the tutor's base; ties and contradictions of two annotators are said."""
+    write_rows(make_rows("pairs", 60, seed=3), tmp_path / "pairs.jsonl")
+    out, rng = tmp_path / "labels.jsonl", random.Random(3)
+    with Labelling(read_pairs(tmp_path / "pairs.jsonl")[0], out) as labelling:
+        for name in ("ana", "ben"):
+            judge_all(labelling, name, lambda view: rng.choice(["first", "second", "tie"]))
+    words = ["train", "pairwise", "--model_name_or_path", str(TUTOR_BASE), "--max_steps", "2"]
+    words += ["--dataset_name", str(out), "--output_dir", str(tmp_path / "model")]
+    assert main(words) == 0
+    ties = sum(row["label"] == "tie" for row in lines_of(out))
+    said = "".join(capfd.readouterr())
+    assert f"{ties} rows left out: ties" in said
+    assert (tmp_path / "model" / "reward_manifest.json").exists()
 
 
 @pytest.mark.parametrize("chosen_is", ["better", "worse"])
@@ -451,7 +469,7 @@ def test_strangers_are_refused(pairs, tmp_path):
             assert send(server, "POST", "/api/judge", judged, Host=host, Origin=origin)[0] == 403
         plain = send(server, "POST", "/api/judge", judged, Content_Type="text/plain")
         assert plain[0] == 415
-        assert not out.exists()
+        assert out.read_bytes() == b""
         for host in (f"localhost:{port}", "127.0.0.1:9", "[::1]:8100", "LOCALHOST"):  # a tunnel's
             assert send(server, "GET", "/", Host=host)[0] == 200
         status, _, headers = send(server, "POST", "/api/judge", judged)

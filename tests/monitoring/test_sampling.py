@@ -138,6 +138,31 @@ def test_the_same_texts_are_left_out_and_one_digit_is_not(tmp_path):
         assert any("only" in note and "not 10" in note for note in sample.notes)
 
 
+def test_what_is_said_of_each_completion_goes_with_it(tmp_path):
+    flat = [
+        {"prompt": f"p{i // 3}", "completion": f"c{i}", "reward": float(i % 2), "slice": "sums"}
+        for i in range(60)
+    ]
+    listed = [
+        {
+            "prompt": f"p{p}",
+            "completions": [row["completion"] for row in flat[3 * p : 3 * p + 3]],
+            "rewards": [row["reward"] for row in flat[3 * p : 3 * p + 3]],
+            "slice": "sums",
+        }
+        for p in range(20)
+    ]
+    of = {row["completion"]: row["reward"] for row in flat}
+    found = [
+        sample_pairs(read_completions(file_of(tmp_path, rows))[0], 20).rows
+        for rows in (flat, listed)
+    ]
+    assert found[0] == found[1]
+    for row in found[0]:
+        assert (row["reward_a"], row["reward_b"]) == (of[row["a"]], of[row["b"]])
+        assert row["slice"] == "sums"
+
+
 def test_prompts_are_told_apart_to_the_letter(tmp_path):
     rows = [
         {"prompt": "Name it", "completion": "x"},
@@ -322,7 +347,7 @@ def test_the_command_from_completions_to_rows_that_train(tmp_path, capsys):
 
     assert main(words) == 2
     assert "is there already" in capsys.readouterr().err
-    assert main([*words, "--overwrite", "--n", "4000"]) == 1
+    assert main([*words, "--overwrite", "--n", "4000"]) == 0
     assert "there are no more" in capsys.readouterr().err
     assert main([*words[:6], "--overwrite", "--rule", "uncertainty"]) == 2
     assert "no --model is given" in capsys.readouterr().err
