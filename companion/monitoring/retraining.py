@@ -182,6 +182,7 @@ def retrain(
         and an output that exists.
     """
     from companion.training import train_pairwise
+    from companion.training.trainer import whole_parameters
 
     manifest = _manifest_of(old_model)
     origin = str(old_model) if start == "old" else _base_of(manifest, base, old_model)
@@ -206,7 +207,8 @@ def retrain(
 
     with config.main_process_first(local=False):
         if main:
-            _check_golden(str(old_model), config.trust_remote_code)
+            with whole_parameters():
+                _check_golden(str(old_model), config.trust_remote_code)
             _prepare(part, kept, rows, result, manifest, bool(config.resume_from_checkpoint))
     template = kept / _TEMPLATE
     if config.chat_template_path is None and template.exists():
@@ -231,7 +233,8 @@ def retrain(
         train_pairwise(own, started, pairs, say=tell)
     if main:
         gc.collect()  # what the trainings held
-        _compare(result, made, rows, config.trust_remote_code, target.name)
+        with whole_parameters():
+            _compare(result, made, rows, config.trust_remote_code, target.name)
         on = result.comparisons
         result.published, result.reasons = is_better(on["old"], on["new"], margin, tolerance)
         result.folder = target if result.published else rejected
