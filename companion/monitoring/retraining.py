@@ -188,7 +188,7 @@ def retrain(
     origin = str(old_model) if start == "old" else _base_of(manifest, base, old_model)
     target, rejected, part, kept = _places(output)
     fixed = {"model_name_or_path": origin, "dataset_name": data, "output_dir": str(part)}
-    defaults = settings_of(manifest)
+    defaults = _settings_of(manifest)
     given, model, config = (arguments or _arguments_of(settings))({**defaults, **fixed})
     _check(start, given, model, config, fixed)
     main = config.process_index == 0
@@ -302,7 +302,7 @@ def _places(output: str | os.PathLike[str]) -> list[Path]:
     return places
 
 
-def settings_of(manifest: RewardManifest) -> dict[str, Any]:
+def _settings_of(manifest: RewardManifest) -> dict[str, Any]:
     """Settings of training that a new run takes over from the one that made a model.
 
     What an old run's machine or its length decided is left out.
