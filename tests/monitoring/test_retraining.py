@@ -243,7 +243,8 @@ def test_a_model_that_moved_is_refused_before_the_training(
     shutil.copytree(room / "old", moved)
     shutil.copy(poisoned / "model.safetensors", moved)
     with pytest.raises(CompanionError, match="not as it was saved"):
-        again(room, tmp_path / "next", old_model=moved, num_train_epochs=1000)
+        again(room, tmp_path / "next", old_model=moved)
+    assert list(tmp_path.iterdir()) == [moved]
 
 
 @pytest.mark.slow
