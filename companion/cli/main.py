@@ -5,7 +5,8 @@ returns the exit code. Its line of help stands in the table below, so that ``com
 imports nothing heavy. A command whose flags belong to another parser (``train``, whose fields come
 from dataclasses) takes what follows its name as it is: ``run_argv(argv)``.
 
-Exit codes: 0 success; 1 a run that ended without reaching its goal; 2 wrong use or bad input.
+Exit codes: 0 success; 1 a run that ended without reaching its goal; 2 wrong use or bad input. The
+help of a command names those of its own.
 """
 
 from __future__ import annotations
@@ -89,12 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(sub)
         # (a command that starts itself again needs its words too)
         own = {"words": args.rest} if hasattr(module, "KEEPS_WORDS") else {}
-        args_, rest = sub.parse_known_args(args.rest, argparse.Namespace(**own))
+        given, rest = sub.parse_known_args(args.rest, argparse.Namespace(**own))
         if hasattr(module, "TAKES_SETTINGS"):
-            args_.settings = rest
+            given.settings = rest
         elif rest:
             sub.error(f"unrecognized arguments: {' '.join(rest)}")
-        return int(module.run(args_))
+        return int(module.run(given))
     except CompanionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
