@@ -74,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampling", metavar="RULE", help="by which rule rows that do not say theirs were chosen"
     )
     run.add_argument("--no_golden", action="store_true", help="do not check the golden texts")
+    run.add_argument(
+        "--served_dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="in which the server is meant to run, where that is not how the model was saved: the "
+        "golden texts may move by as much as its rounding",
+    )
     run.add_argument("--model", help="where the model is now, if no longer where it was")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the verdict here")
     run.add_argument(
@@ -236,6 +242,8 @@ def _run(args: argparse.Namespace) -> int:
         model = args.model or store.plan().model
         args.model = model
         target: dict[str, Any] = {"model": model, **picked(args, "revision", "trust_remote_code")}
+        if args.served_dtype is not None:
+            target["dtype"] = args.served_dtype
         if args.url:
             target |= {"url": args.url[0], "protocol": args.protocol or "classify"}
             if args.api_key_env is not None:
@@ -253,9 +261,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_json(args.json, verdict)
     if args.prometheus is not None:
-        from companion.monitoring.prometheus import write_metrics
+        from companion.monitoring.prometheus import write_prometheus
 
-        write_metrics(verdict, args.prometheus)
+        write_prometheus(verdict, args.prometheus)
     _say(verdict)
     return int(verdict["code"])
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from companion.errors import DataError, DtypeError, ShapeError
+from companion.functional.resampling import bootstrap_interval
 
 Codes = npt.NDArray[np.int64]
 #: from this code on, a verdict names no side
@@ -183,8 +184,6 @@ def annotator_agreement(codes: Any, groups: Sequence[Any] | None = None) -> dict
     ShapeError, DtypeError, DataError
         As :func:`item_agreement`, and if there are not as many groups as items.
     """
-    from companion.functional.resampling import bootstrap_interval
-
     counts = _counts(codes)
     names = range(len(counts)) if groups is None else groups
     if len(names) != len(counts):

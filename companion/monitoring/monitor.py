@@ -225,7 +225,7 @@ def look(
             )
         warnings, summary = [], None
         if traffic is not None:
-            summary = _summary(store, traffic)
+            summary = _summary(store, plan, traffic)
             warnings = _traffic_warnings(store, plan, summary)
         told = None
         if golden and plan.golden is not None:
@@ -288,7 +288,8 @@ def _take(
             if plan.model_version and found and found != plan.model_version:
                 raise ModelError(
                     f"the model's version is {found}, and {plan.model_version} is watched",
-                    "watch the new model: companion monitor restart, with a reference of its own",
+                    "of a new model: companion monitor restart, with a reference of its own; of "
+                    "the same one, ask where init asked (the folder, or the same server)",
                 )
         margins = np.array([np.nan if r.scores is None else r.scores[0] - r.scores[1] for r in new])
         asked = [i for i, row in enumerate(new) if row.scores is None]
@@ -354,11 +355,12 @@ def _version_of(scorer: Scorer[Any]) -> str:
 # ---------------------------------------------------------------------- traffic
 
 
-def _summary(store: Store, path: str | os.PathLike[str]) -> TrafficSummary:
+def _summary(store: Store, plan: Plan, path: str | os.PathLike[str]) -> TrafficSummary:
     """What came since the last look."""
     ends = [look.traffic["end"] for look in store.looks() if look.traffic and look.traffic["end"]]
     since = max(ends, default="")
-    return summarise_traffic(_after(read_traffic(path), since))
+    own = [] if plan.golden is None else plan.golden["input_ids"]  # a look's own questions
+    return summarise_traffic(_after(read_traffic(path), since), golden=own)
 
 
 def _after(rows: Iterable[Any], since: str) -> Iterator[Any]:

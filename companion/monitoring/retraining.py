@@ -389,7 +389,6 @@ def _rows(
     trained = manifest.data.get("train", {}).get("sha256") == dataset_fingerprint(sets["train"])
     apart = type(data)(
         dataset_name=os.fspath(new) if isinstance(new, os.PathLike) else new,  # type: ignore[arg-type]
-        columns=_verdict_column(new),
         margins=data.margins,
         on_error=data.on_error,
     )
@@ -448,18 +447,6 @@ def _rows(
     }
     train = kept.pop("old") + kept.pop("new")
     return {"train": train, **kept}, counts, notes
-
-
-def _verdict_column(new: Source) -> list[str] | None:
-    """``label`` beside ``a`` and ``b`` is what training calls ``preference``."""
-    from companion.data.sources import open_source
-
-    _, records = open_source(new, split="train", name=None, revision=None, rename={})
-    for _, first in records:
-        names = set(first) if isinstance(first, dict) else set()
-        other = {"chosen", "preference", "winner"} & names
-        return ["label=preference"] if {"a", "b", "label"} <= names and not other else None
-    return None
 
 
 def _same_form(parts: Mapping[str, Rows], text: str | None) -> None:

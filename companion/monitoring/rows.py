@@ -130,7 +130,7 @@ def read_label(row: Mapping[str, Any] | RowError) -> LabelRow:
     ).hexdigest()[:24]
     return LabelRow(
         id=_text(row, "id") or pair,
-        prompt=_text(row, "prompt_id") or key[:24],
+        prompt=_text(row, "prompt_id") or key,
         pair=pair,
         texts=texts,
         outcome=outcome,

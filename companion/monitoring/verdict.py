@@ -68,7 +68,7 @@ def judge(
             advice.append(told["advice"])
     if golden is not None and not golden["ok"]:
         lines = [str(line) for line in golden.get("lines", [])]
-        if golden["state"] == "unreachable":
+        if golden["state"] != "moved":  # not reached; or another hash, and the same scores
             warnings += lines
         else:
             reasons = [*lines, *reasons]
@@ -88,7 +88,7 @@ def judge(
             f"{evidence.again:,} of {len(labels):,} pairs are of prompts that an earlier look has "
             "bet on; a prompt speaks once: label fresh prompts"
         )
-    fault = golden is not None and golden["state"] in ("moved", "changed")
+    fault = golden is not None and golden["state"] == "moved"
     alarm = any(test["alarm"] for test in tests)
     verdict = "fault" if fault else "retrain" if alarm else "warning" if warnings else "fine"
     return {
