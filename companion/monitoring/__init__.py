@@ -22,6 +22,14 @@ if TYPE_CHECKING:
         check_target as check_target,
         read_golden as read_golden,
     )
+    from companion.monitoring.label_page import LabelServer as LabelServer
+    from companion.monitoring.labelling import (
+        Labelling as Labelling,
+        LabelPair as LabelPair,
+        label_figures as label_figures,
+        read_pairs as read_pairs,
+        shown_first as shown_first,
+    )
     from companion.monitoring.plan import (
         Calibration as Calibration,
         Level as Level,
@@ -35,10 +43,17 @@ if TYPE_CHECKING:
         promise as promise,
         simulate as simulate,
     )
+    from companion.monitoring.prometheus import write_prometheus as write_prometheus
     from companion.monitoring.retraining import (
         Retraining as Retraining,
         is_better as is_better,
         retrain as retrain,
+    )
+    from companion.monitoring.sampling import (
+        PromptCompletions as PromptCompletions,
+        Sample as Sample,
+        read_completions as read_completions,
+        sample_pairs as sample_pairs,
     )
     from companion.monitoring.traffic import (
         TrafficSummary as TrafficSummary,

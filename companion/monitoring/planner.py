@@ -19,7 +19,7 @@ from companion.errors import DataError
 from companion.functional.betting import BET_SHARES, log_growth, mix, mix_starts
 from companion.functional.resampling import Array
 from companion.monitoring.evidence import calibration_weights, worst_of
-from companion.monitoring.plan import Plan, make_plan, shortfalls
+from companion.monitoring.plan import Level, Plan, make_plan, shortfalls
 
 #: most labels a week that the planner thinks of
 MOST: Final = 20_000
@@ -183,7 +183,7 @@ def simulate(
         margins, right = population.draw(rng, (runs, prompts), now)
         means = right.mean(axis=-1)
         if "accuracy" in tests:
-            levels = [plan.accuracy for plan in plans]
+            levels = [_accuracy(plan) for plan in plans]
             growth["accuracy"].append(_level_growth(levels, means))
         if has_slices:
             of_slice = np.arange(prompts) % population.slices
@@ -221,7 +221,7 @@ def _tables(
     alone = np.broadcast_to(margins[:, None], shape), np.broadcast_to(right[:, None], shape)
     tables = {}
     if "accuracy" in tests:
-        null = np.array([p.accuracy.null for p in plans])[:, None, None]
+        null = np.array([_accuracy(p).null for p in plans])[:, None, None]
         tables["accuracy"] = log_growth((null - alone[1]) / (1 - null), BET_SHARES)
     if "calibration" in tests:
         # [runs, atoms, sides, 1 + bins, bets]: each atom is a prompt, and a run of its own
@@ -232,9 +232,14 @@ def _tables(
     return tables
 
 
+def _accuracy(plan: Plan) -> Level:
+    assert plan.accuracy is not None
+    return plan.accuracy
+
+
 def _alpha(plan: Plan, name: str) -> float:
     if name == "accuracy":
-        return plan.accuracy.alpha
+        return _accuracy(plan).alpha
     assert plan.calibration is not None
     return plan.calibration.alpha
 

@@ -182,12 +182,13 @@ def retrain(
         and an output that exists.
     """
     from companion.training import train_pairwise
+    from companion.training.trainer import whole_parameters
 
     manifest = _manifest_of(old_model)
     origin = str(old_model) if start == "old" else _base_of(manifest, base, old_model)
     target, rejected, part, kept = _places(output)
     fixed = {"model_name_or_path": origin, "dataset_name": data, "output_dir": str(part)}
-    defaults = settings_of(manifest)
+    defaults = _settings_of(manifest)
     given, model, config = (arguments or _arguments_of(settings))({**defaults, **fixed})
     _check(start, given, model, config, fixed)
     main = config.process_index == 0
@@ -206,7 +207,8 @@ def retrain(
 
     with config.main_process_first(local=False):
         if main:
-            _check_golden(str(old_model), config.trust_remote_code)
+            with whole_parameters():
+                _check_golden(str(old_model), config.trust_remote_code)
             _prepare(part, kept, rows, result, manifest, bool(config.resume_from_checkpoint))
     template = kept / _TEMPLATE
     if config.chat_template_path is None and template.exists():
@@ -231,7 +233,8 @@ def retrain(
         train_pairwise(own, started, pairs, say=tell)
     if main:
         gc.collect()  # what the trainings held
-        _compare(result, made, rows, config.trust_remote_code, target.name)
+        with whole_parameters():
+            _compare(result, made, rows, config.trust_remote_code, target.name)
         on = result.comparisons
         result.published, result.reasons = is_better(on["old"], on["new"], margin, tolerance)
         result.folder = target if result.published else rejected
@@ -299,7 +302,7 @@ def _places(output: str | os.PathLike[str]) -> list[Path]:
     return places
 
 
-def settings_of(manifest: RewardManifest) -> dict[str, Any]:
+def _settings_of(manifest: RewardManifest) -> dict[str, Any]:
     """Settings of training that a new run takes over from the one that made a model.
 
     What an old run's machine or its length decided is left out.
@@ -386,7 +389,6 @@ def _rows(
     trained = manifest.data.get("train", {}).get("sha256") == dataset_fingerprint(sets["train"])
     apart = type(data)(
         dataset_name=os.fspath(new) if isinstance(new, os.PathLike) else new,  # type: ignore[arg-type]
-        columns=_verdict_column(new),
         margins=data.margins,
         on_error=data.on_error,
     )
@@ -445,18 +447,6 @@ def _rows(
     }
     train = kept.pop("old") + kept.pop("new")
     return {"train": train, **kept}, counts, notes
-
-
-def _verdict_column(new: Source) -> list[str] | None:
-    """``label`` beside ``a`` and ``b`` is what training calls ``preference``."""
-    from companion.data.sources import open_source
-
-    _, records = open_source(new, split="train", name=None, revision=None, rename={})
-    for _, first in records:
-        names = set(first) if isinstance(first, dict) else set()
-        other = {"chosen", "preference", "winner"} & names
-        return ["label=preference"] if {"a", "b", "label"} <= names and not other else None
-    return None
 
 
 def _same_form(parts: Mapping[str, Rows], text: str | None) -> None:

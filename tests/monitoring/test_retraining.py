@@ -217,7 +217,7 @@ def poisoned(room: Path) -> Path:
 def test_the_old_weights_do_not_matter_unless_one_goes_on_from_them(
     room: Path, done: Any, poisoned: Path, tmp_path: Path
 ) -> None:
-    """From the base, the same to the last bit; going on from the old model, both differ."""
+    """From the base, the same to the last bit; without a step, going on leaves all as it is."""
     right = load_file(room / "next" / "model.safetensors")
 
     def gap(folder: Path) -> float:
@@ -226,8 +226,11 @@ def test_the_old_weights_do_not_matter_unless_one_goes_on_from_them(
 
     from_base = again(room, tmp_path / "from-base", old_model=poisoned)
     assert gap(from_base.folder) == 0
-    went_on = again(room, tmp_path / "went-on", old_model=poisoned, start="old")
+    settings = {"start": "old", "learning_rate": 0.0}
+    went_on = again(room, tmp_path / "went-on", old_model=poisoned, **settings)
     assert gap(went_on.folder) > 1
+    assert same_weights(poisoned, went_on.folder)
+    assert not went_on.published
     assert RewardManifest.load(went_on.folder).base_model == str(poisoned)
     with pytest.raises(CompanionError, match="reward model and no base"):
         again(room, tmp_path / "third", old_model=went_on.folder, dry_run=True)
@@ -240,7 +243,8 @@ def test_a_model_that_moved_is_refused_before_the_training(
     shutil.copytree(room / "old", moved)
     shutil.copy(poisoned / "model.safetensors", moved)
     with pytest.raises(CompanionError, match="not as it was saved"):
-        again(room, tmp_path / "next", old_model=moved, num_train_epochs=1000)
+        again(room, tmp_path / "next", old_model=moved)
+    assert list(tmp_path.iterdir()) == [moved]
 
 
 @pytest.mark.slow
@@ -597,6 +601,4 @@ def test_the_tutors_policy_drifts_and_the_new_model_follows(tmp_path: Path) -> N
     assert result.published
     assert result.plan["old_held_out_is_clean"]
     assert found["difference"] > 0.04
-    assert (
-        found["old"]["mean"] < result.comparisons["old"].metrics["pairs"]["accuracy"]["old"]["mean"]
-    )
+    assert found["old"]["mean"] < known["old"]["mean"] - 0.1  # what the drift cost
