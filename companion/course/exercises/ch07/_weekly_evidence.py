@@ -64,7 +64,7 @@ def _ties(attempt: Attempt) -> None:
 
 
 def broken(right: Weeks, a0: float, stake: float) -> Any:
-    out = []
+    out: list[float] = []
     for week in right:
         wealth = 1.0
         if not week:
