@@ -103,6 +103,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("ch07.what_it_shows", "What a perfect model shows", "predict, then run", 10, 1),
     Entry("ch07.overconfidence", "Surer than it is right", "write it", 20, 2),
     Entry("ch07.weekly_evidence", "A bettor with five bugs", "find the bug", 20, 2),
+    Entry("ch07.rows_to_bet_on", "Which labels may raise an alarm", "write it", 15, 2),
     Entry("ch07.labels_to_alarm", "How many labels at the least", "derive it", 20, 3),
 )
 

@@ -229,6 +229,18 @@ def weekly_evidence_by_product(right, a0, stake):
     return np.array(out)
 
 
+@right("ch07.rows_to_bet_on")
+def rows_by_looks_back(rows):
+    chosen = []
+    for i, row in enumerate(rows):
+        before = [r for r in rows[:i] if r.get("sampling") == "random"]
+        if row.get("sampling") != "random" or any(r["id"] == row["id"] for r in before):
+            continue
+        if not any(r["prompt_id"] == row["prompt_id"] and r["look"] != row["look"] for r in before):
+            chosen.append(i)
+    return chosen
+
+
 @right("ch07.labels_to_alarm")
 def labels_by_search(a0, a1, alpha):
     if a1 >= a0:

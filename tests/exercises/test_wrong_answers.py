@@ -707,6 +707,21 @@ def weekly_evidence_last(right, a0, stake):
     return 0.0
 
 
+@wrong("ch07.rows_to_bet_on", mutant="each_look")
+def rows_once_an_id(rows):
+    ids, chosen = set(), []
+    for i, row in enumerate(rows):
+        if row.get("sampling") == "random" and row["id"] not in ids:
+            ids.add(row["id"])
+            chosen.append(i)
+    return chosen
+
+
+@wrong("ch07.rows_to_bet_on", says=KIND)
+def rows_counted(rows):
+    return len(rows)
+
+
 @wrong("ch07.labels_to_alarm", mutant="straight")
 def labels_by_the_mean(a0, a1, alpha):
     if a1 >= a0:
