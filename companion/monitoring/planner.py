@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-from scipy import stats
+from scipy.special import ndtr
 
 from companion.errors import DataError
 from companion.functional.betting import BET_SHARES, log_growth, mix, mix_starts
+from companion.functional.calibration import fit_temperature
 from companion.functional.resampling import Array
 from companion.monitoring.evidence import calibration_weights, worst_of
 from companion.monitoring.plan import Plan, make_plan, shortfalls
@@ -78,7 +79,7 @@ class Population:
         # pairs of one prompt stand or fall together; each alone is as likely right as it says
         shared = math.sqrt(LIKENESS) * rng.standard_normal((*shape, 1))
         own = math.sqrt(1 - LIKENESS) * rng.standard_normal(margins.shape)
-        return margins, (stats.norm.cdf(shared + own) < p).astype(np.float64)
+        return margins, (ndtr(shared + own) < p).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def draw_plan(
         names,
         model="simulated",
         model_version="",
-        temperature=1 / population.inverse,
+        temperature=fit_temperature(signed),
         slices=slices,
         **settings,
     )
@@ -167,7 +168,9 @@ def simulate(
     ]
     prompts = max(a_week // pairs, 1)
     growth: dict[str, list[Array]] = {name: [] for name in tests}
-    has_slices = "slices" in tests and population.slices > 0
+    # (too small a reference has slices that are not bet on; all references are of one size)
+    slices = [s for s in range(population.slices) if f"s{s}" in plans[0].slices]
+    has_slices = "slices" in tests and bool(slices)
     counted = None
     if pairs == 1 and not has_slices and population.margins.size <= _COUNTED:
         counted = _tables(population, plans, tests)
@@ -189,7 +192,7 @@ def simulate(
             of_slice = np.arange(prompts) % population.slices
             parts = [
                 _level_growth([p.slices[f"s{s}"] for p in plans], means[:, of_slice == s])
-                for s in range(population.slices)
+                for s in slices
             ]
             growth["slices"].append(np.stack(parts, axis=1))
         if "calibration" in tests:
@@ -258,6 +261,14 @@ def _calibration_growth(plans: Sequence[Plan], margins: Array, right: Array) -> 
     )
     sides = []
     both = shortfalls(margins, right, low, high, tolerance)
+    if margins.shape[-1] == 1:  # each in one bin, so that a bet's growth is computed once
+        inside = places[..., 0] == np.arange(len(own[0].edges) + 1)[:, None, None]
+        chosen = np.concatenate([np.ones((1, *inside.shape[1:])), inside]).swapaxes(0, 1)
+        each = [
+            log_growth(side / most[..., None], BET_SHARES)
+            for side, most in zip(both, worst, strict=True)
+        ]
+        return np.stack([chosen @ grown for grown in each], axis=1)
     for side, most in zip(both, worst, strict=True):
         bins = [side.mean(axis=-1)]
         bins += [np.where(places == b, side, 0.0).mean(-1) for b in range(len(own[0].edges) + 1)]
