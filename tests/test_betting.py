@@ -11,8 +11,10 @@ from scipy import stats
 from companion.errors import DataError, ShapeError
 from companion.functional.betting import (
     BET_SHARES,
+    TUNED,
     bets_of,
     by_group,
+    evidence_above,
     likely_start,
     log_growth,
     mean_lower_limit,
@@ -80,8 +82,13 @@ def test_the_likely_start_is_the_best_of_all_starts() -> None:
 def test_pairs_of_a_prompt_are_one_bet() -> None:
     means = by_group([1.0, 0.0, 1.0, 1.0, 0.5], ["b", "a", "b", "c", "a"])
     assert means.tolist() == [1.0, 0.25, 1.0]
-    with pytest.raises(ShapeError):
-        by_group([1.0], ["a", "b"])
+    several = by_group([[1.0, 0.0, 3.0], [2.0, 4.0, 0.0]], ["b", "a", "b"])
+    assert several.tolist() == [[2.0, 0.0], [1.0, 4.0]]
+    for values, groups in (([1.0], ["a", "b"]), ([], [])):
+        with pytest.raises(ShapeError):
+            by_group(values, groups)
+    with pytest.raises(DataError, match="NaN"):
+        by_group([float("nan")], ["a"])
 
 
 # --- e-values, and what is none ---------------------------------------------------------------
@@ -195,6 +202,24 @@ def test_a_limit_of_a_mean_is_refused_what_it_does_not_hold_for() -> None:
             mean_lower_limit([0.5], alpha)
     with pytest.raises(ShapeError):
         mean_lower_limit([], 0.05)
+
+
+def test_evidence_above_a_level_is_an_e_value_and_not_a_weak_one() -> None:
+    """In the mean at most 1 at the true mean, whatever the values; less for all below it."""
+    seed, runs, n = 30, 2000, 120
+    rng = np.random.default_rng(seed)
+    for values in (rng.beta(3, 1, (runs, n)), (rng.random((runs, n)) < 0.75).astype(float)):
+        at_true = np.array([evidence_above(one, [0.75])[0] for one in values])
+        mean, error = mean_and_error(np.exp(at_true))
+        print("seed", seed, mean, "+-", error)
+        assert abs(mean - 1) < 4 * error
+        # 2.4 standard errors below: about 2.4**2 / 2 in the mean, which no bet of a kind exceeds
+        below = 0.75 - TUNED * values.std() / np.sqrt(n)
+        assert np.mean([evidence_above(one, [below])[0] for one in values]) > 0.75 * TUNED**2 / 2
+    levels = np.linspace(0.01, 1.0, 50)
+    assert (np.diff(evidence_above(values[0], levels)) < 0).all()
+    with pytest.raises(DataError):
+        evidence_above([1.5], [0.5])
 
 
 # --- limits of the temperature -----------------------------------------------------------------
