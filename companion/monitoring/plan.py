@@ -27,7 +27,7 @@ SHARES: Final = {"accuracy": 0.4, "calibration": 0.4, "slices": 0.2}
 #: of a test's alpha, what is paid for the reference's limit; the rest is the bettor's
 LIMIT_SHARE: Final = 0.5
 #: bins of the confidence in which the calibration is bet on, beside all of it together
-BINS: Final = 5
+BINS: Final = 3
 #: into how many parts the values from a limit to the estimate are cut
 PARTS: Final = 10
 #: fewer prompts than this make no reference

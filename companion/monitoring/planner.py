@@ -375,26 +375,28 @@ def promise(
     rng = np.random.default_rng(seed)
     plans = [draw_plan(few, reference, rng, **settings) for _ in range(runs)]
 
-    def alarms(a_week: int) -> Array:
+    def alarms(a_week: int, some: Sequence[Plan] = plans) -> Array:
         found = simulate(
             few,
             reference=reference,
             a_week=a_week,
             weeks=within,
-            runs=runs,
+            runs=len(some),
             seed=seed,
             change=change,
-            plans=plans,
+            plans=some,
             tests=(test,),
         )
         return found[test]
 
-    def caught(a_week: int) -> float:
-        return float((alarms(a_week) > 0).mean())
+    def caught(a_week: int, some: Sequence[Plan] = plans) -> float:
+        return float((alarms(a_week, some) > 0).mean())
 
     asked = {"change": change.kind, "size": change.size, "within": within, "power": power}
     asked |= {"reference": reference}
-    high = 16  # doubled until it is enough
+    high = 16  # doubled until it is enough, first for few runs, as that is soon known
+    while high < MOST and caught(high, plans[:_PART]) < power - 0.1:
+        high = min(2 * high, MOST)
     while (share := caught(high)) < power:
         if high >= MOST:
             return {**asked, "labels_a_week": None, "median_weeks": None, "caught": share}

@@ -11,7 +11,7 @@ import pytest
 from companion.errors import DataError
 from companion.functional.betting import bets_of, by_group, log_growth, mix, mix_starts
 from companion.monitoring.evidence import Evidence, Labels, calibration_weights, measure, worst_of
-from companion.monitoring.plan import FEWEST, PARTS, Level, Plan, make_plan, rightness, shortfalls
+from companion.monitoring.plan import BINS, FEWEST, PARTS, Level, Plan, make_plan, rightness, shortfalls
 from companion.monitoring.planner import Change, Population, draw_plan, promise, simulate
 
 
@@ -112,10 +112,10 @@ def test_a_calibration_by_hand() -> None:
         strict=True,
     ):  # fmt: skip
         wealth = ((1 + bets_of(worst) * short) / 2 + 1 / 2).mean()
-        # in all pairs and in its bin; four bins are empty
-        total += np.exp(said) * (0.5 * wealth + 0.1 * wealth + 0.4) / 2
+        # in all pairs and in its bin; two bins are empty
+        total += np.exp(said) * (wealth / 2 + wealth / 6 + 1 / 3) / 2
     assert np.exp(test.log_e[0]) == pytest.approx(total)
-    assert calibration_weights(5).tolist() == [0.5, *[0.1] * 5]
+    assert calibration_weights(BINS).tolist() == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6])
 
 
 # --- what must not matter, and what must --------------------------------------------------------
@@ -332,7 +332,7 @@ def test_what_is_simulated_is_what_is_measured(
         log_e = (mix(mix_starts(seen[0][:, run])) + plan.accuracy.log_e).min(axis=-1)
         assert tests[0].log_e == pytest.approx(log_e, abs=1e-9)
         assert plan.calibration is not None
-        grown = mix(mix(mix_starts(seen[-1][:, run])), calibration_weights(5))
+        grown = mix(mix(mix_starts(seen[-1][:, run])), calibration_weights(BINS))
         sides = (grown + plan.calibration.log_e).min(axis=-1)
         assert tests[1].log_e == pytest.approx(mix(sides), abs=1e-9)
         for s, test in enumerate(tests[2:]):
@@ -378,7 +378,7 @@ def test_what_is_counted_is_what_is_measured(slices: int, monkeypatch: pytest.Mo
     for run, plan in enumerate(plans):
         tests = measure(plan, labels_of(draws[run], slices)).tests
         assert plan.calibration is not None
-        grown = mix(mix(mix_starts(seen[-1][:, run])), calibration_weights(5))
+        grown = mix(mix(mix_starts(seen[-1][:, run])), calibration_weights(BINS))
         sides = (grown + plan.calibration.log_e).min(axis=-1)
         assert tests[1].log_e == pytest.approx(mix(sides), abs=1e-9)
         log_e = (mix(mix_starts(seen[0][:, run])) + plan.accuracy.log_e).min(axis=-1)
