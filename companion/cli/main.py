@@ -5,7 +5,8 @@ returns the exit code. Its line of help stands in the table below, so that ``com
 imports nothing heavy. A command whose flags belong to another parser (``train``, whose fields come
 from dataclasses) takes what follows its name as it is: ``run_argv(argv)``.
 
-Exit codes: 0 success; 1 a run that ended without reaching its goal; 2 wrong use or bad input.
+Exit codes: 0 success; 1 a run that ended without reaching its goal; 2 wrong use or bad input. The
+help of a command names those of its own.
 """
 
 from __future__ import annotations
@@ -29,10 +30,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("companion.cli.score", "score a JSONL file of texts, messages or completions"),
     "serve": ("companion.cli.serve", "serve a reward model over HTTP, for RL jobs and people"),
     "compare": ("companion.cli.compare", "how scores, ranks and decisions move between two models"),
+    "retrain": (
+        "companion.cli.retrain",
+        "train anew on old and new pairs, and publish the model if it is better",
+    ),
     "export": ("companion.cli.export", "what makes vLLM or OpenRLHF give a model's z itself"),
     "rank": ("companion.cli.rank", "choose the best of N completions; data for fine-tuning"),
     "judge": ("companion.cli.judge", "ask a language model which completion is better"),
     "judge-report": ("companion.cli.judge_report", "a judge's biases; who agrees with whom"),
+    "sample": ("companion.cli.sample", "which completions of your policy to label next, as pairs"),
+    "label": ("companion.cli.label", "judge pairs on a page of this machine, by keyboard"),
+    "monitor": ("companion.cli.monitor", "watch a reward model age; alarms that do not cry wolf"),
     "progress": ("companion.cli.progress", "which of the course's exercises you have solved"),
     "make-base": ("companion.cli.make_base", "train the tutor base that ships with the companion"),
 }
@@ -82,7 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(sub)
         # (a command that starts itself again needs its words too)
         own = {"words": args.rest} if hasattr(module, "KEEPS_WORDS") else {}
-        return int(module.run(sub.parse_args(args.rest, argparse.Namespace(**own))))
+        given, rest = sub.parse_known_args(args.rest, argparse.Namespace(**own))
+        if hasattr(module, "TAKES_SETTINGS"):
+            given.settings = rest
+        elif rest:
+            sub.error(f"unrecognized arguments: {' '.join(rest)}")
+        return int(module.run(given))
     except CompanionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

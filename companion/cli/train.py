@@ -47,7 +47,7 @@ def run_argv(argv: Sequence[str]) -> int:
         raise CompanionError(
             f"there is no training of the kind {argv[0]!r}", f"there are: {', '.join(purposes())}"
         )
-    _before_process_group()
+    before_process_group()
     with no_collection():
         training = _load(argv[0])
     gc.freeze()  # accelerate collects before each training: 0.6 s to walk what is imported
@@ -56,7 +56,7 @@ def run_argv(argv: Sequence[str]) -> int:
     if config.process_index == 0:
         print(result.summary())
     del result  # and with it the trainer and its model under DDP, which hold the group
-    _leave_process_group()
+    leave_process_group()
     return 0
 
 
@@ -89,8 +89,12 @@ def _load(name: str) -> Training:
     return Training(kind.rows.upper(), *settings, partial(train, kind))
 
 
-def parse(argv: Sequence[str], kind: str = "pairwise") -> tuple[Any, Any, Any]:
+def parse(
+    argv: Sequence[str], kind: str = "pairwise", defaults: Mapping[str, Any] | None = None
+) -> tuple[Any, Any, Any]:
     """Flags and YAML file to the data arguments, model arguments and settings of the kind.
+
+    `defaults` stand in place of those of the settings; flags and file win over them.
 
     Raises
     ------
@@ -115,6 +119,7 @@ def parse(argv: Sequence[str], kind: str = "pairwise") -> tuple[Any, Any, Any]:
         "[settings]",
         allow_abbrev=False,
     )
+    parser.set_defaults_with_config(**(defaults or {}))
     known = {action.dest for action in parser._actions}
     missing = {
         own.name: own.metadata["not_offered"]
@@ -197,7 +202,7 @@ _WITH_GROUP = (
 )
 
 
-def _before_process_group() -> None:
+def before_process_group() -> None:
     """Import what would own the group of ranks for ever, if DDP or accelerate imported it later."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         for name in _WITH_GROUP:
@@ -205,7 +210,7 @@ def _before_process_group() -> None:
                 importlib.import_module(name)
 
 
-def _leave_process_group() -> None:
+def leave_process_group() -> None:
     """End the group of ranks, and with its last owner the threads of gloo.
 
     Such a thread frees the tensors of a collective after it has returned, for which it needs the

@@ -76,7 +76,8 @@ SIDE_COLUMNS: Final = (
 )
 #: columns that hold the prompt in some files, if one knows that they hold prompts
 _PROMPTS: Final = ("question", "query", "input", "messages", "conversations")
-VERDICT_COLUMNS: Final = ("preference", "winner")
+#: columns that hold the verdict
+VERDICT_COLUMNS: Final = ("preference", "winner", "label")
 _VERDICTS: Final = {
     **dict.fromkeys(("a", "model_a", "response_a", "completion_a"), "a"),
     **dict.fromkeys(("b", "model_b", "response_b", "completion_b"), "b"),
@@ -89,7 +90,8 @@ _MISSING: Final = frozenset(("na", "n/a", "nan", "none", "null"))
 
 #: kind -> fields that a file of that kind has; for the message when none fits
 _FIELDS: Final = {
-    "pairs": "chosen and rejected; completions with ranks or ratings; or a, b and preference",
+    "pairs": "chosen and rejected; completions with ranks or ratings; or a, b and preference "
+    "(winner, label)",
     "rankings": "prompt, completions, and ranks or ratings",
     "outcomes": "prompt, completion, label",
     "steps": "prompt, completions, labels",
@@ -155,7 +157,9 @@ def detect_kind(columns: Iterable[str]) -> str:
 
 
 def _layout(names: set[str], kind: str, asked: bool = False) -> str | None:
-    judged = names & set(VERDICT_COLUMNS) and any(set(s) <= names for s in SIDE_COLUMNS)
+    # (with a completion, `label` says whether that is right)
+    verdicts = names & set(VERDICT_COLUMNS) - ({"label"} if "completion" in names else set())
+    judged = verdicts and any(set(s) <= names for s in SIDE_COLUMNS)
     fits = {
         "preferences": names & {"chosen", "rejected", "rejected_response", "rejected_messages"},
         "judgements": judged,
@@ -217,6 +221,15 @@ def side_columns(row: Mapping[str, Any]) -> tuple[str, str]:
 def verdict_column(row: Mapping[str, Any]) -> str:
     """What the row calls the verdict."""
     return next((column for column in VERDICT_COLUMNS if column in row), VERDICT_COLUMNS[0])
+
+
+def verdict_columns(row: Mapping[str, Any]) -> list[str]:
+    """What of the row is a verdict: ``label`` beside another only if it reads as one."""
+    found = [column for column in VERDICT_COLUMNS if row.get(column) is not None]
+    label = row.get("label")
+    if len(found) > 1 and not (isinstance(label, str) and label.strip().lower() in _VERDICTS):
+        found = [column for column in found if column != "label"]
+    return found
 
 
 def finite(value: Any, name: str, reason: str) -> float:
@@ -437,8 +450,8 @@ def _judged_pair(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     """
     sides, name = side_columns(row), verdict_column(row)
     side = verdict_side(require(row, name), name)
-    for other in VERDICT_COLUMNS:
-        if row.get(other) is not None and verdict_side(row[other], other) != side:
+    for other in verdict_columns(row):
+        if verdict_side(row[other], other) != side:
             raise RowError("verdicts disagree", other, f"{row[other]!r}; {name!r} is {row[name]!r}")
     best, worst = ("a", "b") if side == "a" else ("b", "a")
     for stem in ("score", "rating"):

@@ -20,8 +20,8 @@ import numpy as np
 from companion.evaluation import figures
 from companion.evaluation.pairs import PairEvaluation, subset_rows, summary_rows
 
-_ASSETS = Path(__file__).parents[1] / "assets"
-_TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True)
+ASSETS = Path(__file__).parents[1] / "assets"
+TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True)
 _LONGEST_TEXT = 2000
 _MOST_SUBSETS = 12
 #: colours of the figures -> variables of the page, which differ between light and dark
@@ -38,7 +38,7 @@ _VARIABLES = {
 }
 
 
-def _figure(
+def inline_figure(
     name: str,
     caption: str,
     draw: Callable[..., Any],
@@ -114,7 +114,7 @@ def _figures(
     margins = result.margins[keep]
     for what, percent in (("loss", False), ("accuracy", True)):
         if any(name in row for row in train_log for name in (what, f"eval_{what}")):
-            yield _figure(
+            yield inline_figure(
                 f"training-{what}",
                 f"Training: {what} over the steps"
                 + (", and the best possible on the held-out labels." if best else "."),
@@ -131,19 +131,19 @@ def _figures(
     if len(metrics["subsets"]) > _MOST_SUBSETS:
         caption += f" The {_MOST_SUBSETS} largest of {len(metrics['subsets'])} subsets."
     height = max(2.6, 1.7 + 0.36 * len(rows))
-    yield _figure("accuracy", caption, figures.draw_accuracy, rows, height=height)
+    yield inline_figure("accuracy", caption, figures.draw_accuracy, rows, height=height)
     caption = (
         "Reliability at T = 1: how often the model is right, by how sure it is. Points inside the "
         "bars are what a calibrated model shows by chance."
     )
-    yield _figure("reliability", caption, figures.draw_reliability, margins)
+    yield inline_figure("reliability", caption, figures.draw_reliability, margins)
     warm = metrics.get("at_temperature")
     if warm and warm["temperature"] != 1.0:
         caption = f"Reliability at the model's temperature, T = {warm['temperature']:.2f}."
         scaled = margins / warm["temperature"]
-        yield _figure("reliability-t", caption, figures.draw_reliability, scaled)
+        yield inline_figure("reliability-t", caption, figures.draw_reliability, scaled)
     caption = "Margins of all pairs. Left of 0 the model prefers the rejected completion."
-    yield _figure("margins", caption, figures.draw_margins, margins)
+    yield inline_figure("margins", caption, figures.draw_margins, margins)
     if metrics.get("score_length"):
         link = metrics["score_length"]["spearman"]
         shown = min(2 * margins.size, figures.MOST_POINTS)
@@ -155,7 +155,7 @@ def _figures(
             *(result.chosen_lengths, result.rejected_lengths),
         )
         columns = [values[keep] for values in sides]
-        yield _figure("length", caption, figures.draw_score_by_length, *columns)
+        yield inline_figure("length", caption, figures.draw_score_by_length, *columns)
 
 
 def write_report(
@@ -196,9 +196,9 @@ def write_report(
         ("Most sure, and wrong", bad, "No pair is ordered against its label."),
     )
     facts = {**evaluation.info, **dict(run_info or {})}
-    page = _TEMPLATES.get_template("report.html").render(
+    page = TEMPLATES.get_template("report.html").render(
         title=title,
-        style=(_ASSETS / "report.css").read_text(encoding="utf-8"),
+        style=(ASSETS / "report.css").read_text(encoding="utf-8"),
         longest=_LONGEST_TEXT,
         summary=summary_rows(metrics),
         limited=bool(best),

@@ -7,6 +7,12 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.functional.agreement import (
+        accuracy_ceiling as accuracy_ceiling,
+        annotator_agreement as annotator_agreement,
+        item_agreement as item_agreement,
+        krippendorff_alpha as krippendorff_alpha,
+    )
     from companion.functional.calibration import (
         ReliabilityBins as ReliabilityBins,
         brier_score as brier_score,

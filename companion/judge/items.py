@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from companion.data.formats import (
-    VERDICT_COLUMNS,
     Conversion,
     preference_pair,
     side_columns,
     verdict_column,
+    verdict_columns,
     verdict_side,
     without,
 )
@@ -48,9 +48,9 @@ def read_item(row: Any, mode: str, where: str) -> Item:
     Parameters
     ----------
     row : mapping
-        Pairwise: ``prompt`` with ``a`` and ``b`` (or ``response_a`` …; ``preference`` or ``winner``
-        if there is a verdict), or with ``chosen`` and ``rejected``. Pointwise: ``prompt`` and
-        ``completion``.
+        Pairwise: ``prompt`` with ``a`` and ``b`` (or ``response_a`` …; ``preference``, ``winner``
+        or ``label`` if there is a verdict), or with ``chosen`` and ``rejected``. Pointwise:
+        ``prompt`` and ``completion``.
     mode : {"pairwise", "pointwise"}
     where : str
         The place, for errors.
@@ -94,7 +94,7 @@ def _pair(row: dict[str, Any]) -> Item:
         a, b = (completion_of(row, side) for side in sides)
         if name in row:
             given = verdict_side(row[name], name)
-        rest = without(row, *sides, *VERDICT_COLUMNS)
+        rest = without(row, *sides, *verdict_columns(row))
     prompt = prompt_of(rest)
     texts = {"prompt": spoken(prompt), "a": spoken(a), "b": spoken(b)}
     kept = {**rest, "prompt": prompt, "a": a, "b": b}

@@ -26,6 +26,7 @@ from companion.data.readers import read_rows
 from companion.data.splits import prompt_key
 from companion.errors import DataError, ShapeError
 from companion.evaluation.tables import format_table
+from companion.functional.agreement import annotator_agreement
 from companion.functional.resampling import bootstrap_interval
 from companion.judge.items import GIVEN, spoken
 
@@ -321,8 +322,8 @@ def load_annotations(path: str | os.PathLike[str]) -> Annotations:
     Parameters
     ----------
     path : str or path
-        Rows with ``id``, ``prompt``, ``a``, ``b``, ``preference`` (or ``winner``), ``annotator``,
-        and ``kind`` (``human`` or anything else).
+        Rows with ``id``, ``prompt``, ``a``, ``b``, ``preference`` (or ``winner``, ``label``),
+        ``annotator``, and ``kind`` (``human`` or anything else).
 
     Returns
     -------
@@ -377,7 +378,8 @@ def annotator_report(annotations: Annotations) -> JudgeReport:
     -------
     JudgeReport
         ``pairs``; ``annotators``: the counts of their verdicts; ``with_each_other``: for ``x | y``
-        as :func:`agreement` says; ``with_majority``: against the
+        as :func:`agreement` says; ``people``: of all people together, with the ceiling on accuracy,
+        as :func:`companion.functional.annotator_agreement` says; ``with_majority``: against the
         majority of the people, of a person against that of the *others*. Pairs without a majority
         are left out and counted.
     """
@@ -404,6 +406,9 @@ def annotator_report(annotations: Annotations) -> JudgeReport:
             "pairs": len(annotations.ids),
             "annotators": counts,
             "with_each_other": each,
+            "people": annotator_agreement(codes[:, annotations.human], groups)
+            if people > 1
+            else None,
             "with_majority": majority or None,
         }
     )

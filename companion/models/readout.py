@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from companion.errors import ModelError
-from companion.functional.reduction import How
+
+if TYPE_CHECKING:  # a manifest is read where torch is not loaded: by the monitor
+    from torch import Tensor
+
+    from companion.functional.reduction import How
 
 #: kind of a model -> the rule by which its values are read
 RULES = {
@@ -95,8 +96,8 @@ class TokenReadout:
     def values(self, logits: Tensor) -> Tensor:
         """Logits ``[..., labels]`` to the values in [0, 1] that are aggregated, ``[...]``."""
         if self.labels == 1:
-            return torch.sigmoid(logits.squeeze(-1))
-        bad_neutral_good = torch.softmax(logits, dim=-1)
+            return logits.squeeze(-1).sigmoid()
+        bad_neutral_good = logits.softmax(dim=-1)
         if self.step_score == "good":
             return bad_neutral_good[..., 2]
         return bad_neutral_good[..., 2] + bad_neutral_good[..., 1] / 2
@@ -104,8 +105,8 @@ class TokenReadout:
     def wrong(self, logits: Tensor) -> Tensor:
         """Logits ``[..., labels]`` to P(wrong), ``[...]``."""
         if self.labels == 1:
-            return torch.sigmoid(-logits.squeeze(-1))
-        return torch.softmax(logits, dim=-1)[..., 0]
+            return (-logits.squeeze(-1)).sigmoid()
+        return logits.softmax(dim=-1)[..., 0]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str) -> TokenReadout:

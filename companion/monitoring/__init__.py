@@ -11,10 +11,39 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.monitoring.evidence import Labels as Labels, measure as measure
     from companion.monitoring.golden import (
         GoldenCheck as GoldenCheck,
         check_target as check_target,
         read_golden as read_golden,
+    )
+    from companion.monitoring.label_page import LabelServer as LabelServer
+    from companion.monitoring.labelling import (
+        Labelling as Labelling,
+        LabelPair as LabelPair,
+        label_figures as label_figures,
+        read_pairs as read_pairs,
+        shown_first as shown_first,
+    )
+    from companion.monitoring.plan import Plan as Plan, make_plan as make_plan
+    from companion.monitoring.planner import (
+        Change as Change,
+        Population as Population,
+        draw_plan as draw_plan,
+        promise as promise,
+        simulate as simulate,
+    )
+    from companion.monitoring.prometheus import write_prometheus as write_prometheus
+    from companion.monitoring.retraining import (
+        Retraining as Retraining,
+        is_better as is_better,
+        retrain as retrain,
+    )
+    from companion.monitoring.sampling import (
+        PromptCompletions as PromptCompletions,
+        Sample as Sample,
+        read_completions as read_completions,
+        sample_pairs as sample_pairs,
     )
     from companion.monitoring.traffic import (
         TrafficSummary as TrafficSummary,

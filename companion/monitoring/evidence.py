@@ -150,7 +150,7 @@ def measure(plan: Plan, labels: Labels) -> Evidence:
     kept = labels.part(fresh)
     looks = sorted(set(kept.look.tolist()))
     found = Evidence([], looks, len(kept), int((~fresh).sum()))
-    if not looks:
+    if not looks or plan.accuracy is None:
         return found
     found.tests.append(_level_test("accuracy", plan.accuracy, kept, looks))
     if plan.calibration is not None:

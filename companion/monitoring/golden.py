@@ -10,7 +10,6 @@ which it formats. Ids alone would never see that its template or its tokenizer i
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -23,6 +22,7 @@ import numpy as np
 
 from companion.errors import CompanionError, DataError, ModelError, ServiceError
 from companion.models.golden import HALF_TOLERANCE, GoldenTexts
+from companion.models.manifest import MANIFEST_FILE, RewardManifest
 
 if TYPE_CHECKING:
     from companion.models.identity import Identity
@@ -116,31 +116,27 @@ class GoldenCheck:
         return {"ok": self.ok, **asdict(self)}
 
 
-def read_golden(model: str | os.PathLike[str]) -> dict[str, Any] | None:
+def read_golden(
+    model: str | os.PathLike[str], *, revision: str | None = None
+) -> dict[str, Any] | None:
     """The golden texts of a saved model as plain data, for a plan that outlives the folder.
 
-    A folder's are read without loading torch.
+    A folder's are read without loading torch. None if it has none. `revision` is of a hub id.
 
     Raises
     ------
     ModelError
         If there is no manifest, or it is damaged.
     """
-    file: str | None = str(Path(model) / "reward_manifest.json")
+    file: str | None = str(Path(model) / MANIFEST_FILE)
     if not Path(model).is_dir():
         from companion.models.checkpoint import find_file, resolve
 
-        file = find_file(resolve(model), "reward_manifest.json")
-    try:
-        data = json.loads(Path(str(file)).read_text(encoding="utf-8"))
-        found = data.get("golden_texts")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"{model}: no manifest to be read: {error}", "give a folder that the companion saved"
-        ) from error
-    if found is not None:
-        GoldenTexts.from_dict(found, str(file))
-    return None if found is None else dict(found)
+        file = find_file(resolve(model), MANIFEST_FILE, revision)
+    if file is None:
+        raise ModelError(f"{model}: no {MANIFEST_FILE}", "give a model that the companion saved")
+    found = RewardManifest.load(file).golden_texts
+    return None if found is None else asdict(found)
 
 
 def check_target(
@@ -173,7 +169,8 @@ def check_target(
         cannot tell that the whole folder was replaced by another model's.
     dtype : str, optional
         In which the target is meant to run; default: as the golden texts were made. Half precision
-        has a coarser tolerance, and is named as a change if it is not meant.
+        has a coarser tolerance, and is named as a change if it is not meant: say ``bfloat16`` for
+        an engine on a GPU that runs in it.
     tolerance : float, optional
         Most that a value may move; default: the golden texts', or that of `dtype` if coarser.
     timeout, retries
@@ -199,7 +196,7 @@ def check_target(
         raise DataError(f"protocol is {protocol!r}", "use companion or classify")
     if dtype is not None and dtype not in _DTYPES:
         raise DataError(f"dtype is {dtype!r}", f"use one of: {', '.join(_DTYPES)}")
-    given: Any = read_golden(model) if golden is None else golden
+    given: Any = read_golden(model, revision=revision) if golden is None else golden
     if given is None:
         raise ModelError(
             f"{model}: has no golden texts, so nothing says what it said when it was saved",
@@ -328,7 +325,6 @@ def _why_not_loaded(
     """Part by part: what of a folder cannot be loaded."""
     from companion.models.checkpoint import find_file, resolve
     from companion.models.loading import load_formatter
-    from companion.models.manifest import MANIFEST_FILE, RewardManifest
 
     try:
         file = find_file(resolve(model), MANIFEST_FILE, hub["revision"])
@@ -400,6 +396,7 @@ def _of_server(
     servers = Servers([url], Counter(), backoff=0.5, **{**asked, "api_key": key})
     check = task.check(url)
     scorer = RemoteScorer.from_pretrained(url, model, protocol=protocol, **asked, **hub)
+    scorer.counts["warnings"] += 1  # else its log says that an unfinished text has no end
     try:
         if protocol == "companion":
             kind = _describe(task, check, servers, scorer)
@@ -497,6 +494,7 @@ def _as_rows(task: _Task, check: GoldenCheck, servers: Any) -> list[Any]:
         path, name, body["return"] = "/v1/rewards", "rewards", ["raw"]
     answer = _send(servers, path, body)
     values: list[Any] = [math.nan] * len(items)
+    counted: list[str] = []
     try:
         for one in answer[name]:
             i = one["index"]
@@ -507,12 +505,14 @@ def _as_rows(task: _Task, check: GoldenCheck, servers: Any) -> list[Any]:
                 same = same and one["places"] == task.golden.places[i]
             if not same:
                 check.other_ids.append(i)
-                check.reasons.append(
-                    f"text {i}: the server made {one['n_tokens']} tokens of it, and it had {wanted}"
-                )
+                counted.append(f"{wanted} → {one['n_tokens']}")
     except (LookupError, TypeError) as error:
         raise ServiceError(f"{check.target}{path}: the answer does not fit: {error!r}") from error
     check.other_ids.sort()
+    if counted:
+        more = ", …" if len(counted) > 3 else ""
+        told = f"{', '.join(counted[:3])}{more} tokens"
+        check.reasons.append(f"the server made other token ids of {len(counted)} texts: {told}")
     return [math.nan if value is None else value for value in values]
 
 

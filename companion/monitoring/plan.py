@@ -132,7 +132,9 @@ class Plan:
         See :class:`companion.models.Identity`; scores of another version are refused.
     alpha : float
         Chance that a model that has not changed is ever called worse.
-    accuracy : Level
+    accuracy : Level or None
+        None for a model of a kind that scores no pairs: only its golden texts and its traffic are
+        watched.
     calibration : Calibration or None
         None for a model without a fitted temperature.
     slices : dict of str to Level
@@ -140,20 +142,26 @@ class Plan:
         Which pairs the reference is, in words.
     sampling : str
         The rule by which pairs must have been chosen to be bet on.
-    promise : dict
-        What the planner said; see :mod:`companion.monitoring.planner`.
+    promise : list of dict
+        What the planner said; see :func:`companion.monitoring.promise`.
+    golden : dict or None
+        The golden texts of the model as it was when the watching began.
+    scale : dict or None
+        The manifest's reference: mean, standard deviation and quantiles of raw scores.
     notes : list of str
     """
 
     model: str
     model_version: str
     alpha: float
-    accuracy: Level
-    calibration: Calibration | None
+    accuracy: Level | None = None
+    calibration: Calibration | None = None
     slices: dict[str, Level] = field(default_factory=dict)
     source: str = ""
     sampling: str = "random"
-    promise: dict[str, Any] = field(default_factory=dict)
+    promise: list[dict[str, Any]] = field(default_factory=list)
+    golden: dict[str, Any] | None = None
+    scale: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,7 +172,8 @@ class Plan:
     def from_dict(cls, plain: dict[str, Any]) -> Plan:
         """Read what :meth:`to_dict` wrote."""
         found = dict(plain)
-        found["accuracy"] = Level(**found["accuracy"])
+        if found["accuracy"] is not None:
+            found["accuracy"] = Level(**found["accuracy"])
         if found["calibration"] is not None:
             own = found["calibration"]
             found["calibration"] = Calibration(**{**own, "inverse": tuple(own["inverse"])})

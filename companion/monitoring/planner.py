@@ -20,7 +20,7 @@ from companion.functional.betting import BET_SHARES, log_growth, mix, mix_starts
 from companion.functional.calibration import fit_temperature
 from companion.functional.resampling import Array
 from companion.monitoring.evidence import calibration_weights, worst_of
-from companion.monitoring.plan import Plan, make_plan, shortfalls
+from companion.monitoring.plan import Level, Plan, make_plan, shortfalls
 
 #: most labels a week that the planner thinks of
 MOST: Final = 20_000
@@ -193,7 +193,7 @@ def _simulate(
     right, grown = draw(population, plans, sizes, weeks, change, "calibration" in tests, rng)
     over = {}
     if "accuracy" in tests:
-        log_e = _level_log_e([plan.accuracy for plan in plans], right.sum(axis=2))
+        log_e = _level_log_e([_accuracy(plan) for plan in plans], right.sum(axis=2))
         over["accuracy"] = log_e >= [-math.log(_alpha(plan, "accuracy")) for plan in plans]
     if names:
         each = []
@@ -288,9 +288,14 @@ def _level_log_e(levels: Sequence[Any], counts: Array) -> Array:
     return (mix(mix_starts(grown)) + [level.log_e for level in levels]).min(axis=-1)
 
 
+def _accuracy(plan: Plan) -> Level:
+    assert plan.accuracy is not None
+    return plan.accuracy
+
+
 def _alpha(plan: Plan, name: str) -> float:
     if name == "accuracy":
-        return plan.accuracy.alpha
+        return _accuracy(plan).alpha
     assert plan.calibration is not None
     return plan.calibration.alpha
 

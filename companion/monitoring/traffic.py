@@ -127,6 +127,8 @@ class TrafficSummary:
         Texts by ``model_version``, where they have one.
     begin, end : str or None
         Earliest and latest time, ISO 8601.
+    golden : int
+        Golden texts that were left out.
     bad_rows : int
         Rows that hold no text.
     bad : list of str
@@ -143,6 +145,7 @@ class TrafficSummary:
     versions: dict[str, int] = field(default_factory=dict)
     begin: str | None = None
     end: str | None = None
+    golden: int = 0
     bad_rows: int = 0
     bad: list[str] = field(default_factory=list)
 
@@ -245,7 +248,9 @@ class _Text:
     row: Mapping[str, Any] = field(default_factory=dict)
 
 
-def summarise_traffic(rows: Iterable[Mapping[str, Any] | DataError]) -> TrafficSummary:
+def summarise_traffic(
+    rows: Iterable[Mapping[str, Any] | DataError], *, golden: Iterable[Sequence[int]] = ()
+) -> TrafficSummary:
     """Scores, lengths, and shares of a week of texts.
 
     Parameters
@@ -257,6 +262,9 @@ def summarise_traffic(rows: Iterable[Mapping[str, Any] | DataError]) -> TrafficS
         are known: ``score`` or ``raw``, ``n_tokens``, ``cut_tokens``, ``terminated``, ``warnings``,
         ``prompt_id``, ``model_version``, ``time`` (ISO 8601 or Unix seconds). They are read once,
         and not kept.
+    golden : iterable of sequence of int
+        Token ids of the golden texts: the log of a server that is checked by them holds them, and
+        they are no traffic.
 
     Returns
     -------
@@ -271,7 +279,11 @@ def summarise_traffic(rows: Iterable[Mapping[str, Any] | DataError]) -> TrafficS
     times: list[float] = []
     block: list[_Text] = []
     blocks: list[tuple[int, int]] = []
+    own = {tuple(ids) for ids in golden}
     for number, row in enumerate(rows):
+        if own and isinstance(row, Mapping) and _ids_of(row) in own:
+            found.golden += 1
+            continue
         try:
             if isinstance(row, DataError):
                 raise row
@@ -334,6 +346,7 @@ def merge_summaries(weeks: Sequence[TrafficSummary]) -> TrafficSummary:
         total.texts += week.texts
         total.groups += week.groups
         total.prompts_known += week.prompts_known
+        total.golden += week.golden
         total.bad_rows += week.bad_rows
         total.bad = [*total.bad, *week.bad][:5]
         total.versions = dict(Counter(total.versions) + Counter(week.versions))
@@ -618,6 +631,12 @@ def _text_of(row: Mapping[str, Any], where: str) -> _Text:
         length, unit = len(completion), "characters"
     units = completion.casefold().split() if known else [completion]
     return _Text(units, _key(group), length, unit, known, **shared)
+
+
+def _ids_of(row: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """The token ids of a row, if it has them."""
+    ids = row.get("input_ids")
+    return tuple(ids) if isinstance(ids, list) and ids and isinstance(ids[0], int) else None
 
 
 def _key(group: Any) -> int:

@@ -57,7 +57,10 @@ def check_companion(arguments: list[str], output_dir: Path) -> None:
         return
     parser = argparse.ArgumentParser(exit_on_error=True)
     module.add_arguments(parser)
-    parser.parse_args(rest)
+    if hasattr(module, "TAKES_SETTINGS"):
+        parser.parse_known_args(rest)
+    else:
+        parser.parse_args(rest)
 
 
 def check_verl(words: list[str]) -> None:
@@ -228,7 +231,7 @@ def _own_commands(path: Path) -> list[list[str]]:
 
 
 def _serve_for_a_moment(words: list[str]) -> int:
-    """What ``companion serve`` ends with if it is told to as soon as it is ready."""
+    """What a command that serves ends with if it is told to as soon as it is ready."""
     words = [*words, "--port", "0"]
     command = [sys.executable, "-m", "companion", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
@@ -275,7 +278,7 @@ def test_commands_of_a_page_run_one_after_the_other(
             shutil.copytree(saved_model, name)
     for words in _own_commands(page):
         small = in_small(words, tiny_base, tiny_reward, judge_server)
-        run = _serve_for_a_moment if small[0] == "serve" else main
+        run = _serve_for_a_moment if small[0] in ("serve", "label") else main
         assert run(small) == 0, small
         for flag in ("--output", "--output_dir", "--json"):
             if flag in small:

@@ -249,6 +249,24 @@ def test_judgements_become_pairs_and_ties_are_counted() -> None:
         load_rows([rows[2]] * 2)
 
 
+def test_a_label_is_a_verdict_where_nothing_else_is() -> None:
+    base = {"prompt": "p", "a": "first", "b": "second"}
+    dataset, report = load_rows_with_report(
+        [base | {"label": v} for v in ("a", "b", "tie")], kind="auto"
+    )
+    assert dataset["chosen"][:] == ["first", "second"]
+    assert (report.kind, report.left_out) == ("pairs", {"ties": 1})
+    with pytest.raises(DataError, match=r"field 'label': unknown preference \(0\)"):
+        load_rows([base | {"label": 0}])
+    # beside a preference it may be anything; if it is a verdict, it must be the same one
+    assert rows_of([base | {"preference": "b", "label": 3}])[0]["chosen"] == "second"
+    with pytest.raises(DataError, match="verdicts disagree"):
+        load_rows([base | {"preference": "b", "label": "a"}])
+    # beside a completion it says whether that is right
+    outcome = {"prompt": "p", "completion": "x", "label": True, "a": "y", "b": "z"}
+    assert load_rows_with_report([outcome], kind="auto")[1].kind == "outcomes"
+
+
 def test_step_labels() -> None:
     rows = [
         {"prompt": "p", "completions": ["a", "b"], "labels": [True, False]},

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from chromium import browser as browser
 from served import client as open_client
 
 

@@ -11,7 +11,16 @@ import pytest
 from companion.errors import DataError
 from companion.functional.betting import bets_of, by_group, log_growth, mix, mix_starts
 from companion.monitoring.evidence import Evidence, Labels, calibration_weights, measure, worst_of
-from companion.monitoring.plan import BINS, FEWEST, PARTS, Level, Plan, make_plan, rightness, shortfalls
+from companion.monitoring.plan import (
+    BINS,
+    FEWEST,
+    PARTS,
+    Level,
+    Plan,
+    make_plan,
+    rightness,
+    shortfalls,
+)
 from companion.monitoring.planner import Change, Population, draw_plan, promise, simulate
 
 

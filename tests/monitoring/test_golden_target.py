@@ -313,6 +313,18 @@ def test_damage_to_a_folder_is_named(
     assert plain(check)["ok"] == (state == "ok")
 
 
+def test_a_folder_that_was_replaced_here_too_is_named(
+    folders: Folders, served: Callable[[str], str]
+) -> None:
+    """The server and the folder agree; what was recorded before does not."""
+    golden = read_golden(folders("good"))
+    for fault, named in (("tokenizer", "tokenizer"), ("checkpoint", "weights")):
+        check = check_target(folders(fault), url=served(fault), golden=golden)
+        assert check.state == "moved"
+        assert named in check.changed
+        assert check_target(folders(fault), url=served(fault)).ok
+
+
 # ---------------------------------------------------------------------- what cannot be asked
 
 
@@ -373,7 +385,7 @@ def test_what_cannot_be_checked_is_refused(
     save_reward_model(built(tiny_base), tmp_path / "bare")
     with pytest.raises(ModelError, match="no golden texts"):
         check_target(tmp_path / "bare")
-    with pytest.raises(ModelError, match="no manifest"):
+    with pytest.raises(ModelError, match=r"reward_manifest.json: no such file"):
         check_target(tiny_base)
     with pytest.raises(DataError, match="protocol"):
         check_target(folders("good"), url="http://127.0.0.1", protocol="openai")  # type: ignore[arg-type]

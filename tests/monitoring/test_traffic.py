@@ -159,15 +159,15 @@ def test_a_long_prompt_in_common_is_no_repeat_and_the_same_ids_are() -> None:
 
 def test_the_share_of_repeats_does_not_grow_with_the_week(rng: np.random.Generator) -> None:
     """Texts from a small stock: among more of them, more repeat another."""
-    stock = [" ".join(rng.choice(WORDS, 20)) for _ in range(2000)]
+    stock = [" ".join(rng.choice(WORDS, 12)) for _ in range(1500)]
     shares = []
-    for n in (500, 4000):
+    for n in (500, 2500):
         rows = [{"prompt": str(i), "completion": rng.choice(stock)} for i in range(n)]
         k, of = summarise_traffic(rows).shares["duplicates"]
         assert of == n
         shares.append(k / of)
-    assert abs(shares[0] - shares[1]) < 0.05
-    assert shares[1] < 0.2  # of all 4,000 at once, 57% do
+    assert abs(shares[0] - shares[1]) < 0.07
+    assert shares[1] < 0.25  # of all 2,500 at once, 51% do
 
 
 def test_several_weeks_are_one_summary(rng: np.random.Generator) -> None:
@@ -220,10 +220,10 @@ def test_psi_by_hand() -> None:
 
 
 def test_quiet_weeks_do_not_cry_wolf_whatever_their_size(rng: np.random.Generator) -> None:
-    """False warnings of 1,200 weeks; the customary PSI > 0.1 alone fires in most small ones."""
+    """False warnings of 450 weeks; the customary PSI > 0.1 alone fires in most small ones."""
     false = naive = looks = 0
     for n in (30, 100, 400):
-        for _ in range(40):
+        for _ in range(15):
             baseline = _scores(rng, n * 4)
             for _ in range(10):
                 now = _scores(rng, n)
@@ -232,14 +232,14 @@ def test_quiet_weeks_do_not_cry_wolf_whatever_their_size(rng: np.random.Generato
                 assert now.scores is not None
                 assert baseline.scores is not None
                 naive += population_stability(now.scores, baseline.scores)[0] > 0.1
-    assert false <= 8, f"{false} of {looks}"  # expected at most 1.2; 9 or more: 1 in 100,000
+    assert false <= 5, f"{false} of {looks}"  # expected at most 0.45; 6 or more: 1 in 10^5
     assert naive > 0.2 * looks
 
 
 def test_completions_of_one_prompt_count_once(rng: np.random.Generator) -> None:
     """With 8 correlated completions a prompt; counting texts fires."""
     false = by_texts = 0
-    for _ in range(120):
+    for _ in range(60):
         before, now = (_scores(rng, 240, per_prompt=8) for _ in "ab")
         assert now.groups == 30
         false += "scores" in names(now, before)
@@ -247,7 +247,7 @@ def test_completions_of_one_prompt_count_once(rng: np.random.Generator) -> None:
             one.groups = one.texts
         by_texts += "scores" in names(now, before)
     assert false <= 3
-    assert by_texts > 30
+    assert by_texts > 8  # of 2,000 it was 40%, and none by prompts
 
 
 def _scores(
@@ -274,9 +274,8 @@ def _scores(
         ({"warned": 0.2}, "template_warnings", "template"),
     ],
 )
-def test_a_change_is_told_and_nothing_else(
-    change: dict[str, Any], name: str, says: str, rng: np.random.Generator
-) -> None:
+def test_a_change_is_told_and_nothing_else(change: dict[str, Any], name: str, says: str) -> None:
+    rng = np.random.default_rng(2)  # fixed: of a thousand quiet comparisons one may warn
     usual = {"cut": 0.05, "unfinished": 0.05, "repeated": 0.1}
     before = summarise_traffic(week(np.random.default_rng(1), 800, **usual))
     now = summarise_traffic(week(rng, 400, **{**usual, **change}))
@@ -369,3 +368,5 @@ def test_the_log_of_a_server_is_read(
     assert found.prompts_known == 6
     assert found.groups == 3  # one prompt, and two requests
     assert found.length_unit == "tokens"
+    without = summarise_traffic(read_traffic(tmp_path), golden=[bare, [1, 2]])
+    assert (without.texts, without.golden) == (6, 2)
