@@ -13,15 +13,28 @@ if TYPE_CHECKING:
         item_agreement as item_agreement,
         krippendorff_alpha as krippendorff_alpha,
     )
+    from companion.functional.betting import (
+        bets_of as bets_of,
+        by_group as by_group,
+        evidence_above as evidence_above,
+        likely_start as likely_start,
+        log_growth as log_growth,
+        mean_lower_limit as mean_lower_limit,
+        mix as mix,
+        mix_starts as mix_starts,
+    )
     from companion.functional.calibration import (
         ReliabilityBins as ReliabilityBins,
+        ScoreParts as ScoreParts,
         brier_score as brier_score,
         calibrated_band as calibrated_band,
         confidence_and_correctness as confidence_and_correctness,
         expected_calibration_error as expected_calibration_error,
         fit_temperature as fit_temperature,
+        inverse_temperature_limits as inverse_temperature_limits,
         orient_at_random as orient_at_random,
         reliability_bins as reliability_bins,
+        score_parts as score_parts,
     )
     from companion.functional.labels import (
         STEP_CLASSES as STEP_CLASSES,

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
-    from companion.monitoring.evidence import Labels as Labels, measure as measure
+    from companion.monitoring.evidence import (
+        Evidence as Evidence,
+        Labels as Labels,
+        measure as measure,
+    )
     from companion.monitoring.golden import (
         GoldenCheck as GoldenCheck,
         check_target as check_target,
@@ -25,7 +29,14 @@ if TYPE_CHECKING:
         read_pairs as read_pairs,
         shown_first as shown_first,
     )
-    from companion.monitoring.plan import Plan as Plan, make_plan as make_plan
+    from companion.monitoring.monitor import look as look, plan_of as plan_of
+    from companion.monitoring.plan import (
+        Calibration as Calibration,
+        Level as Level,
+        Plan as Plan,
+        make_plan as make_plan,
+        rightness as rightness,
+    )
     from companion.monitoring.planner import (
         Change as Change,
         Population as Population,
@@ -34,17 +45,20 @@ if TYPE_CHECKING:
         simulate as simulate,
     )
     from companion.monitoring.prometheus import write_prometheus as write_prometheus
+    from companion.monitoring.report import write_monitor_report as write_monitor_report
     from companion.monitoring.retraining import (
         Retraining as Retraining,
         is_better as is_better,
         retrain as retrain,
     )
+    from companion.monitoring.rows import LabelRow as LabelRow, read_labels as read_labels
     from companion.monitoring.sampling import (
         PromptCompletions as PromptCompletions,
         Sample as Sample,
         read_completions as read_completions,
         sample_pairs as sample_pairs,
     )
+    from companion.monitoring.store import Look as Look, Store as Store
     from companion.monitoring.traffic import (
         TrafficSummary as TrafficSummary,
         TrafficWarning as TrafficWarning,
@@ -54,5 +68,6 @@ if TYPE_CHECKING:
         read_traffic as read_traffic,
         summarise_traffic as summarise_traffic,
     )
+    from companion.monitoring.verdict import judge as judge
 else:
     __getattr__, __dir__, __all__ = exports(__name__, __file__)
