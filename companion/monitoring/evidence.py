@@ -138,7 +138,8 @@ def measure(plan: Plan, labels: Labels) -> Evidence:
     ----------
     plan : Plan
     labels : Labels
-        Chosen for labelling by the plan's rule alone, and each pair once.
+        Chosen for labelling by the plan's rule alone, each pair once, and of other prompts than the
+        reference's: its evidence and theirs are multiplied.
     """
     first: dict[str, int] = {}
     for look, prompt in zip(labels.look.tolist(), labels.prompt, strict=True):

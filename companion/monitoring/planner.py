@@ -8,6 +8,7 @@ not only for the one at hand.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -68,6 +69,8 @@ class Population:
         if change.kind == "temperature":
             return _sigmoid(margins * self.inverse / change.size)
         usual = float(_sigmoid(self.margins * self.inverse).mean())
+        if usual - change.size <= 0.5:  # to a coin and beyond, where no margin means anything
+            return np.asarray(p * (1 - change.size / usual))
         return np.asarray(p - change.size * (p - 0.5) / (usual - 0.5))
 
     def draw(
@@ -116,13 +119,16 @@ def draw_plan(
     if population.slices:
         slices = [f"s{int(name) % population.slices}" for name in names]
     signed = np.where(right == 1, margins, -margins).ravel()
+    with warnings.catch_warnings():  # of a model that is hardly better than a coin
+        warnings.simplefilter("ignore")
+        temperature = fit_temperature(signed)
     return make_plan(
         signed,
         np.ones_like(signed),
         names,
         model="simulated",
         model_version="",
-        temperature=fit_temperature(signed),
+        temperature=temperature,
         slices=slices,
         **settings,
     )

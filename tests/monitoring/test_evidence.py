@@ -399,6 +399,11 @@ def test_a_fall_and_a_wrong_temperature_are_as_large_as_they_say() -> None:
     usual = of.right(of.margins).mean()
     fallen = of.right(of.margins, Change("accuracy", 0.05))
     assert fallen.mean() == pytest.approx(usual - 0.05)
+    for inverse in (0.0, 0.02):  # a coin, and hardly more, can fall too
+        poor = replace(of, inverse=inverse)
+        low = poor.right(of.margins, Change("accuracy", 0.2))
+        assert low.mean() == pytest.approx(poor.right(of.margins).mean() - 0.2, abs=1e-3)
+        assert ((low >= 0) & (low <= 1)).all()
     hot = of.right(of.margins, Change("temperature", 2.0))
     assert hot == pytest.approx(1 / (1 + np.exp(-of.margins * 0.3)))
     # dependent pairs are as often right, each by itself
