@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from companion.functional.betting import (
         bets_of as bets_of,
         by_group as by_group,
+        evidence_above as evidence_above,
         likely_start as likely_start,
         log_growth as log_growth,
         mean_lower_limit as mean_lower_limit,

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from companion.monitoring.planner import (
         Change as Change,
         Population as Population,
+        draw_plan as draw_plan,
         promise as promise,
         simulate as simulate,
     )
