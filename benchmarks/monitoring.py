@@ -169,7 +169,7 @@ def false_alarms(args: argparse.Namespace) -> list[dict[str, Any]]:
                 **{name: counts.get(name, 0) for name in ("accuracy", "calibration", "slices")},
                 "any": counts["any"],
                 "naive": counts["naive"],
-                "limits_wrong": sum(plan.accuracy.limit > right for plan in all_plans),
+                "limits_wrong": sum(p.accuracy.limit > right for p in all_plans if p.accuracy),
                 "temperature_sd": float(
                     np.std([p.calibration.temperature for p in all_plans if p.calibration])
                 ),
