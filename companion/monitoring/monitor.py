@@ -124,7 +124,10 @@ def plan_of(
         )
         plan.sampling = sampling
         if not kept.all():
-            plan.notes.append(f"{int((~kept).sum()):,} reference pairs have no score")
+            plan.notes.append(
+                f"{int((~kept).sum()):,} of {len(kept):,} reference pairs have no score (too long, "
+                "most likely), and are no part of the reference"
+            )
         plan.promise = _promises(plan, np.abs(margins), catch, within, power, seed)
     plan.golden = read_golden(model)
     if plan.golden is None:

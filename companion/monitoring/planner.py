@@ -405,6 +405,9 @@ def promise(
 
     asked = {"change": change.kind, "size": change.size, "within": within, "power": power}
     asked |= {"reference": reference}
+    usual = float(few.right(few.margins).mean())
+    if change.kind == "accuracy" and usual - change.size < 0.5:  # there is no such fall: below it
+        return {**asked, "labels_a_week": None, "median_weeks": None, "caught": 0.0}  # is a coin
     high = 16  # doubled until it is enough, first for few runs, as that is soon known
     while high < MOST and caught(high, plans[:_PART]) < power - 0.1:
         high = min(2 * high, MOST)
