@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from companion.monitoring.evidence import (
         Evidence as Evidence,
         Labels as Labels,
+        Test as Test,
         measure as measure,
     )
     from companion.monitoring.golden import (

@@ -22,10 +22,8 @@ TYPED = {
     },
     "book/ch01_bradley_terry.md": {
         "75%": "an accuracy that a reader may meet",
-        "0.8": "an example of a probability",
         "80%": "an example of a probability",
         "0.693": "ln 2, asserted as math.log(2)",
-        "0.3": "what the trap's 1 − mean(p) is like; the cell asserts it for the tutor",
     },
     "book/ch02_readout.md": {
         "0.693": "ln 2",
@@ -43,6 +41,7 @@ TYPED = {
         "1.7": "a score that a reader may meet",
         **dict.fromkeys(("0.8", "1.2", "2.4"), "of a story in an exercise"),
     },
+    "book/ch07_monitoring.md": {"0.7": "of a story in an exercise"},
     "book/glossary.md": {"80%": "an example of a probability", "73%": "σ(1)"},
 }
 
