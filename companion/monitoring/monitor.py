@@ -189,7 +189,8 @@ def look(
     store : Store
     labels : path, optional
         Judgements, see :func:`companion.monitoring.read_labels`. Those that are known are skipped,
-        so that the same file may grow and be given again.
+        so that the same file may grow and be given again. A label belongs to the look that sees it
+        first, however late it comes: what it says was not known before.
     traffic : path, optional
         Texts without labels: a file, or the folder of the server's ``--log_dir``. Those from before
         the last look are skipped, where they say their time.
@@ -268,11 +269,14 @@ def _take(
 ) -> None:
     """Labels of a file into the store, a batch at a time."""
     scorer: Scorer[Any] | None = None
+    reference = set(plan.prompts)
     while batch := list(islice(rows, _BATCH)):
         good = []
         for row in batch:
             if isinstance(row, RowProblem):
                 bad.add(row.reason, str(row))
+            elif row.prompt in reference:
+                bad.add("prompt of the reference", f"id {row.id}: the reference has this prompt")
             elif row.scores is not None and row.model_version != plan.model_version:
                 bad.add(
                     "scores of another model version",

@@ -142,6 +142,8 @@ class Plan:
         Which pairs the reference is, in words.
     sampling : str
         The rule by which pairs must have been chosen to be bet on.
+    prompts : list of str
+        Those of the reference. Labels of the same prompts are no second sample, and are not taken.
     promise : list of dict
         What the planner said; see :func:`companion.monitoring.promise`.
     golden : dict or None
@@ -159,6 +161,7 @@ class Plan:
     slices: dict[str, Level] = field(default_factory=dict)
     source: str = ""
     sampling: str = "random"
+    prompts: list[str] = field(default_factory=list)
     promise: list[dict[str, Any]] = field(default_factory=list)
     golden: dict[str, Any] | None = None
     scale: dict[str, Any] | None = None
@@ -321,6 +324,7 @@ def make_plan(
         calibration,
         {name: level(names == name, own["slices"] / len(kept)) for name in kept},
         source,
+        prompts=sorted(set(prompts)),
         notes=notes,
     )
 

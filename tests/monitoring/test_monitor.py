@@ -216,6 +216,25 @@ def test_bad_rows_are_named_and_skipped(store: Store, give: Callable[..., Path])
     assert "scores of another model version" in verdict["labels"]["refused"]
 
 
+def test_prompts_of_the_reference_are_no_second_sample(
+    store: Store, give: Callable[..., Path]
+) -> None:
+    given = [dict(row, prompt_id=f"r{i}") for i, row in enumerate(rows(seeded(), 50, "w"))]
+    verdict = look(store, labels=give(given))
+    assert verdict["labels"]["refused"] == {"prompt of the reference": 50}
+    assert verdict["labels"]["used"] == 0
+
+
+def test_a_label_that_comes_late_belongs_to_the_look_that_sees_it(
+    store: Store, give: Callable[..., Path]
+) -> None:
+    rng = seeded()
+    look(store, labels=give(rows(rng, 100, "w0", time="2026-03-02T00:00:00Z")))
+    late = rows(rng, 50, "late", time="2026-01-01T00:00:00Z")
+    look(store, labels=give(late))
+    assert np.bincount(store.labels().look).tolist() == [0, 100, 50]
+
+
 def test_ties_count_half(store: Store, give: Callable[..., Path]) -> None:
     given = [dict(row, label="tie") for row in rows(seeded(), 100, "w")]
     verdict = look(store, labels=give(given))
