@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ from companion.monitoring.traffic import (
     compare_traffic,
     merge_summaries,
     read_traffic,
+    seconds_of,
     summarise_traffic,
 )
 from companion.monitoring.verdict import judge
@@ -364,28 +365,18 @@ def _version_of(scorer: Scorer[Any]) -> str:
 
 def _summary(store: Store, plan: Plan, path: str | os.PathLike[str]) -> TrafficSummary:
     """What came since the last look."""
-    ends = [look.traffic["end"] for look in store.looks() if look.traffic and look.traffic["end"]]
-    since = max(ends, default="")
+    ends = [seconds_of(look.traffic["end"]) for look in store.looks() if look.traffic]
+    since = max((end for end in ends if end is not None), default=-math.inf)
     own = [] if plan.golden is None else plan.golden["input_ids"]  # a look's own questions
     return summarise_traffic(_after(read_traffic(path), since), golden=own)
 
 
-def _after(rows: Iterable[Any], since: str) -> Iterator[Any]:
+def _after(rows: Iterable[Any], since: float) -> Iterator[Any]:
     for row in rows:
-        time = row.get("time") if isinstance(row, Mapping) else None
-        if since and time is not None and _utc(time) <= since:
-            continue
-        yield row
-
-
-def _utc(time: Any) -> str:
-    """A time as the summaries write it; one that cannot be read is after all others."""
-    try:
-        if isinstance(time, (int, float)):
-            return datetime.fromtimestamp(time, UTC).isoformat(timespec="seconds")
-        return datetime.fromisoformat(time).astimezone(UTC).isoformat(timespec="seconds")
-    except (TypeError, ValueError, OverflowError, OSError):
-        return "9999"
+        time = seconds_of(row.get("time")) if isinstance(row, Mapping) else None
+        # (the end of a summary has no parts of a second)
+        if time is None or math.floor(time) > since:
+            yield row
 
 
 def _traffic_warnings(store: Store, plan: Plan, summary: TrafficSummary) -> list[str]:

@@ -299,7 +299,7 @@ def summarise_traffic(
             found.bad_rows += 1
             found.bad += [error.what] if len(found.bad) < 5 else []
             continue
-        time = _seconds(row.get("time"))
+        time = seconds_of(row.get("time"))
         times = [min([*times[:1], time]), max([*times[1:], time])] if time is not None else times
         for text in texts:
             found.texts += 1
@@ -715,7 +715,7 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _seconds(time: Any) -> float | None:
+def seconds_of(time: Any) -> float | None:
     """Unix seconds of what a row says; None if it says nothing that is a time."""
     if _is_finite(time):
         return float(time)
