@@ -57,6 +57,7 @@ CHAPTERS: dict[int, tuple[str, str]] = {
     4: ("Training with TRL", "ch04_training"),
     5: ("From scores to behaviour", "ch05_use"),
     6: ("Serving scores", "ch06_serving"),
+    7: ("Watching it age", "ch07_monitoring"),
 }
 
 #: every exercise, in the order of the course
@@ -99,6 +100,11 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("ch06.new_threshold", "The same share from a new version", "write it", 20, 2),
     Entry("ch06.score_by_budget", "Batches within a budget", "write it", 20, 2),
     Entry("ch06.who_is_served", "A queue, and clients that leave", "find the bug", 25, 3),
+    Entry("ch07.what_it_shows", "What a perfect model shows", "predict, then run", 10, 1),
+    Entry("ch07.overconfidence", "Surer than it is right", "write it", 20, 2),
+    Entry("ch07.weekly_evidence", "A bettor with five bugs", "find the bug", 20, 2),
+    Entry("ch07.rows_to_bet_on", "Which labels may raise an alarm", "write it", 15, 2),
+    Entry("ch07.labels_to_alarm", "How many labels at the least", "derive it", 20, 3),
 )
 
 BY_ID: dict[str, Entry] = {entry.id: entry for entry in CATALOGUE}

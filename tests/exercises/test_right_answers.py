@@ -210,6 +210,46 @@ def served_event_by_event(arrivals, tokens, patience, rate):
     return [i in rewarded for i in range(len(arrivals))]
 
 
+@right("ch07.overconfidence")
+def overconfidence_in_a_loop(margin, outcome, bins):
+    held = [[] for _ in range(bins)]
+    for m, won in zip(margin.tolist(), outcome.tolist(), strict=True):
+        sure = 1 / (1 + math.exp(-abs(m)))
+        right_one = 0.5 if m == 0 else won if m > 0 else 1 - won
+        held[min(int((sure - 0.5) * 2 * bins), bins - 1)].append(sure - right_one)
+    return np.array([np.mean(gaps) if gaps else np.nan for gaps in held])
+
+
+@right("ch07.weekly_evidence")
+def weekly_evidence_by_product(right, a0, stake):
+    wealth, out = 1.0, []
+    for week in right:
+        wealth *= math.prod(1 + stake * (a0 - x) for x in week)
+        out.append(math.log(wealth))
+    return np.array(out)
+
+
+@right("ch07.rows_to_bet_on")
+def rows_by_looks_back(rows):
+    chosen = []
+    for i, row in enumerate(rows):
+        before = [r for r in rows[:i] if r.get("sampling") == "random"]
+        if row.get("sampling") != "random" or any(r["id"] == row["id"] for r in before):
+            continue
+        if not any(r["prompt_id"] == row["prompt_id"] and r["look"] != row["look"] for r in before):
+            chosen.append(i)
+    return chosen
+
+
+@right("ch07.labels_to_alarm")
+def labels_by_search(a0, a1, alpha):
+    if a1 >= a0:
+        return [0.0, math.inf]
+    stake = (a0 - a1) / (a0 * (1 - a0))
+    growth = (1 - a1) * math.log(1 + stake * a0) + a1 * math.log(1 - stake * (1 - a0))
+    return [stake, -math.log(alpha) / growth]
+
+
 @pytest.mark.parametrize(("name", "function"), ROWS, ids=[f.__name__ for _, f in ROWS])
 def test_it_passes(name, function):
     result = check(name, function)

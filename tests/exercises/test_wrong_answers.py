@@ -679,6 +679,62 @@ def served_if_work_fits(arrivals, tokens, patience, rate):
     return [count / rate <= wait for count, wait in zip(tokens, patience, strict=True)]
 
 
+# 7
+
+
+@wrong("ch07.overconfidence", mutant="always_one")
+def overconfidence_by_sign(margin, outcome, bins):
+    sure = 1 / (1 + np.exp(-np.abs(margin)))
+    right = np.where(margin == 0, 0.5, margin > 0)
+    place = np.minimum(((sure - 0.5) * 2 * bins).astype(int), bins - 1)
+    return np.array(
+        [(sure - right)[place == b].mean() if (place == b).any() else np.nan for b in range(bins)]
+    )
+
+
+@wrong("ch07.overconfidence", says=KIND)
+def overconfidence_list(margin, outcome, bins):
+    return [0.0] * bins
+
+
+@wrong("ch07.weekly_evidence", mutant="new_money")
+def weekly_evidence_each_alone(right, a0, stake):
+    return [sum(math.log(1 + stake * (a0 - x)) for x in week) for week in right]
+
+
+@wrong("ch07.weekly_evidence", says=KIND)
+def weekly_evidence_last(right, a0, stake):
+    return 0.0
+
+
+@wrong("ch07.rows_to_bet_on", mutant="each_look")
+def rows_once_an_id(rows):
+    ids, chosen = set(), []
+    for i, row in enumerate(rows):
+        if row.get("sampling") == "random" and row["id"] not in ids:
+            ids.add(row["id"])
+            chosen.append(i)
+    return chosen
+
+
+@wrong("ch07.rows_to_bet_on", says=KIND)
+def rows_counted(rows):
+    return len(rows)
+
+
+@wrong("ch07.labels_to_alarm", mutant="straight")
+def labels_by_the_mean(a0, a1, alpha):
+    if a1 >= a0:
+        return 0.0, math.inf
+    stake = (a0 - a1) / (a0 * (1 - a0))
+    return stake, -math.log(alpha) / (stake * (a0 - a1))
+
+
+@wrong("ch07.labels_to_alarm", says=KIND)
+def labels_alone(a0, a1, alpha):
+    return 100.0
+
+
 @pytest.mark.parametrize(
     ("name", "function", "told"), ROWS, ids=[function.__name__ for _, function, _ in ROWS]
 )
