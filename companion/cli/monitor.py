@@ -29,7 +29,8 @@ example:
   companion monitor report watch.sqlite --output report.html
 
 Rows of --labels: id, prompt, chosen, rejected (or a, b, label), and where they are known prompt_id,
-time, annotator, slice, sampling ("random" alone may raise an alarm), scores and model_version.
+time, annotator, slice, sampling ("random" alone may raise an alarm), scores and model_version. A
+label counts once, in the look that sees it first; each prompt is bet on once.
 """
 _RUN_EPILOG = """\
 exit codes: 0 fine, 10 warning, 20 retrain, 30 fault, 2 bad input

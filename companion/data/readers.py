@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TextIO
 
-from companion.data.columns import reader_of
 from companion.data.messages import is_printed
 from companion.data.problems import RowError, RowProblem
 from companion.errors import DataError
@@ -272,6 +271,8 @@ def _guess(cells: list[str]) -> list[Any]:
 def _read_parquet(path: Path) -> Iterator[Record]:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    from companion.data.columns import reader_of  # loads `datasets`, which takes seconds
 
     try:
         file = pq.ParquetFile(path)

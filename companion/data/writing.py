@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from companion.data.columns import array_of
 from companion.data.readers import file_format
 from companion.errors import DataError
 
@@ -97,6 +96,8 @@ def _cell(value: Any) -> Any:
 def _write_parquet(rows: list[dict[str, Any]], part: Path) -> None:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    from companion.data.columns import array_of  # loads `datasets`, which takes seconds
 
     columns = dict.fromkeys(key for row in rows for key in row)
     try:

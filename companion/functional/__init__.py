@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from companion.functional.betting import (
         bets_of as bets_of,
         by_group as by_group,
+        evidence_above as evidence_above,
         likely_start as likely_start,
         log_growth as log_growth,
         mean_lower_limit as mean_lower_limit,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     )
     from companion.functional.calibration import (
         ReliabilityBins as ReliabilityBins,
+        ScoreParts as ScoreParts,
         brier_score as brier_score,
         calibrated_band as calibrated_band,
         confidence_and_correctness as confidence_and_correctness,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
         inverse_temperature_limits as inverse_temperature_limits,
         orient_at_random as orient_at_random,
         reliability_bins as reliability_bins,
+        score_parts as score_parts,
     )
     from companion.functional.labels import (
         STEP_CLASSES as STEP_CLASSES,

@@ -31,6 +31,9 @@ from companion.functional.resampling import Array, Values, vector
 #: sizes of the bets, as shares of the largest one that cannot lose all: each doubles the one before
 BET_SHARES: Final[tuple[float, ...]] = tuple(0.64 * 2.0**-i for i in reversed(range(7)))
 
+#: at how many standard errors the evidence of a sample of known size is greatest
+TUNED: Final = 2.4
+
 
 def bets_of(worst: float) -> Array:
     """The bets that are mixed, ``[7]``, for a shortfall that is never below ``-worst``.
@@ -153,23 +156,35 @@ def likely_start(growth: npt.ArrayLike) -> int:
     return int(np.argmax(mix(since) + np.log(start_prior(len(grown)))))
 
 
-def by_group(values: Values, groups: Sequence[Any] | npt.NDArray[Any]) -> Array:
-    """Mean of the values of each group, ``[groups]``, in the order of the groups' first items.
+def by_group(values: npt.ArrayLike, groups: Sequence[Any] | npt.NDArray[Any]) -> Array:
+    """Mean of the values of each group, ``[..., groups]``, in the order of the groups' first items.
 
     Pairs of one prompt stand or fall together: a bet on each of them would count one piece of
     evidence several times. The mean of a prompt is one bet.
 
+    Parameters
+    ----------
+    values : array ``[..., n]``
+    groups : sequence ``[n]``
+
     Raises
     ------
-    ShapeError
-        If the lengths differ.
+    DataError, ShapeError
+        If a value is NaN, there is none, or the lengths differ.
     """
-    array = vector("values", values)
-    if len(groups) != array.size:
-        raise ShapeError(f"{array.size} values but {len(groups)} groups")
+    array = np.asarray(values, dtype=np.float64)
+    if not array.size:
+        raise ShapeError("values is empty")
+    if np.isnan(array).any():
+        raise DataError("values hold NaN", "leave out what could not be scored, and count it")
+    if len(groups) != array.shape[-1]:
+        raise ShapeError(f"{array.shape[-1]} values but {len(groups)} groups")
     numbers: dict[Any, int] = {}
     index = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
-    return np.asarray(np.bincount(index, weights=array) / np.bincount(index))
+    order = np.argsort(index, kind="stable")
+    counts = np.bincount(index)
+    starts = np.cumsum(counts) - counts
+    return np.asarray(np.add.reduceat(array[..., order], starts, axis=-1) / counts)
 
 
 def mean_lower_limit(values: Values, alpha: float, *, seed: int = 0) -> float:
@@ -201,21 +216,58 @@ def mean_lower_limit(values: Values, alpha: float, *, seed: int = 0) -> float:
     if np.isin(array, (0.0, 1.0)).all():
         ones = float(array.sum())
         return 0.0 if ones == 0 else float(stats.beta.ppf(alpha, ones, n - ones + 1))
-    array = np.random.default_rng(seed).permutation(array)
-    seen = np.arange(1, n + 1)
-    # what was known before each value: a mean and a variance, begun with one imagined value
-    mean = (0.5 + np.cumsum(array)) / (seen + 1)
-    variance = (0.25 + np.cumsum((array - mean) ** 2)) / (seen + 1)
-    before = np.concatenate([[0.25], variance[:-1]])
-    wanted = np.sqrt(2 * np.log(1 / alpha) / (n * before))
+    array, wanted = _in_turn(array, alpha, seed)
 
     def rejected(limit: float) -> bool:
         """Whether betting against means up to `limit` has won 1 / alpha at some time."""
-        bets = np.minimum(wanted, 0.75 / limit)
-        return bool(np.cumsum(np.log1p(bets * (array - limit))).max() >= np.log(1 / alpha))
+        return bool(np.cumsum(_won(array, wanted, limit)).max() >= np.log(1 / alpha))
 
     low, high = 0.0, 1.0  # low is rejected (or 0), high is not
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if rejected(middle) else (low, middle)
     return low
+
+
+def evidence_above(values: Values, levels: npt.ArrayLike, *, seed: int = 0) -> Array:
+    """Log of an e-value against each level, ``[levels]``: that the mean is that, or less.
+
+    By one betting, tuned to a mean that is 2.4 standard errors above the level, where a reference
+    and the labels that are held against it have about equal parts in an alarm.
+
+    Parameters
+    ----------
+    values : array ``[n]``
+        As in :func:`mean_lower_limit`.
+    levels : array ``[levels]``
+        In (0, 1].
+    seed : int
+        Of the order in which they are bet on.
+
+    Raises
+    ------
+    DataError, ShapeError
+        If a value is outside [0, 1] or NaN.
+    """
+    array = vector("values", values)
+    if (array < 0).any() or (array > 1).any():
+        raise DataError("values hold one outside [0, 1]")
+    array, wanted = _in_turn(array, float(np.exp(-(TUNED**2) / 2)), seed)
+    return np.array([_won(array, wanted, level).sum() for level in np.atleast_1d(levels)])
+
+
+def _in_turn(values: Array, alpha: float, seed: int) -> tuple[Array, Array]:
+    """Values in an order, and the bet on each that what came before it asks for."""
+    array = np.random.default_rng(seed).permutation(values)
+    seen = np.arange(1, array.size + 1)
+    # what was known before each value: a mean and a variance, begun with one imagined value
+    mean = (0.5 + np.cumsum(array)) / (seen + 1)
+    variance = (0.25 + np.cumsum((array - mean) ** 2)) / (seen + 1)
+    before = np.concatenate([[0.25], variance[:-1]])
+    return array, np.sqrt(2 * np.log(1 / alpha) / (array.size * before))
+
+
+def _won(values: Array, wanted: Array, level: float) -> Array:
+    """Log of what each bet against a mean up to `level` multiplies the wealth by."""
+    bets = np.minimum(wanted, 0.75 / max(level, 1e-12))
+    return np.asarray(np.log1p(bets * (values - level)))

@@ -388,7 +388,7 @@ def inverse_temperature_limits(
     Raises
     ------
     DataError
-        If the margins order every pair rightly (1/T has no bound) or there are fewer than two
+        If the margins order no pair wrongly (1/T has no bound) or there are fewer than two
         groups.
     ShapeError
         If the lengths differ.
@@ -402,17 +402,18 @@ def inverse_temperature_limits(
         """Slope of the log likelihood, pair by pair."""
         return np.asarray(array * (won - _sigmoid(array * inverse)))
 
+    # how much is ordered wrongly: the slope's limit for a large 1/T, as the slope itself underflows
+    if not (np.abs(array) * np.where(array > 0, 1 - won, won)).sum() > 0:
+        raise DataError(
+            "no pair is ordered wrongly: the temperature has no bound",
+            "take more pairs, some of which the model gets wrong",
+        )
     if score(0.0).sum() <= 0:
         best = 0.0
     else:
         high = 1 / max(float(np.abs(array).max()), 1e-12)
         while score(high).sum() > 0:
             high *= 2
-            if high > 1e9:
-                raise DataError(
-                    "every pair is ordered rightly: the temperature has no bound",
-                    "take more pairs, some of which the model gets wrong",
-                )
         best = float(brentq(lambda inverse: score(inverse).sum(), 0.0, high))
     names = range(array.size) if groups is None else groups
     index = np.unique(np.asarray([str(name) for name in names]), return_inverse=True)[1]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         read_pairs as read_pairs,
         shown_first as shown_first,
     )
+    from companion.monitoring.monitor import look as look, plan_of as plan_of
     from companion.monitoring.plan import (
         Calibration as Calibration,
         Level as Level,
@@ -40,21 +41,25 @@ if TYPE_CHECKING:
     from companion.monitoring.planner import (
         Change as Change,
         Population as Population,
+        draw_plan as draw_plan,
         promise as promise,
         simulate as simulate,
     )
     from companion.monitoring.prometheus import write_prometheus as write_prometheus
+    from companion.monitoring.report import write_monitor_report as write_monitor_report
     from companion.monitoring.retraining import (
         Retraining as Retraining,
         is_better as is_better,
         retrain as retrain,
     )
+    from companion.monitoring.rows import LabelRow as LabelRow, read_labels as read_labels
     from companion.monitoring.sampling import (
         PromptCompletions as PromptCompletions,
         Sample as Sample,
         read_completions as read_completions,
         sample_pairs as sample_pairs,
     )
+    from companion.monitoring.store import Look as Look, Store as Store
     from companion.monitoring.traffic import (
         TrafficSummary as TrafficSummary,
         TrafficWarning as TrafficWarning,
@@ -64,5 +69,6 @@ if TYPE_CHECKING:
         read_traffic as read_traffic,
         summarise_traffic as summarise_traffic,
     )
+    from companion.monitoring.verdict import judge as judge
 else:
     __getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -2,10 +2,10 @@
 
 Three kinds of bet, on prompts, each of which counts once:
 
-- accuracy: on the share of pairs that the model orders as people do, against the lower limit of
-  the reference's;
+- accuracy: on the share of pairs that the model orders as people do, against what the reference
+  leaves open;
 - calibration: on the winner of each pair, against the probability that the margin stands for at
-  either limit of the reference's temperature; over all pairs, and in bins of the confidence;
+  the temperatures that the reference leaves open; over all pairs, and in bins of the confidence;
 - slices: as accuracy, on a part.
 """
 
@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from companion.functional.betting import (
+    BET_SHARES,
     bets_of,
     by_group,
     likely_start,
@@ -137,7 +138,8 @@ def measure(plan: Plan, labels: Labels) -> Evidence:
     ----------
     plan : Plan
     labels : Labels
-        Chosen for labelling by the plan's rule alone, and each pair once.
+        Chosen for labelling by the plan's rule alone, each pair once, and of other prompts than the
+        reference's: its evidence and theirs are multiplied.
     """
     first: dict[str, int] = {}
     for look, prompt in zip(labels.look.tolist(), labels.prompt, strict=True):
@@ -161,43 +163,45 @@ def measure(plan: Plan, labels: Labels) -> Evidence:
 
 
 def _level_test(name: str, level: Level, labels: Labels, looks: Sequence[int]) -> Test:
-    bets = bets_of(1 - level.null)
     right = rightness(labels.margin, labels.outcome)
-    growth = np.zeros((len(looks), len(bets)))
+    growth = np.zeros((len(looks), len(level.nulls), len(BET_SHARES)))
     for i, look in enumerate(looks):
         own = np.flatnonzero(labels.look == look)
         if own.size:
             means = by_group(right[own], [labels.prompt[j] for j in own])
-            growth[i] = log_growth(level.null - means, bets)
-    test = Test(name, mix(mix_starts(growth)).tolist(), float(-np.log(level.alpha)))
-    return _judged(test, growth, looks)
+            for k, null in enumerate(level.nulls):
+                growth[i, k] = log_growth(null - means, bets_of(1 - null))
+    log_e = mix(mix_starts(growth)) + level.log_e
+    least = log_e.min(axis=-1)
+    test = Test(name, least.tolist(), float(-np.log(level.alpha)))
+    return _judged(test, growth[:, log_e[-1].argmin()], looks)
 
 
 def _calibration_test(calibration: Calibration, labels: Labels, looks: Sequence[int]) -> Test:
     right = rightness(labels.margin, labels.outcome)
-    _, low, high = calibration.inverse
-    both = shortfalls(labels.margin, right, low, high, calibration.tolerance)
     confidence = 1 / (1 + np.exp(-np.abs(labels.margin) / calibration.temperature))
     places = np.searchsorted(calibration.edges, confidence)
     bins = len(calibration.edges) + 1
-    growth = []
-    for side, worst in zip(both, worst_of(calibration.tolerance), strict=True):
-        bets = bets_of(worst)
-        own_growth = np.zeros((len(looks), 1 + bins, len(bets)))
-        for i, look in enumerate(looks):
-            own = np.flatnonzero(labels.look == look)
-            prompts = [labels.prompt[j] for j in own]
-            for b in range(1 + bins):
-                inside = np.ones(own.size) if b == 0 else (places[own] == b - 1).astype(float)
-                own_growth[i, b] = log_growth(by_group(side[own] * inside, prompts), bets)
-        growth.append(own_growth)
+    low, high = np.array(calibration.open)[..., None]
+    both = shortfalls(labels.margin, right, low, high, calibration.tolerance)
+    inside = np.concatenate([np.ones((1, len(labels))), places == np.arange(bins)[:, None]])
+    growth = np.zeros((2, len(looks), len(low), 1 + bins, len(BET_SHARES)))
+    for i, look in enumerate(looks):
+        own = np.flatnonzero(labels.look == look)
+        prompts = [labels.prompt[j] for j in own]
+        for side, worst in enumerate(worst_of(calibration.tolerance)):
+            short = both[side][:, None, own] * inside[:, own]
+            growth[side, i] = log_growth(by_group(short, prompts), bets_of(worst))
     weights = calibration_weights(bins)
-    sides = np.stack([mix(mix(mix_starts(own)), weights) for own in growth])
-    log_e = mix(sides.T)
-    test = Test("calibration", log_e.tolist(), float(-np.log(calibration.alpha)))
+    each = [
+        mix(mix(mix_starts(own)), weights) + log_e
+        for own, log_e in zip(growth, calibration.log_e, strict=True)
+    ]
+    sides = np.stack([own.min(axis=-1) for own in each])
+    test = Test("calibration", mix(sides.T).tolist(), float(-np.log(calibration.alpha)))
     more = int(np.argmax(sides[:, -1]))
     test.side = ("overconfident", "underconfident")[more]
-    return _judged(test, growth[more], looks)
+    return _judged(test, growth[more][:, each[more][-1].argmin()], looks)
 
 
 def _judged(test: Test, growth: Array, looks: Sequence[int]) -> Test:

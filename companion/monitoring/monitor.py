@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ from companion.monitoring.traffic import (
     compare_traffic,
     merge_summaries,
     read_traffic,
+    seconds_of,
     summarise_traffic,
 )
 from companion.monitoring.verdict import judge
@@ -124,7 +125,10 @@ def plan_of(
         )
         plan.sampling = sampling
         if not kept.all():
-            plan.notes.append(f"{int((~kept).sum()):,} reference pairs have no score")
+            plan.notes.append(
+                f"{int((~kept).sum()):,} of {len(kept):,} reference pairs have no score (too long, "
+                "most likely), and are no part of the reference"
+            )
         plan.promise = _promises(plan, np.abs(margins), catch, within, power, seed)
     plan.golden = read_golden(model)
     if plan.golden is None:
@@ -186,7 +190,8 @@ def look(
     store : Store
     labels : path, optional
         Judgements, see :func:`companion.monitoring.read_labels`. Those that are known are skipped,
-        so that the same file may grow and be given again.
+        so that the same file may grow and be given again. A label belongs to the look that sees it
+        first, however late it comes: what it says was not known before.
     traffic : path, optional
         Texts without labels: a file, or the folder of the server's ``--log_dir``. Those from before
         the last look are skipped, where they say their time.
@@ -265,11 +270,14 @@ def _take(
 ) -> None:
     """Labels of a file into the store, a batch at a time."""
     scorer: Scorer[Any] | None = None
+    reference = set(plan.prompts)
     while batch := list(islice(rows, _BATCH)):
         good = []
         for row in batch:
             if isinstance(row, RowProblem):
                 bad.add(row.reason, str(row))
+            elif row.prompt in reference:
+                bad.add("prompt of the reference", f"id {row.id}: the reference has this prompt")
             elif row.scores is not None and row.model_version != plan.model_version:
                 bad.add(
                     "scores of another model version",
@@ -357,28 +365,18 @@ def _version_of(scorer: Scorer[Any]) -> str:
 
 def _summary(store: Store, plan: Plan, path: str | os.PathLike[str]) -> TrafficSummary:
     """What came since the last look."""
-    ends = [look.traffic["end"] for look in store.looks() if look.traffic and look.traffic["end"]]
-    since = max(ends, default="")
+    ends = [seconds_of(look.traffic["end"]) for look in store.looks() if look.traffic]
+    since = max((end for end in ends if end is not None), default=-math.inf)
     own = [] if plan.golden is None else plan.golden["input_ids"]  # a look's own questions
     return summarise_traffic(_after(read_traffic(path), since), golden=own)
 
 
-def _after(rows: Iterable[Any], since: str) -> Iterator[Any]:
+def _after(rows: Iterable[Any], since: float) -> Iterator[Any]:
     for row in rows:
-        time = row.get("time") if isinstance(row, Mapping) else None
-        if since and time is not None and _utc(time) <= since:
-            continue
-        yield row
-
-
-def _utc(time: Any) -> str:
-    """A time as the summaries write it; one that cannot be read is after all others."""
-    try:
-        if isinstance(time, (int, float)):
-            return datetime.fromtimestamp(time, UTC).isoformat(timespec="seconds")
-        return datetime.fromisoformat(time).astimezone(UTC).isoformat(timespec="seconds")
-    except (TypeError, ValueError, OverflowError, OSError):
-        return "9999"
+        time = seconds_of(row.get("time")) if isinstance(row, Mapping) else None
+        # (the end of a summary has no parts of a second)
+        if time is None or math.floor(time) > since:
+            yield row
 
 
 def _traffic_warnings(store: Store, plan: Plan, summary: TrafficSummary) -> list[str]:

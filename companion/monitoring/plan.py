@@ -2,7 +2,10 @@
 
 The reference is labelled pairs of the model as it was released, on prompts that it did not train
 on. What they say is itself an estimate, so that the alarms are not held against the estimates but
-against their confidence limits; the chance that a limit is wrong is paid from the same alpha.
+against all values that their confidence limits leave open: an alarm comes when, of each of these,
+reference and labels together have shown that both cannot be right. (For one true value, e-values of
+two independent samples multiply; the least product over all values is no larger than its own.) The
+chance that a limit is wrong is paid from the same alpha.
 """
 
 from __future__ import annotations
@@ -12,18 +15,21 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import numpy as np
+from scipy import stats
 
 from companion.errors import DataError
-from companion.functional.betting import by_group, mean_lower_limit
+from companion.functional.betting import TUNED, by_group, evidence_above, mean_lower_limit
 from companion.functional.calibration import confidence_and_correctness, inverse_temperature_limits
 from companion.functional.resampling import Array
 
 #: shares of alpha: what is not asked (no slices, no temperature) goes to the others
 SHARES: Final = {"accuracy": 0.4, "calibration": 0.4, "slices": 0.2}
 #: of a test's alpha, what is paid for the reference's limit; the rest is the bettor's
-LIMIT_SHARE: Final = 0.8
+LIMIT_SHARE: Final = 0.5
 #: bins of the confidence in which the calibration is bet on, beside all of it together
-BINS: Final = 5
+BINS: Final = 3
+#: into how many parts the values from a limit to the estimate are cut
+PARTS: Final = 10
 #: fewer prompts than this make no reference
 FEWEST: Final = 100
 
@@ -44,6 +50,11 @@ class Level:
         A fall that is not worth an alarm.
     alpha : float
         Of the bettor: the alarm is at 1 / alpha.
+    open : list of float
+        Accuracies that the reference leaves open, from the limit on; each stands for all up to the
+        next. The limit alone, if not given.
+    log_e : list of float
+        Log of the reference's e-value against each: that the true one is as low as that.
     """
 
     n: int
@@ -52,11 +63,22 @@ class Level:
     limit: float
     tolerance: float
     alpha: float
+    open: list[float] = field(default_factory=list)
+    log_e: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.open:
+            self.open, self.log_e = [self.limit], [0.0]
 
     @property
     def null(self) -> float:
         """Accuracies from here on are no fall."""
         return self.limit - self.tolerance
+
+    @property
+    def nulls(self) -> Array:
+        """The same for each accuracy that the reference leaves open."""
+        return np.asarray(self.open) - self.tolerance
 
 
 @dataclass
@@ -77,6 +99,11 @@ class Calibration:
         shows, if sigmoid(margin / T) does not fit it at any T.
     alpha : float
         As in :class:`Level`.
+    open : list of list of float
+        1/T that the reference leaves open: from the lower limit upwards, to show overconfidence,
+        and from the upper one downwards, to show underconfidence. The limits, if not given.
+    log_e : list of list of float
+        As in :class:`Level`.
     """
 
     temperature: float
@@ -84,6 +111,13 @@ class Calibration:
     edges: list[float]
     tolerance: float
     alpha: float
+    open: list[list[float]] = field(default_factory=list)
+    log_e: list[list[float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.open:
+            self.open = [[float(limit)] for limit in self.inverse[1:]]
+            self.log_e = [[0.0], [0.0]]
 
 
 @dataclass
@@ -108,6 +142,8 @@ class Plan:
         Which pairs the reference is, in words.
     sampling : str
         The rule by which pairs must have been chosen to be bet on.
+    prompts : list of str
+        Those of the reference. Labels of the same prompts are no second sample, and are not taken.
     promise : list of dict
         What the planner said; see :func:`companion.monitoring.promise`.
     golden : dict or None
@@ -125,6 +161,7 @@ class Plan:
     slices: dict[str, Level] = field(default_factory=dict)
     source: str = ""
     sampling: str = "random"
+    prompts: list[str] = field(default_factory=list)
     promise: list[dict[str, Any]] = field(default_factory=list)
     golden: dict[str, Any] | None = None
     scale: dict[str, Any] | None = None
@@ -227,6 +264,9 @@ def make_plan(
     def level(chosen: Any, share: float) -> Level:
         means = by_group(right[chosen], list(groups[chosen]))
         limit = mean_lower_limit(means, share * LIMIT_SHARE)
+        points, log_e = _left_open(
+            limit, max(float(means.mean()), limit), lambda levels: evidence_above(means, levels)
+        )
         return Level(
             int(np.sum(chosen)),
             means.size,
@@ -234,6 +274,8 @@ def make_plan(
             limit,
             accuracy_tolerance,
             share * (1 - LIMIT_SHARE),
+            points,
+            log_e,
         )
 
     calibration = None
@@ -250,12 +292,20 @@ def make_plan(
                 f"{temperature:.3g}: its probabilities are off already, and are held against the "
                 "reference"
             )
+        # (the limits are those of a normal estimate, and so is what is said within them)
+        error = (high - best) / float(stats.t.isf(share * LIMIT_SHARE, found - 1))
+        sides = [
+            _left_open(end, best, lambda values: _normal_evidence(np.abs(values - best) / error))
+            for end in (low, high)
+        ]
         calibration = Calibration(
             temperature,
             (best, low, high),
             edges.tolist(),
             calibration_tolerance,
             2 * share * (1 - LIMIT_SHARE),
+            [side[0] for side in sides],
+            [side[1] for side in sides],
         )
         misfit = _misfit(margins, right, confidence, calibration)
         if misfit > calibration_tolerance:
@@ -274,8 +324,26 @@ def make_plan(
         calibration,
         {name: level(names == name, own["slices"] / len(kept)) for name in kept},
         source,
+        prompts=sorted(set(prompts)),
         notes=notes,
     )
+
+
+def _left_open(limit: float, best: float, evidence: Any) -> tuple[list[float], list[float]]:
+    """Values from the limit to the estimate, and of each part the least that speaks against it.
+
+    Half a stake is kept, so that no value has more than log 2 in its favour: the last part holds
+    all values beyond the estimate too.
+    """
+    points = np.linspace(limit, best, PARTS + 1)
+    against = np.logaddexp(0.0, evidence(points[1:])) - np.log(2)
+    against[-1] = -np.log(2)
+    return points[:-1].tolist(), against.tolist()
+
+
+def _normal_evidence(distance: Array) -> Array:
+    """Log likelihood ratio of a mean of ``TUNED`` standard errors to none."""
+    return np.asarray(TUNED * distance - TUNED**2 / 2)
 
 
 def shortfalls(

@@ -8,15 +8,17 @@ not only for the one at hand.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-from scipy import stats
+from scipy.special import ndtr
 
 from companion.errors import DataError
 from companion.functional.betting import BET_SHARES, log_growth, mix, mix_starts
+from companion.functional.calibration import fit_temperature
 from companion.functional.resampling import Array
 from companion.monitoring.evidence import calibration_weights, worst_of
 from companion.monitoring.plan import Level, Plan, make_plan, shortfalls
@@ -25,6 +27,8 @@ from companion.monitoring.plan import Level, Plan, make_plan, shortfalls
 MOST: Final = 20_000
 #: so many different margins at most are counted in place of drawn
 _COUNTED: Final = 128
+#: runs that are held in memory at a time
+_PART: Final = 50
 #: how alike the labels of two pairs of one prompt are, where a prompt has several
 LIKENESS: Final = 0.5
 
@@ -65,6 +69,8 @@ class Population:
         if change.kind == "temperature":
             return _sigmoid(margins * self.inverse / change.size)
         usual = float(_sigmoid(self.margins * self.inverse).mean())
+        if usual - change.size <= 0.5:  # to a coin and beyond, where no margin means anything
+            return np.asarray(p * (1 - change.size / usual))
         return np.asarray(p - change.size * (p - 0.5) / (usual - 0.5))
 
     def draw(
@@ -78,7 +84,7 @@ class Population:
         # pairs of one prompt stand or fall together; each alone is as likely right as it says
         shared = math.sqrt(LIKENESS) * rng.standard_normal((*shape, 1))
         own = math.sqrt(1 - LIKENESS) * rng.standard_normal(margins.shape)
-        return margins, (stats.norm.cdf(shared + own) < p).astype(np.float64)
+        return margins, (ndtr(shared + own) < p).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -113,13 +119,16 @@ def draw_plan(
     if population.slices:
         slices = [f"s{int(name) % population.slices}" for name in names]
     signed = np.where(right == 1, margins, -margins).ravel()
+    with warnings.catch_warnings():  # of a model that is hardly better than a coin
+        warnings.simplefilter("ignore")
+        temperature = fit_temperature(signed)
     return make_plan(
         signed,
         np.ones_like(signed),
         names,
         model="simulated",
         model_version="",
-        temperature=1 / population.inverse,
+        temperature=temperature,
         slices=slices,
         **settings,
     )
@@ -161,75 +170,128 @@ def simulate(
         all slices.)
     """
     rng = np.random.default_rng(seed)
-    pairs = population.pairs
     plans = plans or [
-        draw_plan(population, reference // pairs, rng, **settings) for _ in range(runs)
+        draw_plan(population, reference // population.pairs, rng, **settings) for _ in range(runs)
     ]
-    prompts = max(a_week // pairs, 1)
-    growth: dict[str, list[Array]] = {name: [] for name in tests}
-    has_slices = "slices" in tests and population.slices > 0
-    counted = None
-    if pairs == 1 and not has_slices and population.margins.size <= _COUNTED:
-        counted = _tables(population, plans, tests)
+    parts = [plans[i : i + _PART] for i in range(0, len(plans), _PART)]
+    found = [
+        _simulate(population, part, a_week, weeks, change, tests, own)
+        for part, own in zip(parts, rng.spawn(len(parts)), strict=True)
+    ]
+    return {name: np.concatenate([own[name] for own in found]) for name in found[0]}
+
+
+def _simulate(
+    population: Population,
+    plans: Sequence[Plan],
+    a_week: int,
+    weeks: int,
+    change: Change | None,
+    tests: Sequence[str],
+    rng: np.random.Generator,
+) -> dict[str, Array]:
+    """:func:`simulate` of a few runs."""
+    pairs = population.pairs
+    # (too small a reference has slices that are not bet on; all references are of one size)
+    names = [name for name in plans[0].slices if "slices" in tests]
+    sizes = _split(max(a_week // pairs, 1), population.slices or 1)
+    draw = _draw_counts if pairs == 1 and population.margins.size <= _COUNTED else _draw_pairs
+    right, grown = draw(population, plans, sizes, weeks, change, "calibration" in tests, rng)
+    over = {}
+    if "accuracy" in tests:
+        log_e = _level_log_e([_accuracy(plan) for plan in plans], right.sum(axis=2))
+        over["accuracy"] = log_e >= [-math.log(_alpha(plan, "accuracy")) for plan in plans]
+    if names:
+        each = []
+        for name in names:
+            levels = [plan.slices[name] for plan in plans]
+            log_e = _level_log_e(levels, right[:, :, int(name[1:])])
+            each.append(log_e >= [-math.log(level.alpha) for level in levels])
+        over["slices"] = np.any(each, axis=0)
+    if grown is not None:
+        said = [plan.calibration.log_e for plan in plans if plan.calibration]
+        log_e = mix(mix(mix_starts(grown)), calibration_weights(grown.shape[-2] - 1)) + said
+        log_e = mix(log_e.min(axis=-1))
+        over["calibration"] = log_e >= [-math.log(_alpha(plan, "calibration")) for plan in plans]
+    return {
+        name: np.where(own.any(axis=0), own.argmax(axis=0) + 1, 0) for name, own in over.items()
+    }
+
+
+def _split(prompts: int, slices: int) -> list[int]:
+    """Prompts of each slice."""
+    return [len(range(i, prompts, slices)) for i in range(slices)]
+
+
+def _draw_pairs(
+    population: Population,
+    plans: Sequence[Plan],
+    sizes: Sequence[int],
+    weeks: int,
+    change: Change | None,
+    calibration: bool,
+    rng: np.random.Generator,
+) -> tuple[Array, Array | None]:
+    """Every pair is drawn.
+
+    Returns
+    -------
+    (ndarray ``[weeks, runs, slices, pairs + 1]``, ndarray or None)
+        How many prompts have so many pairs that are ordered rightly; and the growth of the
+        calibration's bets, ``[weeks, runs, sides, open, 1 + bins, bets]``.
+    """
+    pairs = population.pairs
+    of_slice = np.arange(sum(sizes)) % len(sizes)
+    counts, grown = [], []
     for week in range(weeks):
         now = change if change is not None and week >= change.week else None
-        if counted is not None:
-            p = population.right(population.margins, now)
-            each = np.concatenate([p, 1 - p]) / p.size
-            counts = rng.multinomial(prompts, each, size=runs).astype(np.float64)
-            for name, table in counted.items():
-                growth[name].append(np.einsum("ra,ra...->r...", counts, table))
-            continue
-        margins, right = population.draw(rng, (runs, prompts), now)
-        means = right.mean(axis=-1)
-        if "accuracy" in tests:
-            levels = [_accuracy(plan) for plan in plans]
-            growth["accuracy"].append(_level_growth(levels, means))
-        if has_slices:
-            of_slice = np.arange(prompts) % population.slices
-            parts = [
-                _level_growth([p.slices[f"s{s}"] for p in plans], means[:, of_slice == s])
-                for s in range(population.slices)
-            ]
-            growth["slices"].append(np.stack(parts, axis=1))
-        if "calibration" in tests:
-            growth["calibration"].append(_calibration_growth(plans, margins, right))
-    alarms = {}
-    for name, own in growth.items():
-        if not own:
-            continue
-        log_e = mix(mix_starts(np.stack(own)))
-        if name == "calibration":
-            log_e = mix(mix(log_e, calibration_weights(log_e.shape[-1] - 1)))
-        if name == "slices":
-            limits = np.array([[-math.log(s.alpha) for s in p.slices.values()] for p in plans])
-            over = (log_e >= limits).any(axis=-1)
-        else:
-            over = log_e >= np.array([-math.log(_alpha(plan, name)) for plan in plans])
-        alarms[name] = np.where(over.any(axis=0), over.argmax(axis=0) + 1, 0)
-    return alarms
+        margins, right = population.draw(rng, (len(plans), sum(sizes)), now)
+        alike = right.sum(axis=-1)[..., None] == np.arange(pairs + 1)
+        parts = [alike[:, of_slice == s].sum(axis=1) for s in range(len(sizes))]
+        counts.append(np.stack(parts, axis=1).astype(np.float64))
+        if calibration:
+            grown.append(_calibration_growth(plans, margins, right))
+    return np.stack(counts), np.stack(grown) if calibration else None
 
 
-def _tables(
-    population: Population, plans: Sequence[Plan], tests: Sequence[str]
-) -> dict[str, Array]:
-    """What one pair of each margin, first ordered rightly, then wrongly, adds to the growth."""
-    margins = np.tile(population.margins, 2)
-    right = np.repeat([1.0, 0.0], population.margins.size)
-    runs = len(plans)
-    shape = (runs, margins.size, 1)
-    alone = np.broadcast_to(margins[:, None], shape), np.broadcast_to(right[:, None], shape)
-    tables = {}
-    if "accuracy" in tests:
-        null = np.array([_accuracy(p).null for p in plans])[:, None, None]
-        tables["accuracy"] = log_growth((null - alone[1]) / (1 - null), BET_SHARES)
-    if "calibration" in tests:
-        # [runs, atoms, sides, 1 + bins, bets]: each atom is a prompt, and a run of its own
-        again = [plan for plan in plans for _ in range(margins.size)]
-        flat = [one.reshape(-1, 1, 1) for one in alone]
-        grown = _calibration_growth(again, *flat)
-        tables["calibration"] = grown.reshape(runs, margins.size, *grown.shape[1:])
-    return tables
+def _draw_counts(
+    population: Population,
+    plans: Sequence[Plan],
+    sizes: Sequence[int],
+    weeks: int,
+    change: Change | None,
+    calibration: bool,
+    rng: np.random.Generator,
+) -> tuple[Array, Array | None]:
+    """The same of few different margins: how often each comes is drawn, which is much faster."""
+    atoms = population.margins.size
+    drawn = []
+    for week in range(weeks):
+        now = change if change is not None and week >= change.week else None
+        p = population.right(population.margins, now)
+        each = np.concatenate([p, 1 - p]) / atoms
+        drawn.append(np.stack([rng.multinomial(n, each, size=len(plans)) for n in sizes], axis=1))
+    counts = np.stack(drawn).astype(np.float64)  # [weeks, runs, slices, 2 * atoms]
+    right = np.stack([counts[..., atoms:].sum(-1), counts[..., :atoms].sum(-1)], axis=-1)
+    if not calibration:
+        return right, None
+    # what one pair of each margin, first ordered rightly, then wrongly, adds: a run of its own each
+    margins = np.tile(population.margins, 2 * len(plans))[:, None, None]
+    ordered = np.tile(np.repeat([1.0, 0.0], atoms), len(plans))[:, None, None]
+    again = [plan for plan in plans for _ in range(2 * atoms)]
+    grown = _calibration_growth(again, margins, ordered)
+    table = grown.reshape(len(plans), 2 * atoms, -1)
+    total = counts.sum(axis=2).swapaxes(0, 1) @ table  # [runs, weeks, ...]
+    return right, total.swapaxes(0, 1).reshape(weeks, len(plans), *grown.shape[1:])
+
+
+def _level_log_e(levels: Sequence[Any], counts: Array) -> Array:
+    """Log of the e-process, ``[weeks, runs]``, of counts ``[weeks, runs, pairs + 1]``."""
+    values = np.arange(counts.shape[-1]) / (counts.shape[-1] - 1)
+    null = np.array([level.nulls for level in levels])[:, None, :, None]
+    table = log_growth((null - values[:, None, None]) / (1 - null), BET_SHARES)
+    grown = np.einsum("wrv,rvkb->wrkb", counts, table)
+    return (mix(mix_starts(grown)) + [level.log_e for level in levels]).min(axis=-1)
 
 
 def _accuracy(plan: Plan) -> Level:
@@ -244,30 +306,31 @@ def _alpha(plan: Plan, name: str) -> float:
     return plan.calibration.alpha
 
 
-def _level_growth(levels: Sequence[Any], means: Array) -> Array:
-    null = np.array([level.null for level in levels])[:, None]
-    return log_growth((null - means) / (1 - null), BET_SHARES)
-
-
 def _calibration_growth(plans: Sequence[Plan], margins: Array, right: Array) -> Array:
-    """``[runs, sides, 1 + bins, bets]``."""
+    """``[runs, sides, open, 1 + bins, bets]``."""
     own: list[Any] = [plan.calibration for plan in plans]
-    facts = np.array([(*c.inverse[1:], c.temperature, c.tolerance) for c in own])
-    low, high, temperature, tolerance = facts.T[:, :, None, None]
+    facts = np.array([(c.temperature, c.tolerance) for c in own])
+    temperature, tolerance = facts.T[:, :, None, None]
     # (per run its own: what one prompt can lose)
     worst = [side[..., 0] for side in np.broadcast_arrays(*worst_of(tolerance))]
     confidence = _sigmoid(margins / temperature)
-    places = sum(
-        (confidence > np.array([c.edges[i] for c in own])[:, None, None]).astype(int)
-        for i in range(len(own[0].edges))
-    )
-    sides = []
-    both = shortfalls(margins, right, low, high, tolerance)
-    for side, most in zip(both, worst, strict=True):
-        bins = [side.mean(axis=-1)]
-        bins += [np.where(places == b, side, 0.0).mean(-1) for b in range(len(own[0].edges) + 1)]
-        sides.append(np.stack([log_growth(d / most, BET_SHARES) for d in bins], axis=1))
-    return np.stack(sides, axis=1)
+    edges = np.array([c.edges for c in own])[:, None, None]
+    places = (confidence[..., None] > edges).sum(axis=-1)
+    inside = places[:, None] == np.arange(edges.shape[-1] + 1)[:, None, None]
+    chosen = np.concatenate([np.ones((len(own), 1, *margins.shape[1:])), inside], axis=1)
+    grown = []
+    for limits in np.moveaxis(np.array([c.open for c in own]), -1, 0):  # [runs, sides] of each
+        low, high = limits.T[:, :, None, None]
+        both = shortfalls(margins, right, low, high, tolerance)
+        for side, most in zip(both, worst, strict=True):
+            if margins.shape[-1] == 1:  # each in one bin: a bet's growth is computed once
+                each = log_growth(side / most[..., None], BET_SHARES)
+                grown.append(chosen[..., 0] @ each)
+            else:
+                means = (chosen * side[:, None]).mean(axis=-1)
+                grown.append(log_growth(means / most[..., None], BET_SHARES))
+    runs, bins, bets = grown[0].shape
+    return np.stack(grown, axis=1).reshape(runs, -1, 2, bins, bets).swapaxes(1, 2)
 
 
 # ---------------------------------------------------------------------- the promise
@@ -323,26 +386,31 @@ def promise(
     rng = np.random.default_rng(seed)
     plans = [draw_plan(few, reference, rng, **settings) for _ in range(runs)]
 
-    def alarms(a_week: int) -> Array:
+    def alarms(a_week: int, some: Sequence[Plan] = plans) -> Array:
         found = simulate(
             few,
             reference=reference,
             a_week=a_week,
             weeks=within,
-            runs=runs,
+            runs=len(some),
             seed=seed,
             change=change,
-            plans=plans,
+            plans=some,
             tests=(test,),
         )
         return found[test]
 
-    def caught(a_week: int) -> float:
-        return float((alarms(a_week) > 0).mean())
+    def caught(a_week: int, some: Sequence[Plan] = plans) -> float:
+        return float((alarms(a_week, some) > 0).mean())
 
     asked = {"change": change.kind, "size": change.size, "within": within, "power": power}
     asked |= {"reference": reference}
-    high = 16  # doubled until it is enough
+    usual = float(few.right(few.margins).mean())
+    if change.kind == "accuracy" and usual - change.size < 0.5:  # there is no such fall: below it
+        return {**asked, "labels_a_week": None, "median_weeks": None, "caught": 0.0}  # is a coin
+    high = 16  # doubled until it is enough, first for few runs, as that is soon known
+    while high < MOST and caught(high, plans[:_PART]) < power - 0.1:
+        high = min(2 * high, MOST)
     while (share := caught(high)) < power:
         if high >= MOST:
             return {**asked, "labels_a_week": None, "median_weeks": None, "caught": share}

@@ -182,7 +182,7 @@ def _draw_evidence(ax: Axes, evidence: Evidence) -> None:
     ax.set_xlabel("look")
     ax.set_ylabel("log of the e-value (nats)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(loc="upper left")
+    ax.legend(loc="best")
 
 
 def _draw_looks(ax: Axes, plan: Plan, labels: Labels) -> None:
@@ -208,4 +208,4 @@ def _draw_looks(ax: Axes, plan: Plan, labels: Labels) -> None:
     ax.set_xlabel("look")
     ax.set_ylabel("accuracy (%)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(loc="lower left")
+    ax.legend(loc="best")

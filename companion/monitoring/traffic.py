@@ -82,13 +82,20 @@ class Spread:
     quantiles: list[float]
 
     @classmethod
-    def of(cls, values: npt.ArrayLike) -> Spread | None:
-        """Of finite values; None of none."""
-        array = np.asarray(values, dtype=np.float64)
+    def of(cls, values: npt.ArrayLike, step: float = 0.0) -> Spread | None:
+        """Of finite values; None of none.
+
+        Values on a grid of this `step` are spread evenly over it before their quantiles are taken:
+        between quantiles that fall together nobody could say how many texts lie at or below.
+        """
+        array = np.sort(np.asarray(values, dtype=np.float64))
         if not array.size:
             return None
         std = float(array.std(ddof=1)) if array.size > 1 else 0.0
-        return cls(int(array.size), float(array.mean()), std, np.quantile(array, _GRID).tolist())
+        _, first, count = np.unique(array, return_index=True, return_counts=True)
+        place = (np.arange(array.size) - np.repeat(first, count) + 0.5) / np.repeat(count, count)
+        spread = array + step * (place - 0.5)
+        return cls(int(array.size), float(array.mean()), std, np.quantile(spread, _GRID).tolist())
 
     def below(self, points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Share of the values at or below each point, between the quantiles by a line."""
@@ -292,7 +299,7 @@ def summarise_traffic(
             found.bad_rows += 1
             found.bad += [error.what] if len(found.bad) < 5 else []
             continue
-        time = _seconds(row.get("time"))
+        time = seconds_of(row.get("time"))
         times = [min([*times[:1], time]), max([*times[1:], time])] if time is not None else times
         for text in texts:
             found.texts += 1
@@ -318,7 +325,7 @@ def summarise_traffic(
     found.scores = Spread.of(scores)
     # (a mixture of two units would say nothing)
     found.length_unit = max(lengths, key=lambda unit: len(lengths[unit]))
-    found.lengths = Spread.of(lengths[found.length_unit])
+    found.lengths = Spread.of(lengths[found.length_unit], step=1.0)
     found.versions = dict(versions)
     if times:
         begin, end = (datetime.fromtimestamp(t, UTC).isoformat(timespec="seconds") for t in times)
@@ -708,7 +715,7 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _seconds(time: Any) -> float | None:
+def seconds_of(time: Any) -> float | None:
     """Unix seconds of what a row says; None if it says nothing that is a time."""
     if _is_finite(time):
         return float(time)

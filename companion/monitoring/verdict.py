@@ -23,6 +23,9 @@ from companion.monitoring.store import Store, now
 
 #: verdict -> exit code
 CODES: Final = {"fine": 0, "warning": 10, "retrain": 20, "fault": 30}
+_RETRAIN: Final = "retrain from the base with the new labels (companion retrain)"
+#: of a look's pairs, a larger share without a score is said
+_UNSCORED: Final = 0.05
 #: bins of the calibration error; of equal mass
 _BINS: Final = 10
 #: of the labels that came, a larger share set aside is said
@@ -83,14 +86,25 @@ def judge(
             f"{aside:,} of {sum(counts.values()):,} labels were not chosen at random ({by}), and "
             "no alarm may rest on them"
         )
+    unscored = dict(refused or {}).get("no score", 0)
+    if unscored > _UNSCORED * (taken := unscored + int((labels.look == look).sum())):
+        warnings.append(
+            f"the model gave no score to {unscored:,} of {taken:,} pairs (too long, most likely): "
+            "those that are left are no random sample; give it a larger max_length"
+        )
     if evidence.again > _MANY * max(len(labels), 1):
         warnings.append(
             f"{evidence.again:,} of {len(labels):,} pairs are of prompts that an earlier look has "
             "bet on; a prompt speaks once: label fresh prompts"
         )
+    alarms = {test["name"] for test in tests if test["alarm"]}
+    if alarms == {"calibration"}:
+        advice.append(
+            "until then, the order of completions may be as good as before: best-of-n and RL rest "
+            "on it, probabilities and thresholds on margins do not hold any more"
+        )
     fault = golden is not None and golden["state"] == "moved"
-    alarm = any(test["alarm"] for test in tests)
-    verdict = "fault" if fault else "retrain" if alarm else "warning" if warnings else "fine"
+    verdict = "fault" if fault else "retrain" if alarms else "warning" if warnings else "fine"
     return {
         "verdict": verdict,
         "code": CODES[verdict],
@@ -152,10 +166,7 @@ def _told(test: Test, plan: Plan, labels: Labels, store: Store) -> dict[str, Any
             f"ask for a temperature of {values[0]:.2f} [{values[1]:.2f}, {values[2]:.2f}], and "
             f"{before:.2f} was fitted"
         )
-        told["advice"] = (
-            "retrain from the base with the new labels (companion retrain); if the accuracy has "
-            "not fallen, probabilities may be had again from a temperature fitted on them"
-        )
+        told["advice"] = _RETRAIN
         return told
     level = plan.accuracy
     if test.name != "accuracy":
@@ -172,7 +183,7 @@ def _told(test: Test, plan: Plan, labels: Labels, store: Store) -> dict[str, Any
         "the reference"
     )
     told["advice"] = (
-        "retrain from the base with the new labels (companion retrain)"
+        _RETRAIN
         if test.name == "accuracy"
         else f"label more pairs of {test.name}, then retrain from the base (companion retrain)"
     )

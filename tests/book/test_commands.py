@@ -271,6 +271,9 @@ def test_commands_of_a_page_run_one_after_the_other(
     own = [{"prompt": "Ana has 3 pens.", "completion": f"So {n} pens."} for n in range(3)]
     for name in ("completions.jsonl", "texts.jsonl"):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in own))
+    for name, n, seed in (("reference", 120, 2), ("week", 24, 3)):
+        rows = make_rows("pairs", n, seed=seed)
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("prompts.jsonl").write_text(json.dumps({"prompt": own[0]["prompt"]}) + "\n")
     Path("token.txt").write_text("secret")
     for name in ("reward-model", "reward-model-v1", "reward-model-v2"):

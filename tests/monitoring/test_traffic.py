@@ -219,6 +219,20 @@ def test_psi_by_hand() -> None:
     assert population_stability(shifted, stars[1])[0] > 1
 
 
+@pytest.mark.parametrize("wide", [1, 4, 40])
+def test_whole_numbers_are_no_change(wide: int, rng: np.random.Generator) -> None:
+    """Lengths are whole, and many texts have the same: that alone was taken for a change."""
+    weeks = np.round(rng.normal(85, wide, (120, 300)))
+    spreads = [traffic.Spread.of(week, step=1.0) for week in weeks]
+    found = []
+    for now, before in zip(spreads[::2], spreads[1::2], strict=True):
+        assert now is not None
+        assert before is not None
+        found.append(population_stability(now, before)[0])
+    assert np.mean(found) < 0.09  # 2/300 times the degrees of freedom, at most 9
+    assert np.mean(np.array(found) > 0.186) < 0.05  # the bound at this size, alpha 0.001
+
+
 def test_quiet_weeks_do_not_cry_wolf_whatever_their_size(rng: np.random.Generator) -> None:
     """False warnings of 450 weeks; the customary PSI > 0.1 alone fires in most small ones."""
     false = naive = looks = 0
