@@ -39,10 +39,26 @@ example:
   companion monitor run watch.sqlite --labels labels.jsonl --url http://127.0.0.1:8000 \\
     --protocol companion --json verdict.json --prometheus node/companion.prom
 """
+_INIT_EPILOG = """\
+example:
+  companion monitor init watch.sqlite --model reward-model --reference held-out.jsonl --within 4
+"""
+_REPORT_EPILOG = """\
+example: companion monitor report watch.sqlite --output report.html
+"""
+_RESTART_EPILOG = """\
+example:
+  companion monitor restart watch.sqlite --model reward-model-2 --reference held-out-2.jsonl \\
+    --reason "retrained in March"
+"""
 _LOADING = (
     *("text", "max_tokens_per_batch", "packing", "device", "dtype", "revision"),
     *("trust_remote_code", *REMOTE),
 )
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,18 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    def action(name: str, text: str, epilog: str = "") -> Any:
+    def action(name: str, text: str, epilog: str) -> Any:
         sub = actions.add_parser(
             name,
             help=text,
             description=text,
             epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
         )
         sub.add_argument("state", metavar="STATE", type=Path, help="the monitor's file (SQLite)")
         return sub
 
-    begin = action("init", "begin to watch a model, and plan how many labels a week that takes")
+    begin = action(
+        "init", "begin to watch a model, and plan how many labels a week that takes", _INIT_EPILOG
+    )
     _plan_flags(begin)
     run = action("run", "take new labels and traffic, look, and judge", _RUN_EPILOG)
     run.add_argument("--labels", metavar="FILE", help="judgements of pairs; may grow between looks")
@@ -87,14 +105,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prometheus",
         type=Path,
         metavar="FILE",
-        help="write metrics here, for node_exporter's textfile collector",
+        help="write metrics here, for node_exporter's textfile collector; ends in .prom",
     )
     add_flags(run, *_LOADING)
-    report = action("report", "all looks as one HTML file that needs no network")
-    report.add_argument("--output", type=Path, default=Path("report.html"))
+    report = action("report", "all looks as one HTML file that needs no network", _REPORT_EPILOG)
+    report.add_argument("--output", type=Path, default=Path("report.html"), help="the file")
     again = action(
         "restart",
         "after an alarm was dealt with: a new reference (and model), and a new alpha",
+        _RESTART_EPILOG,
     )
     again.add_argument("--reason", required=True, help="what was done, for the history")
     _plan_flags(again)
