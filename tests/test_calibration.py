@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from companion.functional import (
     fit_temperature,
     orient_at_random,
     reliability_bins,
+    score_parts,
 )
 
 NAN = float("nan")
@@ -344,3 +346,39 @@ def test_bad_input_is_named() -> None:
         bootstrap_interval([1.0, 2.0], ["a"])
     with pytest.raises(DataError):
         bootstrap_interval([1.0, NAN])
+
+
+# ---------------------------------------------------------------------- parts of a score
+
+
+@pytest.mark.parametrize("rule", ["brier", "log"])
+def test_a_score_is_the_sum_of_its_parts(rule: Any) -> None:
+    """Whatever the numbers; and a monotone change of all moves the miscalibration alone."""
+    rng = np.random.default_rng(41)
+    said = rng.uniform(0.01, 0.99, 500)
+    came = (rng.random(500) < said**2).astype(float)
+    parts = score_parts(said, came, rule)
+    total = parts.miscalibration - parts.discrimination + parts.uncertainty
+    assert parts.score == pytest.approx(total)
+    assert min(parts.miscalibration, parts.discrimination, parts.uncertainty) > 0
+    bent = score_parts(said**2, came, rule)
+    assert bent.discrimination == pytest.approx(parts.discrimination)
+    assert bent.uncertainty == pytest.approx(parts.uncertainty)
+    assert bent.miscalibration < parts.miscalibration / 2  # it is what came
+    order = rng.permutation(500)
+    assert score_parts(said[order], came[order], rule).score == pytest.approx(parts.score)
+
+
+def test_parts_of_a_score_by_hand() -> None:
+    """Four pairs: 0.6 twice, right once; 0.9 twice, right twice."""
+    parts = score_parts([0.6, 0.6, 0.9, 0.9], [1, 0, 1, 1])
+    assert parts.score == pytest.approx((0.16 + 0.36 + 0.01 + 0.01) / 4)
+    assert parts.uncertainty == pytest.approx(0.75 * 0.25)
+    assert parts.miscalibration == pytest.approx(0.01)  # both are off by 0.1
+    assert parts.discrimination == pytest.approx(0.1875 - 0.125)
+    assert score_parts([0.7] * 4, [1, 0, 1, 1]).discrimination == pytest.approx(0)
+    sure = score_parts([1.0, 0.0], [1, 0], "log")
+    assert sure.score == sure.miscalibration == 0.0
+    assert score_parts([1.0], [0], "log").score == np.inf
+    with pytest.raises(DataError, match="rule='linear'"):
+        score_parts([0.5], [1], "linear")  # type: ignore[arg-type]
