@@ -41,6 +41,8 @@ _BATCH: Final = 256
 _BASELINE: Final = 4
 #: bad rows that are named; all are counted
 _NAMED: Final = 5
+#: what the monitor's own requests are called in a server's log: its labels are no traffic
+TAG: Final = "companion-monitor"
 #: Opens the scorer, the first time that something has to be scored.
 OpenScorer = Callable[[], "Scorer[Any]"]
 
@@ -90,6 +92,7 @@ def plan_of(
         If the golden texts cannot be read.
     """
     manifest = scorer.manifest
+    _tag(scorer)
     plan = Plan(model, _version_of(scorer), alpha, sampling=sampling)
     if scorer.readout.kind != "scalar":
         if reference is not None:
@@ -292,6 +295,7 @@ def _take(
             if open_scorer is None:
                 raise DataError("labels without scores", "give a scorer, or rows with scores")
             scorer = open_scorer()
+            _tag(scorer)
             found = _version_of(scorer)
             if plan.model_version and found and found != plan.model_version:
                 raise ModelError(
@@ -349,6 +353,11 @@ def _margins(
     return found.chosen - found.rejected
 
 
+def _tag(scorer: Scorer[Any]) -> None:
+    if hasattr(scorer, "tag_requests"):
+        scorer.tag_requests(TAG)
+
+
 def _version_of(scorer: Scorer[Any]) -> str:
     """The version of a scorer's model; empty for an engine that says none."""
     from companion.models import identity_of
@@ -373,6 +382,8 @@ def _summary(store: Store, plan: Plan, path: str | os.PathLike[str]) -> TrafficS
 
 def _after(rows: Iterable[Any], since: float) -> Iterator[Any]:
     for row in rows:
+        if isinstance(row, Mapping) and str(row.get("request", "")).startswith(f"{TAG}-"):
+            continue
         time = seconds_of(row.get("time")) if isinstance(row, Mapping) else None
         # (the end of a summary has no parts of a second)
         if time is None or math.floor(time) > since:

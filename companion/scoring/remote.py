@@ -175,6 +175,10 @@ class RemoteScorer(Scorer[Scores]):
         self._max_length: int | None = None
         self._described = False
 
+    def tag_requests(self, tag: str) -> None:
+        """Let the ids of all requests begin with `tag`, which the companion's server logs."""
+        self._servers.tag = tag
+
     @property
     def url(self) -> str:
         """The URLs, separated by commas."""

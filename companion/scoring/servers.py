@@ -14,6 +14,7 @@ import random
 import ssl
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ class Servers:
         self.retries = retries
         self.backoff = backoff
         self.api_key = api_key
+        #: what the ids of all requests begin with, so that a server's log tells who asked
+        self.tag: str | None = None
         self._addresses = [_Address(url) for url in self.urls]
 
     def client(self) -> httpx2.AsyncClient:
@@ -144,7 +147,8 @@ class Servers:
             self._move(address, 1)
             asked_to_wait = None
             try:
-                response = await client.request(method, url + path, json=body)
+                named = {"X-Request-Id": f"{self.tag}-{uuid.uuid4().hex}"} if self.tag else None
+                response = await client.request(method, url + path, json=body, headers=named)
             except httpx2.TransportError as error:
                 problems[url] = f"no answer ({str(error) or type(error).__name__})"
             except (httpx2.HTTPError, httpx2.InvalidURL) as error:

@@ -386,6 +386,24 @@ def test_traffic_is_a_warning(store: Store, tmp_path: Path, give: Callable[..., 
     assert any("lengths" in line for line in verdict["warnings"])
 
 
+def test_what_the_monitor_itself_asked_is_no_traffic(
+    store: Store, give: Callable[..., Path]
+) -> None:
+    """A server's log holds the labels that a look had it score, under ids of their own."""
+    rows_of = [
+        {
+            "request": request,
+            "input_ids": [1, 2, i],
+            "prompt_length": 1,
+            "raw": 0.5,
+            "time": 1.0 + i,
+        }
+        for i, request in enumerate(["abc", "companion-monitor-1", "companion-monitor-2"])
+    ]
+    look(store, traffic=give(rows_of, "requests-1.jsonl"))
+    assert store.looks()[-1].traffic["texts"] == 1
+
+
 def test_the_report(store: Store, give: Callable[..., Path], tmp_path: Path) -> None:
     rng = seeded()
     page = write_monitor_report(store, tmp_path / "before.html").read_text()
