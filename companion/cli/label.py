@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from companion.cli.shared import add_flags, check_target
+from companion.cli.shared import HelpWithExamples, add_flags, check_target
 
 _EPILOG = """\
 example:
@@ -26,14 +26,10 @@ example:
 """
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.epilog = _EPILOG
-    parser.formatter_class = _Help
+    parser.formatter_class = HelpWithExamples
     add = parser.add_argument
     add(
         "pairs",

@@ -11,6 +11,7 @@ from typing import Any
 
 from companion.cli.shared import (
     REMOTE,
+    HelpWithExamples,
     add_flags,
     check_target,
     open_scorer,
@@ -57,10 +58,6 @@ _LOADING = (
 )
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.epilog = _EPILOG
@@ -73,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=text,
             description=text,
             epilog=epilog,
-            formatter_class=_Help,
+            formatter_class=HelpWithExamples,
         )
         sub.add_argument("state", metavar="STATE", type=Path, help="the monitor's file (SQLite)")
         return sub

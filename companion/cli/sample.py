@@ -11,6 +11,7 @@ from typing import Any
 
 from companion.cli.shared import (
     REMOTE,
+    HelpWithExamples,
     add_flags,
     check_target,
     open_scorer,
@@ -35,14 +36,10 @@ example:
 """
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.epilog = _EPILOG
-    parser.formatter_class = _Help
+    parser.formatter_class = HelpWithExamples
     add = parser.add_argument
     add(
         "completions",

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from companion.cli.shared import add_flags, loading, say_notes
+from companion.cli.shared import HelpWithExamples, add_flags, loading, say_notes
 from companion.errors import DataError
 
 #: of a parent that has none; a worker gets the parent's
@@ -33,7 +33,7 @@ KEEPS_WORDS = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.epilog = _EXAMPLE
-    parser.formatter_class = _Help
+    parser.formatter_class = HelpWithExamples
     add = parser.add_argument
     add("--model", help="folder or hub id of a reward model of any kind")
     add("--name", help="of the model, as clients see it (default: the folder's name)")
@@ -82,10 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to do with texts that are too long; error if nothing is said, but then "
         "OpenRLHF's route is off, whose client takes a refusal for a missing reward",
     )
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 def run(args: argparse.Namespace) -> int:

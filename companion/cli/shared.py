@@ -82,6 +82,12 @@ _LOCAL: Final = ("device", "dtype", "packing", "compile", "max_tokens_per_batch"
 REMOTE: Final = ("url", "protocol", "api_key_env")
 
 
+class HelpWithExamples(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
+    """Help with the defaults, and with an epilog whose lines stay as they are."""
+
+
 def add_flags(parser: Any, *names: str, **texts: str | None) -> None:
     """Declare shared flags; `texts` replaces the help of some."""
     for name in names:
