@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -69,3 +73,17 @@ def axe(page, contrast):
         for found in library.Axe().run(page, options=options).response["violations"]
         if found["impact"] in ("critical", "serious")
     ]
+
+
+@contextmanager
+def opened(browser: Any, url: str, *, width: int = 1200, scheme: str = "light") -> Iterator[Any]:
+    """A page, its requests and its console; it ends in no error and asked no other host."""
+    view = {"width": width, "height": 900}
+    with browser.new_context(viewport=view, color_scheme=scheme) as context:
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        console, requests, failed = watch(page)
+        page.goto(url + "/")
+        yield page, console
+        assert {urlsplit(one).netloc for one in requests} <= {urlsplit(url).netloc, ""}, requests
+        assert failed == []

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from chromium import axe, watch
+from chromium import axe, opened
 from scipy.stats import binomtest
 
 from companion.cli.main import main
@@ -608,19 +608,6 @@ def test_nothing_heavy_is_imported():
 
 
 # ---------------------------------------------------------------------- in a browser
-
-
-@contextmanager
-def opened(browser, url, *, width=1200, scheme="light"):
-    view = {"width": width, "height": 800}
-    with browser.new_context(viewport=view, color_scheme=scheme) as context:
-        page = context.new_page()
-        page.set_default_timeout(30_000)
-        console, requests, failed = watch(page)
-        page.goto(url + "/")
-        yield page, console
-        assert {urlsplit(one).netloc for one in requests} <= {urlsplit(url).netloc, ""}, requests
-        assert failed == []
 
 
 def texts_of(page, *names):

@@ -15,7 +15,7 @@ import bs4
 import jsonschema
 import numpy as np
 import pytest
-from chromium import axe, watch
+from chromium import axe, opened
 from scipy.special import expit
 from served import ASSETS, client
 
@@ -235,20 +235,6 @@ def test_tokens_read_as_the_completion() -> None:
 
 
 # In a browser
-
-
-@contextmanager
-def opened(browser: Any, url: str, *, width: int = 1200, scheme: str = "light") -> Iterator[Any]:
-    """A page, its requests and its console; it ends in no error and asked no other host."""
-    view = {"width": width, "height": 900}
-    with browser.new_context(viewport=view, color_scheme=scheme) as context:
-        page = context.new_page()
-        page.set_default_timeout(30_000)
-        console, requests, failed = watch(page)
-        page.goto(url + "/")
-        yield page, console
-        assert {urlsplit(one).netloc for one in requests} <= {urlsplit(url).netloc, ""}, requests
-        assert failed == []
 
 
 def fill(page: Any, **given: str) -> None:
