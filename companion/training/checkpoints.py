@@ -2,9 +2,9 @@
 
 transformers writes it under its own name and goes on from the highest number, be it torn by a kill
 (#35525) or of other rows, another base or other settings, and what is then saved claims to be this
-run's. Here all ranks write into a folder apart, which is renamed when all have written (as in
-transformers #27820, which was taken back for want of the second); its last file names the run, and
-the sizes of the others, for who copies it. Chapter 4.
+run's. Here all ranks write into a folder apart, which is renamed when all of them have; its last
+file names the run, and the sizes of the others, for who copies it. transformers tried the same:
+#27820 renamed while other ranks were writing (#28015), #35580 was taken back (#36112). Chapter 4.
 """
 
 from __future__ import annotations

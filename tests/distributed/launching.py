@@ -29,6 +29,24 @@ def launch(
     ``torchrun`` says whether it starts them: it imports torch for itself, which takes its time.
     ``forked`` spares the ranks their imports (see ``forking``).
     """
+    codes, said = run_ranks(arguments, torchrun=torchrun, forked=forked, **environment)
+    text = "\n".join(said)
+    assert codes == [0] * len(codes), text[-9000:]
+    return text
+
+
+def run_ranks(
+    arguments: list[str],
+    *,
+    torchrun: bool = False,
+    forked: bool = False,
+    patience: float = 0.0,
+    **environment: str,
+) -> tuple[list[int | None], list[str]]:
+    """Exit code and output of each rank, or of torchrun.
+
+    When one fails the others are killed, after `patience` seconds.
+    """
     command, path = [sys.executable], [str(ROOT), os.environ.get("PYTHONPATH")]
     shared = {**os.environ, "OMP_NUM_THREADS": "1"}
     shared["PYTHONPATH"] = os.pathsep.join(filter(None, path))
@@ -48,16 +66,14 @@ def launch(
                 Program(arguments, variables, str(file))
                 for variables, file in zip(environments, said, strict=True)
             ]
-            codes = run_forked(programs, seconds=540)
+            codes = run_forked(programs, seconds=540, patience=patience)
         else:
-            codes = _run([*command, *arguments], environments, said)
-        text = "\n".join(file.read_text(errors="replace") for file in said)
-    assert codes == [0] * len(codes), text[-9000:]
-    return text
+            codes = _run([*command, *arguments], environments, said, patience)
+        return codes, [file.read_text(errors="replace") for file in said]
 
 
 def _run(
-    command: list[str], environments: list[dict[str, str]], said: list[Path]
+    command: list[str], environments: list[dict[str, str]], said: list[Path], patience: float
 ) -> list[int | None]:
     """Start the command once in each environment; the exit codes."""
     started = []
@@ -69,8 +85,9 @@ def _run(
     try:
         end = time.monotonic() + 540
         while any(process.poll() is None for process in started):
-            failed = any(process.poll() for process in started)  # the other one may wait for it
-            if failed or time.monotonic() > end:
+            if any(process.poll() for process in started):  # the other one may wait for it
+                end, patience = min(end, time.monotonic() + patience), float("inf")
+            if time.monotonic() >= end:
                 break
             time.sleep(0.05)
     finally:
