@@ -1,10 +1,10 @@
 """``companion train …`` on a rank that meets with a misfortune.
 
 Usage: ``survival_worker.py FOLDER pairwise …``; a misfortune of this rank is in the environment as
-``MISFORTUNE_RANK``: ``kill EVENT STEP``, ``term EVENT STEP``, ``fail BYTE STEP`` (from then on no
-file can be longer, as on a full disk) or ``die BYTE STEP`` (a file that would be longer kills the
-writer). Each rank writes its last step to ``FOLDER/steps_RANK``. With ``ZERO3`` in the environment
-it is DeepSpeed's.
+``MISFORTUNE_RANK``: ``kill EVENT STEP``, ``term EVENT STEP``, ``launcher EVENT STEP`` (the signal
+goes to its parent), ``fail BYTE STEP`` (no file of that checkpoint can be longer, as on a full
+disk) or ``die BYTE STEP`` (one that would be longer kills the writer). Each rank writes its last
+step to ``FOLDER/steps_RANK``. With ``ZERO3`` in the environment it is DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import resource
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,20 @@ class Misfortune(TrainerCallback):
         self.log = folder / f"steps_{rank}"
         what, where, step = os.environ.get(f"MISFORTUNE_{rank}", "none on_never 0").split()
         self.what, self.where, self.step = what, where, int(step)
-        if what in ("kill", "term"):
+        if what in ("kill", "term", "launcher"):
             setattr(self, where, self.meet)
 
     def meet(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             number = signal.SIGKILL if self.what == "kill" else signal.SIGTERM
-            os.kill(os.getpid(), number)
+            os.kill(os.getppid() if self.what == "launcher" else os.getpid(), number)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.log.write_text(f"{state.global_step} {time.time()}")
+        self.log.write_text(str(state.global_step))
 
     def arm(self, step: int) -> None:
-        """From here on files have a greatest length, in the checkpoint of the step at the latest."""
-        if self.what in ("fail", "die") and step >= self.step:
+        """From here on no file can be longer, if this is the checkpoint of the step."""
+        if self.what in ("fail", "die") and step == self.step:
             if self.what == "die":
                 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -93,7 +93,7 @@ class Run:
 
     def last_steps(self) -> list[int]:
         """The last step of each rank."""
-        return [int(path.read_text().split()[0]) for path in sorted(self.folder.glob("steps_*"))]
+        return [int(path.read_text()) for path in sorted(self.folder.glob("steps_*"))]
 
     def seen(self) -> list[str]:
         return sorted(path.name for path in self.model.glob("checkpoint*"))
@@ -225,3 +225,27 @@ def test_two_ranks_survive(whole: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", range(10))
 def test_two_ranks_survive_what_else(number: int, whole: Run, tmp_path: Path) -> None:
     survive(whole, tmp_path, int.from_bytes(os.urandom(4), "big"))
+
+
+@pytest.mark.slow
+def test_under_torchrun(whole: Run, tmp_path: Path) -> None:
+    """It passes a SIGTERM on to all ranks, and ends those that a lost one has left."""
+    run = Run(tmp_path, whole.base, whole.zero3)
+    began = time.monotonic()
+    (code,) = run(torchrun=True, rank0="launcher on_step_begin 3")
+    assert code == 1, "torchrun ends with 1, whatever its ranks return (torch 2.13)"
+    one, two = run.last_steps()
+    assert one == two
+    assert newest_whole(run.model) == run.model / f"checkpoint-{one}"
+    assert run.said[0].count(f"asked to end at step {one} of {STEPS}") == 1
+    print(f"{time.monotonic() - began:.1f} s")
+    for rank in "01":
+        (code,) = run(
+            *("--resume_from_checkpoint", "auto"),
+            torchrun=True,
+            **{f"rank{rank}": f"kill on_pre_optimizer_step {6 + int(rank)}"},
+        )
+        assert code == 1
+        print(f"killed: {time.monotonic() - began:.1f} s")
+    assert run("--resume_from_checkpoint", "last", torchrun=True) == [0]
+    assert gap(run.weights(), whole.weights()) <= (1e-6 if run.zero3 else 0.0)
