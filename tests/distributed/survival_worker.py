@@ -35,7 +35,7 @@ class Misfortune(TrainerCallback):
             number = signal.SIGKILL if self.what == "kill" else signal.SIGTERM
             os.kill(os.getppid() if self.what == "launcher" else os.getpid(), number)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.log.write_text(str(state.global_step))
 
     def arm(self, step: int) -> None:

@@ -127,7 +127,6 @@ class Misfortunes:
     def __init__(self, run: Run, seed: int) -> None:
         self.run, self.dice = run, random.Random(seed)
         self.at = 0  # the step to go on from
-        self.largest = 0
 
     def moment(self) -> tuple[str, int]:
         """An event, and the steps that are taken when it is met."""
@@ -137,7 +136,7 @@ class Misfortunes:
     def saving(self) -> tuple[str, int, str]:
         """A length that not all files of a rank's part of a checkpoint have, a step, the rank."""
         rank = self.dice.choice("01")
-        step = self.dice.randrange(self.at + EVERY, STEPS + 1, EVERY)
+        step = self.dice.randrange((self.at // EVERY + 1) * EVERY, STEPS + 1, EVERY)
         return f"{self.dice.randrange(1, 13_000)} {step}", step, rank
 
     def kill(self) -> None:
@@ -155,7 +154,7 @@ class Misfortunes:
         codes = self.go(**{f"rank{rank}": f"die {limit}"})
         assert codes[int(rank)] == -signal.SIGXFSZ, self.run.said
         assert codes[1 - int(rank)] not in (0, -signal.SIGKILL), "the other one hung"
-        self.at = step - EVERY
+        self.at = max(self.at, step - EVERY)
 
     def fail(self) -> None:
         """One rank cannot write; both end, with one line."""
@@ -175,7 +174,7 @@ class Misfortunes:
             assert codes == [2, 2]
             assert "Traceback" not in "".join(self.run.said)
             assert not (self.run.model / PART).exists()
-        self.at = step - EVERY
+        self.at = max(self.at, step - EVERY)
 
     def ask(self) -> None:
         """One rank is asked to end, or both at moments of their own: all save the same step."""
