@@ -374,8 +374,9 @@ class WholeCheckpoints(_Base):
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step >= self.state.max_steps:  # transformers looks after a step only
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+        if self.control.should_training_stop:  # transformers looks after a step only
             return None
         return super()._run_epoch(*args, **kwargs)
 
