@@ -431,12 +431,12 @@ class WholeCheckpoints(_Base):
         """
         fault = None
         try:
-            yield
-        except Exception as error:
-            if (fault := write_fault(error, checkpoint)) is None:
-                raise
+            with all_written(checkpoint.parent, checkpoint.name):
+                yield
+        except RunEnded as error:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise fault from error
+                raise
+            fault = error
         if self._preemption.agree(fault is not None):
             if self.args.should_save:
                 shutil.rmtree(checkpoint.parent / PART, ignore_errors=True)
@@ -445,32 +445,32 @@ class WholeCheckpoints(_Base):
             )
 
 
-def write_fault(error: Exception, target: Path) -> RunEnded | None:
-    """What to say if something could not be written, for want of space mostly; else None.
+@contextmanager
+def all_written(folder: Path, name: str) -> Iterator[None]:
+    """Say so in one line if something of a run's `folder` cannot be written.
 
     Neither torch nor safetensors raises an ``OSError`` then (torch 2.13: a ``RuntimeError`` of
     ``inline_container.cc``).
+
+    Raises
+    ------
+    RunEnded
+        With the room that is left, and the checkpoint to go on from.
     """
-    if not (
-        isinstance(error, OSError)
-        or type(error).__name__ == "SafetensorError"
-        or "inline_container" in str(error)
-    ):
-        return None
-    folder = target.parent
-    written = sum(path.stat().st_size for path in (folder / PART).rglob("*") if path.is_file())
-    before = newest_whole(folder, required=False, main=False)
-    record = None if before is None else _record(before)
-    needed = sum(record["files"].values()) if record is not None else None
-    text = (str(error).splitlines() or [type(error).__name__])[0]
-    return RunEnded(
-        f"{target}: could not be written ({text}): {shutil.disk_usage(folder).free:,} bytes are "
-        f"free there, {written:,} were written"
-        + ("" if needed is None else f", and the checkpoint before has {needed:,}"),
-        "make room (--save_total_limit keeps fewer checkpoints)"
-        + (
-            ""
-            if before is None
-            else f"; the same command with --resume_from_checkpoint last goes on from {before.name}"
-        ),
-    )
+    try:
+        yield
+    except Exception as error:
+        said = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+        if not said and "inline_container" not in str(error):
+            raise
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        room, go_on = f"{shutil.disk_usage(there).free:,} bytes are free", ""
+        if (before := newest_whole(folder, required=False, main=False)) is not None:
+            size = sum(path.stat().st_size for path in before.rglob("*") if path.is_file())
+            room += f", {before.name} takes {size:,}"
+            go_on = f"; --resume_from_checkpoint last goes on from {before.name}"
+        raise RunEnded(
+            f"{folder / name}: could not be written ({text}): {room}",
+            f"make room (--save_total_limit keeps fewer checkpoints){go_on}",
+        ) from error

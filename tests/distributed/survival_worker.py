@@ -16,8 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback
 
+import companion.training.pairwise  # noqa: F401  (ranks that are forked have it then)
 from companion.cli.main import main
 from companion.training.checkpoints import WholeCheckpoints
 
@@ -58,8 +60,10 @@ def run(folder: Path, arguments: list[str]) -> int:
 
     def saved(self: Any, *args: Any, **kwargs: Any) -> None:
         misfortune.arm(self.state.global_step)
-        save(self, *args, **kwargs)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        try:
+            save(self, *args, **kwargs)
+        finally:  # what it says of it goes to a file too
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
     WholeCheckpoints.train = trained  # type: ignore[method-assign]
     Trainer._save_checkpoint = saved  # type: ignore[method-assign]
@@ -67,6 +71,8 @@ def run(folder: Path, arguments: list[str]) -> int:
         from accelerate import PartialState
 
         PartialState(backend="gloo")
+        # DeepSpeed compiles an optimiser that is not used, and imports what that takes: 4 s a rank
+        torch.compile = lambda function, **settings: function  # type: ignore[assignment]
     return main(["train", *arguments])
 
 

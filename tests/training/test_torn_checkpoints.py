@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +17,8 @@ from example_kinds import pairs
 from transformers import Trainer, TrainerState
 
 from companion import PairwiseRewardConfig
-from companion.errors import CompanionError
-from companion.training import checkpoints
+from companion.errors import CompanionError, RunEnded
+from companion.training import checkpoints, run
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,59 @@ def test_the_best_checkpoint_is_noted_under_its_own_name(start: Start) -> None:
         best.append(state["best_model_checkpoint"])
         assert best[-1] == str(result.output_dir / f"checkpoint-{state['best_global_step']}")
     assert best[-1] == str(result.output_dir / "checkpoint-8")
+
+
+# ---------------------------------------------------------------------- no room
+
+
+def on_a_full_disk(save: Callable[..., Any], length: int, time: int) -> Callable[..., Any]:
+    """`save`, but that no file can be longer than `length` when it is called for the n-th time."""
+    calls = []
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        most = length if len(calls) == time else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+        try:
+            return save(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+    return full
+
+
+@pytest.mark.parametrize(
+    ("where", "time", "length", "what"),
+    [
+        ((Trainer, "_save_checkpoint"), 1, 100, "checkpoint-3"),  # the first file
+        ((Trainer, "_save_checkpoint"), 2, 30_000, "checkpoint-6"),  # the model, by safetensors
+        ((Trainer, "_save_checkpoint"), 2, 100_000, "checkpoint-6"),  # the optimiser's, by torch
+        ((checkpoints, "mark_whole"), 2, 100, "checkpoint-6"),
+        ((run, "save_reward_model"), 1, 20_000, "reward model"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_good(
+    where: tuple[Any, str],
+    time: int,
+    length: int,
+    what: str,
+    start: Start,
+    whole: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(*where, on_a_full_disk(getattr(*where), length, time))
+    with pytest.raises(RunEnded, match=rf"{what}: could not be written \(.*bytes are free") as e:
+        start()
+    monkeypatch.undo()
+    assert e.value.exit_code == 2
+    assert not (tmp_path / "model" / checkpoints.PART).exists()
+    newest = checkpoints.newest_whole(tmp_path / "model")
+    last = {"checkpoint-3": None, "checkpoint-6": "checkpoint-3", "reward model": "checkpoint-8"}
+    assert (newest and newest.name) == last[what]
+    assert ("resume_from_checkpoint last goes on" in str(e.value)) == (newest is not None)
+    again = start(resume_from_checkpoint="auto")
+    assert gap(weights(again), weights(whole[0])) == 0.0
 
 
 # ---------------------------------------------------------------------- of another run
