@@ -38,6 +38,24 @@ def launch(
     themselves, which takes its time. ``forked`` spares the ranks their imports (see ``forking``);
     they then have the environment that ``accelerate launch`` would have made of the file.
     """
+    codes, said = run_ranks(arguments, torchrun=torchrun, forked=forked, **environment)
+    text = "\n".join(said)
+    assert codes == [0] * len(codes), text[-9000:]
+    return text
+
+
+def run_ranks(
+    arguments: list[str],
+    *,
+    torchrun: bool = False,
+    forked: bool = False,
+    patience: float = 0.0,
+    **environment: str,
+) -> tuple[list[int | None], list[str]]:
+    """Exit code and output of each rank, or of torchrun.
+
+    When one fails the others are killed, after `patience` seconds.
+    """
     command, path = [sys.executable], [str(ROOT), os.environ.get("PYTHONPATH")]
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     shared["PYTHONPATH"] = os.pathsep.join(filter(None, path))
@@ -67,12 +85,10 @@ def launch(
                 Program(arguments, variables, str(file))
                 for variables, file in zip(environments, said, strict=True)
             ]
-            codes = run_forked(programs, seconds=540)
+            codes = run_forked(programs, seconds=540, patience=patience)
         else:
-            codes = _run([*command, *arguments], environments, said)
-        text = "\n".join(file.read_text(errors="replace") for file in said)
-    assert codes == [0] * len(codes), text[-9000:]
-    return text
+            codes = _run([*command, *arguments], environments, said, patience)
+        return codes, [file.read_text(errors="replace") for file in said]
 
 
 def environment_of(config_file: str, ranks: int) -> dict[str, str]:
@@ -93,7 +109,7 @@ def environment_of(config_file: str, ranks: int) -> dict[str, str]:
 
 
 def _run(
-    command: list[str], environments: list[dict[str, str]], said: list[Path]
+    command: list[str], environments: list[dict[str, str]], said: list[Path], patience: float
 ) -> list[int | None]:
     """Start the command once in each environment; the exit codes."""
     started = []
@@ -105,8 +121,9 @@ def _run(
     try:
         end = time.monotonic() + 540
         while any(process.poll() is None for process in started):
-            failed = any(process.poll() for process in started)  # the other one may wait for it
-            if failed or time.monotonic() > end:
+            if any(process.poll() for process in started):  # the other one may wait for it
+                end, patience = min(end, time.monotonic() + patience), float("inf")
+            if time.monotonic() >= end:
                 break
             time.sleep(0.05)
     finally:
