@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from forking import Program, run_forked
 
@@ -21,24 +22,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(
-    arguments: list[str],
-    *,
-    torchrun: bool = False,
-    accelerate: str | None = None,
-    forked: bool = False,
-    ranks: int = 2,
-    nodes: int = 1,
-    **environment: str,
-) -> str:
-    """Run a program on ranks of this machine; its output, and its failure as an assertion.
+def launch(arguments: list[str], **how: Any) -> str:
+    """Run a program on two ranks; its output, and its failure as an assertion.
 
-    ``torchrun`` says whether it starts them, on one node or as a launcher for each of several;
-    ``accelerate`` gives the file with which ``accelerate launch`` does. Both import torch for
-    themselves, which takes its time. ``forked`` spares the ranks their imports (see ``forking``);
-    they then have the environment that ``accelerate launch`` would have made of the file.
+    How is what :func:`run_ranks` takes.
     """
-    codes, said = run_ranks(arguments, torchrun=torchrun, forked=forked, **environment)
+    codes, said = run_ranks(arguments, **how)
     text = "\n".join(said)
     assert codes == [0] * len(codes), text[-9000:]
     return text
@@ -48,13 +37,20 @@ def run_ranks(
     arguments: list[str],
     *,
     torchrun: bool = False,
+    accelerate: str | None = None,
     forked: bool = False,
+    ranks: int = 2,
+    nodes: int = 1,
     patience: float = 0.0,
     **environment: str,
 ) -> tuple[list[int | None], list[str]]:
-    """Exit code and output of each rank, or of torchrun.
+    """Exit code and output of each rank, or of each launcher.
 
-    When one fails the others are killed, after `patience` seconds.
+    ``torchrun`` says whether it starts them, on one node or as a launcher for each of several;
+    ``accelerate`` gives the file with which ``accelerate launch`` does. Both import torch for
+    themselves, which takes its time. ``forked`` spares the ranks their imports (see ``forking``);
+    with ``accelerate`` they have the environment that it would have made of the file. When one
+    fails the others are killed, after `patience` seconds.
     """
     command, path = [sys.executable], [str(ROOT), os.environ.get("PYTHONPATH")]
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
