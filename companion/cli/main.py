@@ -5,7 +5,8 @@ returns the exit code. Its line of help stands in the table below, so that ``com
 imports nothing heavy. A command whose flags belong to another parser (``train``, whose fields come
 from dataclasses) takes what follows its name as it is: ``run_argv(argv)``.
 
-Exit codes: 0 success; 1 a run that ended without reaching its goal; 2 wrong use or bad input. The
+Exit codes: 0 success; 1 a run that ended without reaching its goal; 2 wrong use, bad input or a
+full disk; 143 a training that was asked to end (SIGTERM) and saved a checkpoint to go on from. The
 help of a command names those of its own.
 """
 
@@ -16,7 +17,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from companion.errors import CompanionError
+from companion.errors import CompanionError, RunEnded
 
 #: command -> (module, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -97,11 +98,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif rest:
             sub.error(f"unrecognized arguments: {' '.join(rest)}")
         return int(module.run(given))
+    except RunEnded as end:
+        if not end.said:
+            print(f"{end.what}; {end.cure}", file=sys.stderr, flush=True)
+        code = end.exit_code
     except CompanionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `companion score … | head`
         return 0
+    # (outside of the handler, whose traceback holds the group of ranks)
+    from companion.cli.train import leave_process_group
+
+    leave_process_group()
+    return code
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def device_notes(
     budget : int, optional
         Tokens of a batch, if they were set by the free memory.
     """
-    weights = next(p for p in model.parameters() if p.dim() > 1)
+    # a shard of ZeRO-3 has no shape of its own
+    weights = next(p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) > 1)
     device = weights.device
     if device.type != "cuda":
         return []

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         format_pairs as format_pairs,
         train_pairwise as train_pairwise,
     )
+    from companion.training.preemption import PreemptionCallback as PreemptionCallback
     from companion.training.process import (
         ProcessRewardConfig as ProcessRewardConfig,
         ProcessRewardTrainer as ProcessRewardTrainer,
