@@ -7,6 +7,8 @@ import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from companion.errors import DataError
 pytest.importorskip("datatrove")
 pytestmark = pytest.mark.distributed
 
+RECIPE = Path(__file__).parents[2] / "recipes/corpus/score.py"
 #: a program, since a task that is killed takes its executor with it
 PROGRAM = """
 import os, signal, sys
@@ -73,21 +76,33 @@ def run(model: Path, corpus: Path, *, kill: int = -1, workers: int = 1) -> int:
     return code
 
 
+def recipe(executor: str, model: Path, corpus: Path, *more: str) -> list[str]:
+    places = {"input": corpus, "output": corpus.parent / "scores", "logs": corpus.parent / "logs"}
+    flags = [word for name, path in places.items() for word in (f"--{name}", str(path))]
+    return [str(RECIPE), executor, "--model", str(model), *flags, "--tasks", "3", *more]
+
+
 def check(model: Path, corpus: Path) -> None:
-    """What `companion score` gives of each file, byte for byte."""
+    """The lines that `companion score` gives of each file; scores of other batches to 1e-5."""
     scores = corpus.parent / "scores"
-    found = {str(file.relative_to(scores)) for file in scores.rglob("*.jsonl")}
-    assert found == {"a.jsonl", "b.jsonl", "c.jsonl", "more/d.jsonl"}
+    names = {str(file.relative_to(scores)) for file in scores.rglob("*.jsonl")}
+    assert names == {"a.jsonl", "b.jsonl", "c.jsonl", "more/d.jsonl"}
     assert not list(scores.rglob("*.part"))
     seen: Counter[int] = Counter()
-    for name in found:
+    for name in names:
         source = corpus / name
         source = source if source.exists() else source.with_suffix(".jsonl.gz")
         plain = corpus.parent / "plain.jsonl"
         arguments = ["--model", str(model), "--input", str(source), "--output", str(plain)]
-        main(["score", *arguments, "--on_error", "skip", "--chunk_rows", "4", "--overwrite"])
-        assert (scores / name).read_text() == plain.read_text(), name
-        seen.update(json.loads(line)["id"] for line in plain.read_text().splitlines())
+        main(["score", *arguments, "--on_error", "skip", "--overwrite"])
+        found, expected = (
+            [json.loads(line) for line in file.read_text().splitlines()]
+            for file in (scores / name, plain)
+        )
+        for one, other in zip(found, expected, strict=True):
+            assert one.pop("score") == pytest.approx(other.pop("score"), abs=1e-5)
+            assert one == other
+        seen.update(row["id"] for row in found)
     assert seen == Counter(range(31))
 
 
@@ -99,7 +114,8 @@ def test_killed_and_gone_on_with(tiny_reward: Path, corpus: Path) -> None:
     assert not (scores / "a.jsonl").exists()  # what is not whole has no name
     assert run(tiny_reward, corpus, kill=3) == -signal.SIGKILL
     assert not complete.exists() or len(list(complete.iterdir())) < 3
-    assert run(tiny_reward, corpus, workers=1) == 0
+    program = Program(recipe("local", tiny_reward, corpus), {}, str(corpus.parent / "said"))
+    assert run_forked([program], seconds=300) == [0], (corpus.parent / "said").read_text()
     assert len(list(complete.iterdir())) == 3
     check(tiny_reward, corpus)
     before = {file: file.stat().st_ino for file in scores.rglob("*.jsonl")}
@@ -115,6 +131,35 @@ def test_killed_anywhere(kill: int, tiny_reward: Path, corpus: Path) -> None:
     """At each place where a file is made durable or gets its name."""
     run(tiny_reward, corpus, kill=kill)
     assert run(tiny_reward, corpus, workers=2) == 0
+    check(tiny_reward, corpus)
+
+
+@pytest.mark.slow
+def test_the_recipe_on_a_stand_in_for_slurm(
+    tiny_reward: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What sbatch would be given, and the tasks of its array, one after the other."""
+    for name, said in (("sbatch", "Submitted batch job 7"), ("scontrol", "localhost")):
+        (tmp_path / name).write_text(
+            f'#!/bin/sh\nfor last; do :; done\ncp "$last" {tmp_path}/given'
+            f" 2>/dev/null\necho {said}\n"
+        )
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    root = str(Path(__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", root, prepend=os.pathsep)
+    more = ("--partition", "gpus", "--workers", "2")
+    subprocess.run([sys.executable, *recipe("slurm", tiny_reward, corpus, *more)], check=True)
+    script = (corpus.parent / "logs" / "launch_script.slurm").read_text()
+    for line in ("array=0-2%2", "gpus=1", "partition=gpus", "signal=USR1@60", "requeue"):
+        assert f"#SBATCH --{line}" in script
+    assert f"launch_pickled_pipeline {corpus.parent}/logs/executor.pik" in script
+    monkeypatch.setenv("SLURM_NODELIST", "localhost")
+    start = "from datatrove.tools.launch_pickled_pipeline import main; main()"
+    for task in "012":
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        command = [sys.executable, "-c", start, str(corpus.parent / "logs" / "executor.pik")]
+        subprocess.run(command, check=True)
     check(tiny_reward, corpus)
 
 
