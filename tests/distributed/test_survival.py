@@ -51,7 +51,7 @@ class Run:
         return self.folder / "model"
 
     def __call__(self, *flags: str, torchrun: bool = False, **misfortunes: str) -> list[int | None]:
-        """The exit codes; a rank that waits for another longer than a minute is killed (-9)."""
+        """The exit codes; a rank that goes on waiting for another is killed (-9)."""
         for log in self.folder.glob("steps_*"):
             log.unlink()
         arguments = [
@@ -72,7 +72,7 @@ class Run:
             environment |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
             environment |= {"ZERO3": "1"}
         codes, self.said = run_ranks(
-            arguments, forked=not torchrun, torchrun=torchrun, patience=60, **environment
+            arguments, forked=not torchrun, torchrun=torchrun, patience=150, **environment
         )
         return codes
 
