@@ -276,7 +276,8 @@ def train_grpo(
         "trust_remote_code": config.trust_remote_code,
     }
     tokenizer = load_tokenizer(name, **shared)
-    rewards, proxy, gold, further = _scorers(config, policy_end_ids(name, **shared))
+    with whole_parameters():  # a scorer runs in each rank, whole
+        rewards, proxy, gold, further = _scorers(config, policy_end_ids(name, **shared))
     if said := _dtype_note(config):
         notes.append(said)
         tell(f"note: {said}")
