@@ -54,9 +54,10 @@ def settle_on_cpu(settings: Any) -> None:
         settings.deepspeed = _for_gloo(deepspeed)
         if settings.deepspeed["zero_optimization"].get("stage") == 2:
             done += "".join(f", {name} off" for name in _NOT_OVER_GLOO)
-    from accelerate import PartialState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
+    AcceleratorState._reset_state()  # of an earlier training, as transformers does
     state = PartialState(backend="gloo")
     if not deepspeed:
         # accelerate asks for FSDP among the kinds of GPUs only (AcceleratorState.__init__); what it
