@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "companion.cli.train",
         "train a reward model (pairwise, kwise, outcome, process) or a policy (grpo)",
     ),
+    "plan": ("companion.cli.plan", "what a run takes of memory, time and money, before it starts"),
     "evaluate": ("companion.cli.evaluate", "measure a reward model of any kind on held-out rows"),
     "score": ("companion.cli.score", "score a JSONL file of texts, messages or completions"),
     "serve": ("companion.cli.serve", "serve a reward model over HTTP, for RL jobs and people"),

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
         format_rankings as format_rankings,
         train_kwise as train_kwise,
     )
+    from companion.training.memory import (
+        ScoringPlan as ScoringPlan,
+        TrainingPlan as TrainingPlan,
+        plan_scoring as plan_scoring,
+        plan_training as plan_training,
+    )
     from companion.training.outcome import (
         OutcomeRewardConfig as OutcomeRewardConfig,
         OutcomeRewardTrainer as OutcomeRewardTrainer,
