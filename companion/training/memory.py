@@ -489,6 +489,8 @@ def _shares(
         # without an exchange, gradients of a step's earlier parts stay whole
         gradients = gradients if parts else 4 * trace.n_trained // n
         other = size * (trace.n_embeddings + 3 * trace.n_layer)
+    if strategy == "zero3":
+        parts = True  # the shard of the gradients is one tensor, which is never given back
     # A backward gives back what grows with the layers while their gradients come. What does not
     # grow, the layer at hand, is there all the time; gradients of the embeddings come at its end.
     layers = gradients * trace.in_layers // max(1, trace.gradients)
