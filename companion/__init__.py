@@ -96,6 +96,7 @@ if TYPE_CHECKING:
         KwiseRewardTrainer as KwiseRewardTrainer,
         train_kwise as train_kwise,
     )
+    from companion.training.memory import plan_training as plan_training
     from companion.training.outcome import (
         OutcomeRewardConfig as OutcomeRewardConfig,
         OutcomeRewardTrainer as OutcomeRewardTrainer,

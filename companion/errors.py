@@ -12,6 +12,7 @@ code 2; anything else that escapes is a bug in the companion and keeps its trace
     ├── DtypeError    (TypeError)     a tensor of the wrong kind of number
     ├── ReadoutError  (ValueError)    a model or a batch whose score would be silently wrong
     ├── ModelError    (ValueError)    a folder or a checkpoint
+    ├── RunEnded      (RuntimeError)  a training run that ended before its last step
     ├── ServiceError  (RuntimeError)  a server that scores
     └── JudgeError    (RuntimeError)  a judge that cannot be asked
 """
@@ -54,6 +55,24 @@ class ReadoutError(CompanionError, ValueError):
 
 class ModelError(CompanionError, ValueError):
     """A folder or a checkpoint that is no usable reward model."""
+
+
+class RunEnded(CompanionError, RuntimeError):
+    """A training run that ended before its last step, after the same one on all ranks.
+
+    Parameters
+    ----------
+    what, cure : str
+    exit_code : int
+        What the command ends with: 2, or 143 (128 + SIGTERM) if it was asked to end and saved.
+    said : bool
+        Another rank says it.
+    """
+
+    def __init__(self, what: str, cure: str, *, exit_code: int = 2, said: bool = False) -> None:
+        super().__init__(what, cure)
+        self.exit_code = exit_code
+        self.said = said
 
 
 class ServiceError(CompanionError, RuntimeError):

@@ -5,7 +5,8 @@ returns the exit code. Its line of help stands in the table below, so that ``com
 imports nothing heavy. A command whose flags belong to another parser (``train``, whose fields come
 from dataclasses) takes what follows its name as it is: ``run_argv(argv)``.
 
-Exit codes: 0 success; 1 a run that ended without reaching its goal; 2 wrong use or bad input. The
+Exit codes: 0 success; 1 a run that ended without reaching its goal; 2 wrong use, bad input or a
+full disk; 143 a training that was asked to end (SIGTERM) and saved a checkpoint to go on from. The
 help of a command names those of its own.
 """
 
@@ -17,7 +18,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from companion.errors import CompanionError
+from companion.errors import CompanionError, RunEnded
 
 #: command -> (module, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -27,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "companion.cli.train",
         "train a reward model (pairwise, kwise, outcome, process) or a policy (grpo)",
     ),
+    "plan": ("companion.cli.plan", "what a run takes of memory, time and money, before it starts"),
     "evaluate": ("companion.cli.evaluate", "measure a reward model of any kind on held-out rows"),
     "score": ("companion.cli.score", "score a JSONL file of texts, messages or completions"),
     "serve": ("companion.cli.serve", "serve a reward model over HTTP, for RL jobs and people"),
@@ -112,11 +114,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         with launched() as given.processes:
             return int(module.run(given))
+    except RunEnded as end:
+        if not end.said:
+            print(f"{end.what}; {end.cure}", file=sys.stderr, flush=True)
+        code = end.exit_code
     except CompanionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `companion score … | head`
         return 0
+    # (outside of the handler, whose traceback holds the group of ranks)
+    from companion.cli.shared import leave_process_group
+
+    leave_process_group()
+    return code
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ kinds:
   DIR    becomes a plain Hugging Face checkpoint with reward_manifest.json
 
 Settings of --config are overridden by flags. 'companion train KIND --help' lists them all.
+SIGTERM saves a checkpoint first; --resume_from_checkpoint auto goes on from it, or begins.
+Exit codes: 0 done, 2 bad input or a full disk, 143 ended by SIGTERM with a checkpoint.
 """
 
 

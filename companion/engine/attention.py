@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from companion.engine.devices import fits_varlen
+from companion.engine.devices import acts_as_cuda, fits_varlen
 from companion.engine.grouping import AttentionGroups, attention_groups
 from companion.engine.last_layer import LastLayer, last_layer_attention, restore_last_layer
 from companion.engine.packing import Segments
@@ -131,7 +131,7 @@ def _half_is_slow(device: str) -> bool:
     So it is on a CPU without matrix units: PyTorch's kernel computes the softmax in float32 and
     converts to and fro (measured: 2 to 4 times slower).
     """
-    return device == "cpu" and not torch.cpu._is_amx_tile_supported()
+    return device == "cpu" and not acts_as_cuda() and not torch.cpu._is_amx_tile_supported()
 
 
 def _half_dtype(query: Tensor) -> torch.dtype | None:

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_CUDAS_PATH: ContextVar[bool] = ContextVar("cudas_path", default=False)
+
+
+@contextlib.contextmanager
+def cudas_path() -> Iterator[None]:
+    """Let tensors of the CPU take the path of CUDA inside the block.
+
+    For tensors without data, which have no other place: a PyTorch without CUDA differentiates no
+    fake tensor of CUDA.
+    """
+    token = _CUDAS_PATH.set(True)
+    try:
+        yield
+    finally:
+        _CUDAS_PATH.reset(token)
+
+
+def acts_as_cuda() -> bool:
+    """Whether :func:`cudas_path` is on."""
+    return _CUDAS_PATH.get()
 
 
 def has_bf16() -> bool:
@@ -27,6 +51,8 @@ def fits_varlen(query: Tensor) -> bool:
 
     It is FlashAttention 2, with a width of heads that is a multiple of 8 and at most 256.
     """
+    if acts_as_cuda():
+        return _fits(query.shape[-1])
     return query.is_cuda and _fits(query.shape[-1]) and has_flash(query.device)
 
 
@@ -60,7 +86,8 @@ def device_notes(
     budget : int, optional
         Tokens of a batch, if they were set by the free memory.
     """
-    weights = next(p for p in model.parameters() if p.dim() > 1)
+    # a shard of ZeRO-3 has no shape of its own
+    weights = next(p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) > 1)
     device = weights.device
     if device.type != "cuda":
         return []

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from companion.errors import ModelError
 from companion.models.head import find_head, without_adapter
+from companion.models.one_reader import read_once
 
 logger = logging.getLogger(__name__)
 
@@ -226,11 +228,17 @@ def load_weights(
     check_code(name, config, auto_class, bool(shared.get("trust_remote_code")))
     if attn_implementation is not None:
         shared["attn_implementation"] = attn_implementation
+    read = partial(
+        getattr(transformers, auto_class).from_pretrained,
+        name,
+        config=config,
+        dtype=as_dtype(dtype),
+        output_loading_info=True,
+        **shared,
+    )
     try:
         with _quiet():
-            model, info = getattr(transformers, auto_class).from_pretrained(
-                name, config=config, dtype=as_dtype(dtype), output_loading_info=True, **shared
-            )
+            model, info = read_once(read)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"{name}: the weights cannot be loaded: {_first_line(error)}",

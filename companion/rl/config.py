@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from trl import GRPOConfig
 
 from companion.engine.devices import has_bf16
@@ -21,6 +20,7 @@ from companion.training.config import (
     refuse_several_devices,
     setting,
 )
+from companion.training.launching import settle_on_cpu
 
 
 @dataclass
@@ -104,8 +104,7 @@ class GRPORunConfig(CheckpointArguments, HubArguments, GRPOConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = has_bf16() and not self.fp16 and not self.use_cpu
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
+        settle_on_cpu(self)
         super().__post_init__()
         refuse_several_devices(self.n_gpu)
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_model):

@@ -185,6 +185,8 @@ class OveroptimizationMonitor(TrainerCallback):
         self._take_reference(kwargs["model"], state)
         if not resumed:
             self._look(state, control, kwargs)
+        elif self.reason is not None:  # the run was over
+            control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look, if it is time."""
@@ -311,8 +313,10 @@ class OveroptimizationMonitor(TrainerCallback):
             self.record.write_text(text, encoding="utf-8")
         for look in kept:
             self._judge(look)
-        self.reason = None
-        return bool(kept) and kept[-1].step == step
+        here = bool(kept) and kept[-1].step == step
+        if not here:
+            self.reason = None
+        return here
 
     def policy(self, model: Any) -> AbstractContextManager[Any]:
         if self._trainer is None:

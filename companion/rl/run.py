@@ -48,6 +48,7 @@ from companion.rl.rewards import (
 from companion.scoring.reward_function import TEMPLATE_COLUMNS
 from companion.training.checkpoints import (
     WholeCheckpoints,
+    all_written,
     check_run,
     checkpoint_of,
     fingerprint_of,
@@ -275,7 +276,8 @@ def train_grpo(
         "trust_remote_code": config.trust_remote_code,
     }
     tokenizer = load_tokenizer(name, **shared)
-    rewards, proxy, gold, further = _scorers(config, policy_end_ids(name, **shared))
+    with whole_parameters():  # a scorer runs in each rank, whole
+        rewards, proxy, gold, further = _scorers(config, policy_end_ids(name, **shared))
     if said := _dtype_note(config):
         notes.append(said)
         tell(f"note: {said}")
@@ -311,6 +313,11 @@ def train_grpo(
     if not model.use_peft and (config.beta == 0 or config.sync_ref_model or zero3):
         reference = load(name)
     output = str(config.output_dir)
+
+    def save(name: str = "") -> None:
+        with all_written(Path(output), name):
+            trainer.save_model(str(Path(output) / name))
+
     monitor = OveroptimizationMonitor(
         monitored,
         proxy,
@@ -326,7 +333,7 @@ def train_grpo(
         reference=reference,
         kl_estimator=config.kl_estimator,  # type: ignore[arg-type]
         record=Path(output) / "monitor.jsonl",
-        on_best=lambda: trainer.save_model(output),
+        on_best=save,
         seed=config.seed,
     ).attach(trainer)
     reward_dtype = _reduced_dtype(config, config.reward_model)
@@ -351,7 +358,7 @@ def train_grpo(
     looks = _test_figures(trainer, monitor, tested, name, load)
     best_step = looks["best"].step
     if best_step != trainer.state.global_step:
-        trainer.save_model(str(Path(output) / "last"))
+        save("last")
     result = GRPOResult(
         output_dir=Path(output),
         reason=monitor.reason,

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
         format_rankings as format_rankings,
         train_kwise as train_kwise,
     )
+    from companion.training.memory import (
+        ScoringPlan as ScoringPlan,
+        TrainingPlan as TrainingPlan,
+        plan_scoring as plan_scoring,
+        plan_training as plan_training,
+    )
     from companion.training.outcome import (
         OutcomeRewardConfig as OutcomeRewardConfig,
         OutcomeRewardTrainer as OutcomeRewardTrainer,
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
         format_pairs as format_pairs,
         train_pairwise as train_pairwise,
     )
+    from companion.training.preemption import PreemptionCallback as PreemptionCallback
     from companion.training.process import (
         ProcessRewardConfig as ProcessRewardConfig,
         ProcessRewardTrainer as ProcessRewardTrainer,

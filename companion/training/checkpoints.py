@@ -1,8 +1,10 @@
-"""A training checkpoint knows whose it is, and whether it is whole.
+"""A training checkpoint knows whose it is, and can be seen only when it is whole.
 
-transformers goes on from the folder with the highest number, be it torn by a kill (#35525) or of
-other rows, another base or other settings, and what is then saved claims to be this run's. Here the
-last file of a checkpoint, written when all others are, names the run and their sizes. Chapter 4.
+transformers writes it under its own name and goes on from the highest number, be it torn by a kill
+(#35525) or of other rows, another base or other settings, and what is then saved claims to be this
+run's. Here all ranks write into a folder apart, which is renamed when all of them have; its last
+file names the run, and the sizes of the others, for who copies it. transformers tried the same:
+#27820 renamed while other ranks were writing (#28015), #35580 was taken back (#36112). Chapter 4.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+import signal
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,9 +25,10 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from companion.errors import CompanionError
+from companion.errors import CompanionError, RunEnded
 from companion.formatting import RECIPE_FILE, RewardFormatter
 from companion.models.checkpoint import model_fingerprint
+from companion.training.preemption import PreemptionCallback, spare_workers
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -35,9 +41,11 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE: Final = "companion_run.json"
 _STATE: Final = "trainer_state.json"
-#: stands in a folder as long as it is written to; the name is that of transformers'
-#: `enable_jit_checkpoint`, which writes it and never looks at it
+#: stood in a folder that version 0.1 was writing to, and does in one that transformers'
+#: `enable_jit_checkpoint` is, which never looks at it
 _SENTINEL: Final = "checkpoint-is-incomplete.txt"
+#: in ``output_dir``: where checkpoints are written
+PART: Final = ".part"
 
 
 # ---------------------------------------------------------------------- is it whole
@@ -48,16 +56,18 @@ def mark_whole(folder: Path, run: Mapping[str, Any] | None, totals: Mapping[str,
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (RUN_FILE, _SENTINEL)
+        if path.is_file()
     }
     record = {"version": 1, "run": run, "totals": dict(totals), "files": files}
-    part = folder / f"{RUN_FILE}.tmp"
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / RUN_FILE)
-    (folder / _SENTINEL).unlink(missing_ok=True)
+    (folder / RUN_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def show(part: Path, checkpoint: Path) -> None:
+    """Let a whole checkpoint be seen, in place of one that an earlier run has left."""
+    if checkpoint.exists():
+        checkpoint.rename(part.with_name("replaced"))
+    part.rename(checkpoint)
+    shutil.rmtree(part.parent)
 
 
 def fault_of(folder: Path) -> str | None:
@@ -300,12 +310,14 @@ def take_date(formatter: RewardFormatter, checkpoint: str | None) -> None:
 
 
 class WholeCheckpoints(_Base):
-    """The part of a trainer that marks its checkpoints, and counts a resumed run as one."""
+    """The part of a trainer that writes checkpoints whole or not at all, and goes on from them."""
 
     #: what the checkpoints are to say of their run
     run: Mapping[str, Any] | None = None
     _before: Mapping[str, Any] = {}
     _began = 0.0
+    _writing = False
+    _preemption = PreemptionCallback()
 
     def totals(self) -> dict[str, Any]:
         """What a run that goes on from here adds to; every rank calls."""
@@ -321,13 +333,38 @@ class WholeCheckpoints(_Base):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """As in transformers; a resumed run ends with the totals of the whole."""
+        """As in transformers; a resumed run ends with the totals of the whole.
+
+        Raises
+        ------
+        RunEnded
+            After a checkpoint, if the run was asked to end (SIGTERM); or if one cannot be written.
+        """
         if resume_from_checkpoint is True:
             found = newest_whole(Path(str(self.args.output_dir)), main=self.args.process_index == 0)
             resume_from_checkpoint = None if found is None else str(found)
         record = _record(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
         self.restore({} if record is None else record["totals"])
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        folder = Path(self._get_output_dir(None))
+        if self.args.should_save:  # of a run that was killed meanwhile
+            shutil.rmtree(folder / PART, ignore_errors=True)
+        self._preemption = PreemptionCallback()
+        self.add_callback(self._preemption)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._preemption.close()
+            self.remove_callback(self._preemption)
+        if self._preemption.agreed:
+            step = self.state.global_step
+            raise RunEnded(
+                f"asked to end at step {step} of {self.state.max_steps}, saved in "
+                f"{folder / f'checkpoint-{step}'}",
+                "the same command with --resume_from_checkpoint auto goes on from there",
+                exit_code=128 + signal.SIGTERM,
+                said=self.args.process_index != 0,
+            )
+        return output
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         if self._before:  # transformers counts what this call did
@@ -337,31 +374,108 @@ class WholeCheckpoints(_Base):
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step >= self.state.max_steps:  # transformers looks after a step only
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+        if self.control.should_training_stop:  # transformers looks after a step only
             return None
         return super()._run_epoch(*args, **kwargs)
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        dataloader = super()._get_dataloader(*args, **kwargs)
+        spare_workers(dataloader)
+        return dataloader
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, PART) if self._writing else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._writing:
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Old checkpoints go when the new one is whole, with its mark; transformers deletes before.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        folder = Path(self._get_output_dir(trial=trial))
-        checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            # An earlier one of this step may lie there, whose files have the sizes of the new ones.
-            checkpoint.mkdir(parents=True, exist_ok=True)
-            (checkpoint / _SENTINEL).touch()
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        folder, step = Path(self._get_output_dir(trial)), self.state.global_step
+        checkpoint, part = (place / f"checkpoint-{step}" for place in (folder, folder / PART))
         totals = self.totals()
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_whole(checkpoint, self.run, totals)
+        # transformers would note the best one by the path of now, and wait for all ranks to do so
+        best, self.state.best_global_step = self.state.best_global_step, None
+        with self._all_writing(checkpoint):
+            self._writing = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._writing = False
+                self.state.best_global_step = best
+            if best:
+                if best == step or (folder / f"checkpoint-{best}").exists():
+                    self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+                if self.args.should_save:
+                    self.state.save_to_json(str(part / _STATE))
+        with self._all_writing(checkpoint):
+            if self.args.should_save:
+                mark_whole(part, self.run, totals)
+                show(part, checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+        if (
+            self.args.should_save
+        ):  # old ones go now; transformers deletes before the new one is whole
             rotate_checkpoints(
                 output_dir=str(folder),
-                save_total_limit=limit,
+                save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    @contextmanager
+    def _all_writing(self, checkpoint: Path) -> Iterator[None]:
+        """All ranks write, and wait for each other; where one cannot, all end.
+
+        Under FSDP and DeepSpeed the others wait within transformers' save: it ends alone, and they
+        by the loss of it.
+        """
+        fault = None
+        try:
+            with all_written(checkpoint.parent, checkpoint.name):
+                yield
+        except RunEnded as error:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise
+            fault = error
+        if self._preemption.agree(fault is not None):
+            if self.args.should_save:
+                shutil.rmtree(checkpoint.parent / PART, ignore_errors=True)
+            raise fault or RunEnded(
+                f"{checkpoint}: another rank could not write it", "see there", said=True
+            )
+
+
+@contextmanager
+def all_written(folder: Path, name: str) -> Iterator[None]:
+    """Say so in one line if something of a run's `folder` cannot be written.
+
+    Neither torch nor safetensors raises an ``OSError`` then (torch 2.13: a ``RuntimeError`` of
+    ``inline_container.cc``).
+
+    Raises
+    ------
+    RunEnded
+        With the room that is left, and the checkpoint to go on from.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+        if not said and "inline_container" not in str(error):
+            raise
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        room, go_on = f"{shutil.disk_usage(there).free:,} bytes are free", ""
+        if (before := newest_whole(folder, required=False, main=False)) is not None:
+            size = sum(path.stat().st_size for path in before.rglob("*") if path.is_file())
+            room += f", {before.name} takes {size:,}"
+            go_on = f"; --resume_from_checkpoint last goes on from {before.name}"
+        raise RunEnded(
+            f"{folder / name}: could not be written ({text}): {room}",
+            f"make room (--save_total_limit keeps fewer checkpoints){go_on}",
+        ) from error

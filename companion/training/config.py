@@ -8,15 +8,14 @@ A kind of training adds its own settings to the last group, and takes out what i
 
 from __future__ import annotations
 
-import os
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-import torch
 from trl import RewardConfig
 
 from companion.engine.devices import has_bf16
 from companion.errors import CompanionError
+from companion.training.launching import settle_on_cpu
 
 
 def setting(default: Any = MISSING, help: str = "", choices: Any = (), **factory: Any) -> Any:
@@ -243,11 +242,7 @@ class PairwiseRewardConfig(CheckpointArguments, HubArguments, RewardConfig):
                 )
         if self.bf16 is None:
             self.bf16 = has_bf16() and not self.fp16 and not self.use_cpu
-        by_deepspeed = (
-            self.deepspeed is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-        )
-        if not torch.accelerator.is_available() and not by_deepspeed:
-            self.use_cpu = True  # several processes then talk over gloo
+        settle_on_cpu(self)
         super().__post_init__()
         refuse_several_devices(self.n_gpu)
         if not 0 <= self.label_smoothing_factor < 0.5:

@@ -40,7 +40,13 @@ from companion.models.readout import readout_from_dict
 from companion.models.reward_model import RewardModel
 from companion.models.saving import save_reward_model
 from companion.scoring import add_golden_texts
-from companion.training.checkpoints import check_run, checkpoint_of, fingerprint_of, take_date
+from companion.training.checkpoints import (
+    all_written,
+    check_run,
+    checkpoint_of,
+    fingerprint_of,
+    take_date,
+)
 from companion.training.config import (
     DataArguments,
     ModelArguments,
@@ -421,7 +427,8 @@ def _save(trainer: Any, start: RewardModel, manifest: RewardManifest) -> RewardM
             reward_model = replace(found, formatter=start.formatter, notes=start.notes)
     reward_model.readout = readout_from_dict(manifest.readout, MANIFEST_FILE)
     if rank == 0:
-        save_reward_model(reward_model, folder, manifest, describe=add_golden_texts)
+        with all_written(Path(folder), "reward model"):
+            save_reward_model(reward_model, folder, manifest, describe=add_golden_texts)
     reward_model.manifest = manifest
     trainer.accelerator.wait_for_everyone()
     return reward_model

@@ -34,13 +34,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from companion.engine.agreement import check_trainable, packing_fault
+from companion.engine.attention import is_proved
 from companion.errors import CompanionError, DataError, ModelError
 from companion.formatting import RewardFormatter
 from companion.functional.reduction import SumCount, all_reduce_metrics
@@ -51,6 +53,7 @@ from companion.models.loading import load_base
 from companion.models.lora import apply_lora
 from companion.models.manifest import RewardManifest
 from companion.models.memory import does_not_fit, is_out_of_memory
+from companion.models.one_reader import is_reader, one_reader
 from companion.models.readout import Readout, ScalarReadout
 from companion.models.reward_model import RewardModel
 from companion.models.saving import package_versions
@@ -202,6 +205,8 @@ class ExactTrainer(WholeCheckpoints, ExactEvaluation):
         self._tokens = 0.0
         #: what :meth:`refuse_not_finite` has to look at when the backward is queued
         self._doubts: list[tuple[Tensor, Tensor]] | None = None
+        if zero_stage(self) == 3:
+            partition(self.model, self.accelerator)
 
     # ------------------------------------------------------------------ what a kind has to say
 
@@ -551,10 +556,33 @@ class ExactTrainer(WholeCheckpoints, ExactEvaluation):
         self.formatter.save_pretrained(str(folder))
 
 
+def zero_stage(trainer: Any) -> int:
+    """What DeepSpeed shards (1 to 3); 0 without DeepSpeed."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return 0 if plugin is None else int(plugin.zero_stage)
+
+
 def is_sharded(trainer: Any) -> bool:
     """Whether no rank holds the whole model."""
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+    return trainer.is_fsdp_enabled or zero_stage(trainer) == 3
+
+
+def partition(model: Any, accelerator: Any) -> None:
+    """Cut a model for ZeRO-3, a parameter at a time, into shards of what rank 0 holds.
+
+    ``deepspeed.initialize`` does so too, but first puts the whole model on each device.
+    """
+    import deepspeed
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes.get(accelerator.mixed_precision, torch.float32)
+    for parameter in model.parameters():
+        if is_reader():
+            parameter.data = parameter.data.to(dtype)
+        else:  # it will be sent: no memory is touched
+            parameter.data = torch.empty_like(parameter, dtype=dtype)
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings)
 
 
 def decide_text(formatter: RewardFormatter, rows: Dataset, args: Any) -> str | None:
@@ -590,7 +618,8 @@ def load_start(
 
     With an adapter, if one is asked for.
     """
-    with whole_parameters():
+    reading = one_reader(is_proved) if _sends(config) else contextlib.nullcontext()
+    with whole_parameters(), reading:
         start = load_base(
             str(model.model_name_or_path),
             labels=labels,
@@ -609,6 +638,14 @@ def load_start(
         if model.use_peft:
             apply_lora(start, **model.lora)
         return start
+
+
+def _sends(config: PairwiseRewardConfig) -> bool:
+    """Whether rank 0 will send its weights to the other ranks, which need not read them."""
+    fsdp = config.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    return is_deepspeed_zero3_enabled() or (
+        bool(fsdp) and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    )
 
 
 def _read_template(config: PairwiseRewardConfig) -> str | None:
@@ -640,8 +677,8 @@ def whole_parameters() -> Iterator[None]:
     """Load a model in full on the CPU although ZeRO-3 is on.
 
     transformers would partition each parameter as it is made: the fresh head could not be drawn
-    from a seed, and a load on one rank alone would wait for the others for ever. DeepSpeed
-    partitions the model when it is prepared, a moment later.
+    from a seed, and a load on one rank alone would wait for the others for ever. A model that is
+    trained is cut by :func:`partition`.
     """
     from transformers.integrations import deepspeed
 

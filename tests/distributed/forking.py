@@ -64,13 +64,16 @@ def end_stem() -> None:
         process.join()
 
 
-def run_forked(programs: Sequence[Program], *, seconds: float) -> list[int | None]:
+def run_forked(
+    programs: Sequence[Program], *, seconds: float, patience: float = 0.0
+) -> list[int | None]:
     """Run the programs side by side; their exit codes, as ``subprocess`` has them.
 
-    When one fails, or after `seconds`, the others are killed: they may wait for it.
+    `patience` seconds after one has failed, or after `seconds`, the others are killed: they may
+    wait for it.
     """
     assert _stem is not None, "no test of this run is marked as distributed"
-    _stem[1].send((list(programs), seconds))
+    _stem[1].send((list(programs), seconds, patience))
     return list(_stem[1].recv())
 
 
@@ -80,14 +83,16 @@ def _serve(theirs: Connection, own: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, which pytest gets too
     with contextlib.suppress(EOFError):
         while True:
-            programs, seconds = own.recv()
+            programs, seconds, patience = own.recv()
             fork = multiprocessing.get_context("fork")
             started = [fork.Process(target=_become, args=(program,)) for program in programs]
             for process in started:
                 process.start()
             end = time.monotonic() + seconds
             while any(process.exitcode is None for process in started):
-                if any(process.exitcode for process in started) or time.monotonic() > end:
+                if any(process.exitcode for process in started):
+                    end, patience = min(end, time.monotonic() + patience), float("inf")
+                if time.monotonic() >= end:
                     break
                 time.sleep(0.05)
             for process in started:

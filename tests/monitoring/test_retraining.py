@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from companion.cli.main import main
 from companion.data import load_rows, prompt_key, write_rows
-from companion.errors import CompanionError
+from companion.errors import CompanionError, RunEnded
 from companion.evaluation import Comparison
 from companion.models import RewardManifest
 from companion.monitoring import is_better, retrain
@@ -28,6 +28,7 @@ from companion.training import (
     DataArguments,
     ModelArguments,
     PairwiseRewardConfig,
+    PairwiseRewardTrainer,
     train_pairwise,
 )
 from companion.tutor import TUTOR_BASE, make_rows
@@ -527,6 +528,28 @@ def test_a_kill_before_the_end_leaves_no_model(
     assert not output.exists()
     manifest = RewardManifest.load(tmp_path / "next.part")  # so far had it come
     assert manifest.training["seed"] == 3
+
+
+@pytest.mark.slow
+def test_one_that_is_asked_to_end_goes_on(
+    room: Path, done: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = PairwiseRewardTrainer.training_step, []
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    output = tmp_path / "next"
+    with monkeypatch.context() as patched:
+        patched.setattr(PairwiseRewardTrainer, "training_step", asked)
+        with pytest.raises(RunEnded, match="at step 7 of"):
+            again(room, output, **RESUMES)
+    assert (tmp_path / "next.part" / "checkpoint-7").is_dir()
+    assert again(room, output, **RESUMES).published
+    assert same_weights(room / "next", output)
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from companion import PromptArguments, train_grpo
 from companion.cli.main import main
 from companion.cli.train import parse
 from companion.data import prompt_key
-from companion.errors import CompanionError, DataError
+from companion.errors import CompanionError, DataError, RunEnded
 from companion.rl.run import hold_out
 
 EARLY = "tests_rl_gold:first_is_best"
@@ -64,9 +67,9 @@ def flags(tmp_path: Path, prompts: Path, tiny_base: Path, tiny_reward: Path) -> 
     ]
 
 
-def run(flags: list[str]) -> Any:
+def run(flags: list[str], *callbacks: TrainerCallback) -> Any:
     data, model, config = parse(flags, "grpo")
-    return train_grpo(config, model, data, say=lambda line: None)
+    return train_grpo(config, model, data, say=lambda line: None, callbacks=list(callbacks))
 
 
 def test_a_run_reports_kl_and_rewards_and_keeps_the_best(
@@ -166,6 +169,50 @@ def test_a_resumed_run_goes_on_with_its_looks(
     last = [*flags, *gold, *steps, "--resume_from_checkpoint", "last"]
     with pytest.raises(CompanionError, match=r"of another run \(beta: 0.0 -> 0.1\)"):
         run([*last, "--beta", "0.1"])
+
+
+class AskedToEnd(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_is_asked_to_end_goes_on_as_if_it_had_not_been(
+    flags: list[str], scorers: None, tmp_path: Path
+) -> None:
+    """The dice of the completions go on from the checkpoint too."""
+    more = ["--held_out_scorer", "tests_rl_gold:words", "--gradient_accumulation_steps", "2"]
+    whole = run([*flags, *more])
+    weights = {name: value.clone() for name, value in end(whole).items()}
+    out = ["--output_dir", str(tmp_path / "again")]
+    with pytest.raises(RunEnded, match=r"at step 2 of 4, saved in .*again/checkpoint-2"):
+        run([*flags, *more, *out], AskedToEnd())
+    assert [path.name for path in (tmp_path / "again").glob("checkpoint*")] == ["checkpoint-2"]
+    again = run([*flags, *more, *out, "--resume_from_checkpoint", "auto"])
+    assert [look.step for look in again.monitor.looks] == [0, 2, 4]
+    assert again.steps == 4
+    found = end(again)
+    assert max(float((found[name] - value).abs().max()) for name, value in weights.items()) == 0.0
+
+
+@pytest.mark.slow
+def test_what_the_monitor_has_stopped_stays_stopped(
+    flags: list[str], scorers: None, tmp_path: Path
+) -> None:
+    """Asked to end at the step at which the budget is spent, and started again."""
+    more = ["--kl_budget", "0.0001", "--resume_from_checkpoint", "auto"]
+    with pytest.raises(RunEnded, match="at step 2 of 4"):
+        run([*flags, *more], AskedToEnd())
+    for _ in range(2):
+        again = run([*flags, *more])
+        assert again.steps == 2
+        assert "the KL budget is spent" in again.reason
+
+
+def end(result: Any) -> dict[str, torch.Tensor]:
+    """The policy after the last step."""
+    last = result.output_dir / "last"
+    return load_file((last if last.is_dir() else result.output_dir) / "model.safetensors")
 
 
 @pytest.mark.parametrize(

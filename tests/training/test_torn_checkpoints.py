@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -11,59 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from checkpointed import Start, gap, starter, weights
 from example_kinds import pairs
 from transformers import Trainer, TrainerState
 
-from companion import DataArguments, ModelArguments, PairwiseRewardConfig, train_pairwise
-from companion.errors import CompanionError
-from companion.training import TrainingResult, checkpoints
-
-Start = Callable[..., TrainingResult[Any]]
-
-
-def starter(folder: Path, base: Path) -> Start:
-    """Runs of 8 steps in one folder, saved at 3, 6 and 8; only the newest checkpoint is kept."""
-
-    def start(
-        rows: list[dict[str, Any]] | None = None,
-        *,
-        model: dict[str, Any] | None = None,
-        data: dict[str, Any] | None = None,
-        output: str = "model",
-        lines: list[str] | None = None,
-        **settings: Any,
-    ) -> TrainingResult[Any]:
-        source = folder / "pairs.jsonl"
-        source.write_text("\n".join(map(json.dumps, rows or pairs(90))))
-        defaults: dict[str, Any] = {
-            "per_device_train_batch_size": 8,
-            "learning_rate": 3e-3,
-            "max_length": 60,
-            "eval_strategy": "no",
-            "save_strategy": "steps",
-            "save_steps": 3,
-            "save_total_limit": 1,
-            "disable_tqdm": True,
-            "report_to": "none",
-        }
-        return train_pairwise(
-            PairwiseRewardConfig(str(folder / output), **{**defaults, **settings}),
-            ModelArguments(**{"model_name_or_path": str(base), **(model or {})}),
-            DataArguments(dataset_name=str(source), **{"eval_fraction": 0.3, **(data or {})}),
-            say=(lines if lines is not None else []).append,
-        )
-
-    return start
-
-
-def weights(result: TrainingResult[Any]) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in result.reward_model.model.state_dict().items()}
-
-
-def gap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
+from companion import PairwiseRewardConfig
+from companion.errors import CompanionError, RunEnded
+from companion.training import checkpoints, run
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +67,9 @@ def test_each_torn_file_is_seen(used: Path, caplog: pytest.LogCaptureFixture) ->
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} < set(names)
     for what, torn in tears(checkpoint, names):
         assert what.split(",")[0] in str(checkpoints.fault_of(torn)), what
+    (checkpoint / "checkpoint-is-incomplete.txt").touch()
+    assert checkpoints.fault_of(checkpoint) == "its save was broken off"
+    (checkpoint / "checkpoint-is-incomplete.txt").unlink()
     # the same of checkpoints of before, which have no mark: whatever makes a run go on wrongly
     (checkpoint / checkpoints.RUN_FILE).unlink()
     assert checkpoints.fault_of(checkpoint) is None
@@ -216,6 +174,7 @@ POINTS = {
     "rng": in_the_middle(Trainer, "_save_rng_state", 6),
     "state": in_the_middle(TrainerState, "save_to_json", 6),
     "mark": before(checkpoints, "mark_whole", 6),
+    "show": before(checkpoints, "show", 6),
     "rotation": before(checkpoints, "rotate_checkpoints", 6),
 }
 
@@ -231,24 +190,95 @@ def test_killed_during_a_save(point: str, whole: Any, start: Start, tmp_path: Pa
     """At each point a whole checkpoint lies there, though one alone is kept."""
     killed(POINTS[point], start)
     folder = tmp_path / "model"
-    assert {path.name for path in folder.iterdir()} >= {"checkpoint-3", "checkpoint-6"}
-    kept = "checkpoint-6" if point == "rotation" else "checkpoint-3"
-    assert checkpoints.newest_whole(folder) == folder / kept
+    seen = ["checkpoint-3", "checkpoint-6"] if point == "rotation" else ["checkpoint-3"]
+    assert sorted(path.name for path in folder.glob("checkpoint*")) == seen
+    assert checkpoints.newest_whole(folder) == folder / seen[-1]
     again = start(resume_from_checkpoint="last")
     assert gap(weights(again), weights(whole[0])) == 0.0
     assert again.train_metrics["train_pairs"] == whole[0].train_metrics["train_pairs"]
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-8"]
+    assert not (folder / checkpoints.PART).exists()
 
 
-def test_killed_while_it_writes_over_an_earlier_checkpoint(start: Start, tmp_path: Path) -> None:
-    """Its files had the sizes of the new ones: half of each, and it would look whole."""
+@pytest.mark.parametrize("point", ["optimizer", "show"])
+def test_killed_while_it_writes_over_an_earlier_checkpoint(
+    point: str, start: Start, tmp_path: Path
+) -> None:
+    """Which stays as it is until the new one is whole."""
     used = start(save_total_limit=None, max_steps=6).output_dir
+    files = {path: path.read_bytes() for path in (used / "checkpoint-6").iterdir()}
+    killed(POINTS[point], lambda: start(save_total_limit=None, max_steps=6))
+    assert (used / checkpoints.PART / "checkpoint-6").exists()
+    assert checkpoints.newest_whole(used) == used / "checkpoint-6"
+    assert files == {path: path.read_bytes() for path in (used / "checkpoint-6").iterdir()}
+    start(save_total_limit=None, max_steps=6)
+    mark = used / "checkpoint-6" / checkpoints.RUN_FILE
+    assert mark.read_bytes() != files[mark]  # another run's seconds
 
-    at = before(Trainer, "_save_optimizer_and_scheduler", 6, argument=1)
-    killed(at, lambda: start(save_total_limit=None, max_steps=6))
-    sizes = json.loads((used / "checkpoint-6" / checkpoints.RUN_FILE).read_text())["files"]
-    assert all((used / "checkpoint-6" / name).stat().st_size == sizes[name] for name in sizes)
-    assert checkpoints.newest_whole(used) == used / "checkpoint-3"
+
+def test_the_best_checkpoint_is_noted_under_its_own_name(start: Start) -> None:
+    """transformers looks for it beside the one that it writes."""
+    more = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    result = start(**more, save_steps=2, metric_for_best_model="eval_loss")
+    best = []
+    for path in sorted(result.output_dir.glob("checkpoint-*")):
+        state = json.loads((path / "trainer_state.json").read_text())
+        best.append(state["best_model_checkpoint"])
+        assert best[-1] == str(result.output_dir / f"checkpoint-{state['best_global_step']}")
+    assert best[-1] == str(result.output_dir / "checkpoint-8")
+
+
+# ---------------------------------------------------------------------- no room
+
+
+def on_a_full_disk(save: Callable[..., Any], length: int, time: int) -> Callable[..., Any]:
+    """`save`, but that no file can be longer than `length` when it is called for the n-th time."""
+    calls = []
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        most = length if len(calls) == time else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+        try:
+            return save(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+    return full
+
+
+@pytest.mark.parametrize(
+    ("where", "time", "length", "what"),
+    [
+        ((Trainer, "_save_checkpoint"), 1, 100, "checkpoint-3"),  # the first file
+        ((Trainer, "_save_checkpoint"), 2, 30_000, "checkpoint-6"),  # the model, by safetensors
+        ((Trainer, "_save_checkpoint"), 2, 100_000, "checkpoint-6"),  # the optimiser's, by torch
+        ((checkpoints, "mark_whole"), 2, 100, "checkpoint-6"),
+        ((run, "save_reward_model"), 1, 20_000, "reward model"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_good(
+    where: tuple[Any, str],
+    time: int,
+    length: int,
+    what: str,
+    start: Start,
+    whole: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(*where, on_a_full_disk(getattr(*where), length, time))
+    with pytest.raises(RunEnded, match=rf"{what}: could not be written \(.*bytes are free") as e:
+        start()
+    monkeypatch.undo()
+    assert e.value.exit_code == 2
+    assert not (tmp_path / "model" / checkpoints.PART).exists()
+    newest = checkpoints.newest_whole(tmp_path / "model")
+    last = {"checkpoint-3": None, "checkpoint-6": "checkpoint-3", "reward model": "checkpoint-8"}
+    assert (newest and newest.name) == last[what]
+    assert ("resume_from_checkpoint last goes on" in str(e.value)) == (newest is not None)
+    again = start(resume_from_checkpoint="auto")
+    assert gap(weights(again), weights(whole[0])) == 0.0
 
 
 # ---------------------------------------------------------------------- of another run
