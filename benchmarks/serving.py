@@ -365,8 +365,8 @@ def main() -> None:
             _stay_on(cores)
     print(table(rates))
     print("one text a request, ms; ratio: overhead over echo")
-    shown = ("request", "bare", "echo", "rested", "simplest", "overhead", "ratio", "least", "most")
-    shown = (*shown, "of rested", "of simplest")
+    shown = [*_WAYS, "simplest", "overhead", "ratio", "least", "most"]
+    shown += ["of rested", "of simplest"]
     print(table([{"of": name, **{key: own[key] for key in shown}} for name, own in delays.items()]))
     figures = {"shape": shape, "texts_a_request": TEXTS, "requests_in_flight": FLYING}
     figures |= {"cores": {"client": client, "server": engine}, "throughput": rates}

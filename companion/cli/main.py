@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `companion score … | head`
         return 0
     # (outside of the handler, whose traceback holds the group of ranks)
-    from companion.cli.train import leave_process_group
+    from companion.cli.shared import leave_process_group
 
     leave_process_group()
     return code

@@ -211,13 +211,13 @@ class PairwiseRewardTrainer(ExactTrainer, RewardTrainer):
                 "raise --max_length",
             )
         alike = keep[sizes[0][keep] == sizes[1][keep]]
-        sides = (table[name].take(alike).to_pylist() for name in IDS)
+        same = dataset.select_columns(list(IDS)).select(alike)  # (Arrow's `take` copies all rows)
         report = FormatReport(
             source,
             rows=len(dataset),
             kept=len(keep),
             dropped_overlong=len(dataset) - len(keep),
-            identical=sum(chosen == rejected for chosen, rejected in zip(*sides, strict=True)),
+            identical=sum(row["chosen_ids"] == row["rejected_ids"] for row in same),
             longest=int(lengths[keep].max()),
         )
         return keep.tolist(), report

@@ -20,6 +20,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback
 
 from companion.data.loading import load_rows, load_rows_with_report
+from companion.data.pages import release_pages
 from companion.data.splits import (
     dataset_fingerprint,
     duplicate_report,
@@ -169,6 +170,7 @@ def train(
                 f"held-out prompts stand in the training rows: {overlap.shared_prompts:,} prompts, "
                 f"{overlap.test_rows_affected:,} held-out rows; the figures flatter the model"
             )
+    release_pages(*sets.values())
     start = load_start(kind.trainer.labels(config), config, model)
     take_date(start.formatter, resume)
     said = decide_text(start.formatter, sets["train"], config)
@@ -183,6 +185,7 @@ def train(
             part, start.formatter, config, name.replace("_", " ")
         )
         tell(str(reports[name]))
+    release_pages(*sets.values(), *formatted.values())
     rows = formatted["held_out"]
     calibration_rows, test_rows = _halves(held_out, rows, data)
     if calibration_rows == test_rows:
@@ -204,7 +207,9 @@ def train(
         tell(note)
     if named is None:
         tell(f"learning rate {config.learning_rate:g}: the default of what is trained")
+    release_pages(*formatted.values())  # (the trainer has looked at all of them)
     digests = {name: row_digests(part) for name, part in sets.items()}
+    release_pages(*sets.values())
     trainer.run = _run_of(kind, config, model, start, digests, base)
     if other := check_run(resume, trainer.run, config.resume_other_run):
         notes.append(other)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from datasets.fingerprint import get_temporary_cache_files_directory
 
 from companion import dataset_fingerprint, load_rows, write_rows
 from companion.data import KINDS, detect_kind
+from companion.data.pages import release_pages
 from companion.data.writing import plain_row
 from companion.errors import DataError
 from companion.training.tokenising import rows_digest
@@ -159,6 +162,31 @@ def test_many_rows_lie_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(pickle.dumps(on_disk.select(range(18)))) < 5_000
     files = [Path(file["filename"]) for file in on_disk.cache_files]
     assert all(file.parent == Path(get_temporary_cache_files_directory()) for file in files)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in memory")
+def test_pages_that_were_read_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("companion.data.loading._CHUNK", 100)
+    monkeypatch.setattr("companion.data.loading._CHUNKS", 2)
+    rows = [{"prompt": f"p{i}" * 500, "chosen": "a", "rejected": "b"} for i in range(400)]
+    dataset = load_rows(rows)
+    files = [file["filename"] for file in dataset.cache_files]
+
+    def resident() -> int:
+        """KiB of the dataset's files, as the kernel counts them for this process."""
+        own, total = False, 0
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                own = line.split(maxsplit=5)[-1] in files
+            elif own and line.startswith("Rss:"):
+                total += int(line.split()[1])
+        return total
+
+    assert dataset.to_list() == rows
+    assert resident() > 300
+    release_pages(dataset)
+    assert resident() == 0
+    assert dataset.to_list() == rows
 
 
 def test_a_column_that_the_first_row_lacks_is_kept() -> None:
