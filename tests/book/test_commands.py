@@ -114,6 +114,8 @@ def test_command_of_a_page_is_accepted(command, tmp_path, monkeypatch):
     words = [ELLIPSIS if word == "…" else word for word in words]
     arguments = companion_arguments(tuple(words))
     if arguments is not None:
+        if words[0] == "torchrun":  # whose ranks are not here
+            monkeypatch.setattr("companion.training.config.settle_on_cpu", lambda settings: None)
         check_companion(arguments, tmp_path)
         if Path(words[0]).name != "companion" and not words[0].startswith("python"):
             check_launcher(words)
@@ -125,8 +127,9 @@ def test_command_of_a_page_is_accepted(command, tmp_path, monkeypatch):
     elif words[0] == "curl":
         check_curl(words)
     elif words[0] == "sbatch":
-        assert all(Path(word).is_file() for word in words[1:] if not word.startswith("--"))
-        subprocess.run(["bash", "-n", words[1]], check=True)
+        files = [word for word in words[1:] if not word.startswith("--")]
+        assert all(Path(word).is_file() for word in files)
+        subprocess.run(["bash", "-n", files[0]], check=True)
     elif words[:3] == ["python", "-m", "verl.trainer.main_ppo"]:
         check_verl(words[3:])
     else:
