@@ -11,7 +11,9 @@ waits for the other's. Texts, tokenising included, 64 a request. What is timed:
   server's process), over the median of an echo, which reads the same body and answers in the same
   form, but asks no model. Also over a `rested` echo, before which the client sleeps as long as the
   forward takes: a processor that has waited is slower for a while (here by half a millisecond), and
-  that is no part of the server.
+  that is no part of the server. And beside it the same figure of the `simplest` route that there is
+  with a model: words to ids in the event loop, the forward in a thread, an answer; no queue, no
+  batches, no deadline, no reference, no log.
 
 The former also in the processor's seconds of the server's process: on a machine that has other
 work, those are what can be compared. The latter also with token ids in place of words, where no
@@ -304,7 +306,7 @@ def latency(address: str, args: argparse.Namespace, rows: Rows) -> dict[str, Any
     bodies = [as_body([row]) for row in rows]
     found = []
     for turn in range(args.rounds + 1):
-        times: dict[str, list[float]] = {way: [] for way in _WAYS}
+        times: dict[str, list[float]] = {way: [] for way in (*_WAYS, "simplest")}
         for i, body in enumerate(bodies):
             for way in list(_WAYS)[:: 1 if i % 2 else -1]:
                 forward = client.post("/bare", body)  # leaves the caches as any model leaves them
@@ -314,12 +316,15 @@ def latency(address: str, args: argparse.Namespace, rows: Rows) -> dict[str, Any
                 answer = client.post(_WAYS[way], body)
                 took = time.perf_counter() - began
                 times[way].append(answer["seconds"] if way == "bare" else took)
+                if way == "bare":
+                    times["simplest"].append(took - answer["seconds"])
         medians = {name: 1000 * statistics.median(own) for name, own in times.items()}
         # of the same text: the forward's time depends on its length
         over = [a - b for a, b in zip(times["request"], times["bare"], strict=True)]
         medians["overhead"] = 1000 * statistics.median(over)
         medians["ratio"] = medians["overhead"] / medians["echo"]
         medians["of rested"] = medians["overhead"] / medians["rested"]
+        medians["of simplest"] = medians["overhead"] / medians["simplest"]
         if turn:  # the first one warms up
             found.append(medians)
     ratios = [one["ratio"] for one in found]
@@ -360,7 +365,8 @@ def main() -> None:
             _stay_on(cores)
     print(table(rates))
     print("one text a request, ms; ratio: overhead over echo")
-    shown = ("request", "bare", "echo", "rested", "overhead", "ratio", "least", "most", "of rested")
+    shown = [*_WAYS, "simplest", "overhead", "ratio", "least", "most"]
+    shown += ["of rested", "of simplest"]
     print(table([{"of": name, **{key: own[key] for key in shown}} for name, own in delays.items()]))
     figures = {"shape": shape, "texts_a_request": TEXTS, "requests_in_flight": FLYING}
     figures |= {"cores": {"client": client, "server": engine}, "throughput": rates}

@@ -12,9 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 #: extras that a user of the package installs, in contrast to those of the course and of its tests
-EXTRAS = ("serve", "judge", "peft", "deepspeed")
-#: rooms that nobody enters without their extra, whose files may import it at once
-ROOMS = {"serving": "serve"}
+EXTRAS = ("serve", "judge", "peft", "deepspeed", "corpus")
+#: rooms, and files, that nobody enters without their extra, which they may import at once
+ROOMS = {"serving": "serve", "scoring/corpus.py": "corpus"}
 #: files that run in the environment of another program, and what that has
 ELSEWHERE = {"rl/verl.py": {"verl", "aiohttp"}}
 
@@ -59,7 +59,8 @@ def test_every_import_is_declared():
     providers = packages_distributions()
     missing, seen = [], set()
     for path in sorted((ROOT / "companion").rglob("*.py")):
-        room = ROOMS.get(path.relative_to(ROOT / "companion").parts[0])
+        file = path.relative_to(ROOT / "companion")
+        room = ROOMS.get(file.parts[0], ROOMS.get(file.as_posix()))
         own = names_of(PROJECT["optional-dependencies"][room]) if room else set()
         for package, at_once in imports_of(ast.parse(path.read_text(encoding="utf-8"))).items():
             if package == "companion":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from companion.cli.shared import (
     REMOTE,
@@ -16,6 +16,9 @@ from companion.cli.shared import (
     say_noticed,
 )
 from companion.errors import DataError
+
+#: what a launcher starts of it work together, as `args.processes`
+SHARES_WORK: Final = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     # The data first: a wrong path is found in a moment, a model may take minutes.
     rows, row_kind = _load(args, kind)
     scorer = open_scorer(args)
+    scorer.processes = args.processes
     said = len(scorer.notes)
     from companion import __version__
 
@@ -74,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     if args.url:
         info["url"] = args.url
     result = _evaluate(scorer, rows, row_kind, info)
+    if args.processes is not None and not args.processes.is_main_process:
+        return 0
     print(f"{args.model} on {args.dataset_name}\n\n{result.table()}")
     say_noticed(scorer, said)
     dropped = result.metrics["dropped"]
@@ -126,5 +132,7 @@ def _evaluate(scorer: Any, rows: Any, kind: str, info: dict[str, Any]) -> Any:
         evaluate, total = evaluate_pairs, 2 * total
     elif kind == "rankings":
         evaluate, total = evaluate_rankings, sum(map(len, rows["completions"]))
+    if scorer.processes is not None:  # the bar is that of the first process
+        total = -(-total // scorer.processes.num_processes)
     with progress_bar("scoring", "texts", total) as moved:
         return evaluate(scorer, rows, info=info, progress=moved["progress"])

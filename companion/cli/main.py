@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -49,6 +50,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 #: commands that hand their arguments over as they are
 _VERBATIM = {"train"}
+#: commands that make a group of processes of what a launcher starts
+_TRAIN = {"train", "retrain"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command not in COMMANDS:
         parser.error(f"no command {args.command!r}; there are: {', '.join(COMMANDS)}")
     module = importlib.import_module(COMMANDS[args.command][0])
+    started = 1 if args.command in _TRAIN else int(os.environ.get("WORLD_SIZE", "1"))
     try:
+        if started > 1 and not hasattr(module, "SHARES_WORK"):
+            raise CompanionError(
+                f"a launcher started {started} processes of 'companion {args.command}', which "
+                "works in one",
+                "start it without torchrun or accelerate launch",
+            )
         if args.command in _VERBATIM:
             return int(module.run_argv(args.rest))
         sub = argparse.ArgumentParser(
@@ -97,7 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             given.settings = rest
         elif rest:
             sub.error(f"unrecognized arguments: {' '.join(rest)}")
-        return int(module.run(given))
+        given.processes = None
+        if started == 1:
+            return int(module.run(given))
+        from companion.cli.shared import launched
+
+        with launched() as given.processes:
+            return int(module.run(given))
     except RunEnded as end:
         if not end.said:
             print(f"{end.what}; {end.cure}", file=sys.stderr, flush=True)
@@ -108,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `companion score … | head`
         return 0
     # (outside of the handler, whose traceback holds the group of ranks)
-    from companion.cli.train import leave_process_group
+    from companion.cli.shared import leave_process_group
 
     leave_process_group()
     return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Final
 
 from companion.cli.shared import (
     REMOTE,
@@ -14,6 +15,9 @@ from companion.cli.shared import (
     say_notes,
     say_noticed,
 )
+
+#: what a launcher starts of it work together, as `args.processes`
+SHARES_WORK: Final = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         on_error="a bad row stops the run, or gets an 'error' in the ranks",
         max_tokens_per_batch="tokens of a batch, of the model and of the policy",
     )
-    add("--chunk_rows", type=int, default=64, help="prompts done at a time")
+    add("--chunk_rows", type=int, default=64, help="prompts of each process, done at a time")
     add_flags(parser, "device", "dtype", "trust_remote_code", *REMOTE)
 
 
@@ -69,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
             policy=policy,
             **picked(args, "n", "temperature", "top_p", "max_new_tokens", "seed"),
             **picked(args, "top_k", "on_error", "overwrite", "chunk_rows"),
+            processes=args.processes,
             **moved,
         )
     say_noticed(scorer, said)

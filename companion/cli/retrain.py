@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from companion.cli.shared import check_target, picked
-from companion.cli.train import before_process_group, leave_process_group, parse
+from companion.cli.shared import check_target, leave_process_group, picked
+from companion.cli.train import before_process_group, parse
 
 #: what this command does not know is a setting of training, which `args.settings` gets
 TAKES_SETTINGS: Final = True

@@ -1,11 +1,18 @@
-"""``companion score``: score a JSONL file; a run that was stopped goes on where it was."""
+"""``companion score``: score a JSONL file; a run that was stopped goes on where it was.
+
+Started by torchrun or ``accelerate launch``, its processes share the rows.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import Final
 
 from companion.cli.shared import REMOTE, add_flags, open_scorer, picked, progress_bar, say_noticed
+
+#: what a launcher starts of it work together, as `args.processes`
+SHARES_WORK: Final = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compile norms and MLPs: seconds at the start, then somewhat faster on wide models; "
         "on a CPU it needs a C++ compiler",
     )
-    add("--chunk_rows", type=int, default=1024, help="rows written at a time")
+    add("--chunk_rows", type=int, default=1024, help="rows of each process, written at a time")
     add_flags(parser, "device", "dtype", "revision", "trust_remote_code", *REMOTE)
+    parser.epilog = (
+        "On several GPUs of a machine: torchrun --nproc_per_node 8 -m companion score --model DIR "
+        "--input rows.jsonl --output scores.jsonl. On several machines: recipes/corpus."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
             columns=columns_of(args.columns),
             terminated=False if args.unterminated else None,
             **picked(args, "fields", "completion_field", "on_error", "overwrite", "chunk_rows"),
+            processes=args.processes,
             **moved,
         )
     parts = [f"{report.rows} rows"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -169,6 +170,37 @@ def say_noticed(scorer: Any, said: int = 0) -> None:
     lines = [f"note: {note}" for note in scorer.notes[said:]]
     for line in [*lines, *scorer.formatter.counts.remarks()]:
         print(line, file=sys.stderr)
+
+
+def leave_process_group() -> None:
+    """End the group of ranks, and with its last owner the threads of gloo.
+
+    Such a thread frees the tensors of a collective after it has returned, for which it needs the
+    GIL. One that asks for it when the interpreter is already ending aborts the process ("terminate
+    called without an active exception", pytorch #190489). ``destroy_process_group`` waits for the
+    threads only if nothing else owns the group.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[Any]:
+    """The processes that a launcher started, of which the first alone speaks."""
+    from companion.scoring import launched_processes
+
+    processes = launched_processes()
+    assert processes is not None
+    with contextlib.ExitStack() as stack:
+        if not processes.is_main_process:
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+            stack.enter_context(contextlib.redirect_stderr(silence))
+        yield processes
+    leave_process_group()
 
 
 @contextlib.contextmanager

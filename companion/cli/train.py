@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from companion._exports import no_collection
+from companion.cli.shared import leave_process_group
 from companion.errors import CompanionError
 from companion.training.kind import KINDS, load_kind
 
@@ -210,18 +211,3 @@ def before_process_group() -> None:
         for name in _WITH_GROUP:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
-
-
-def leave_process_group() -> None:
-    """End the group of ranks, and with its last owner the threads of gloo.
-
-    Such a thread frees the tensors of a collective after it has returned, for which it needs the
-    GIL. One that asks for it when the interpreter is already ending aborts the process ("terminate
-    called without an active exception", pytorch #190489). ``destroy_process_group`` waits for the
-    threads only if nothing else owns the group.
-    """
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()

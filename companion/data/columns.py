@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, DatasetInfo, Features, Json, LargeList, List
+from datasets.fingerprint import generate_random_fingerprint
 
 if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]
+    from datasets.table import Table
 
 #: in a set of fields: the column itself
 WHOLE = ""
@@ -174,10 +176,12 @@ def exact(dataset: Dataset) -> Dataset:
     return found
 
 
-def exact_dataset(table: pa.Table) -> Dataset:
+def exact_dataset(table: Table) -> Dataset:
     """The table as a dataset whose JSON is read exactly."""
     features = Features(_exact(dict(Features.from_arrow_schema(table.schema))))
-    return Dataset(table, info=DatasetInfo(features=features))
+    # `datasets` would make the fingerprint of a second copy of all that is in memory
+    fingerprint = generate_random_fingerprint()
+    return Dataset(table, info=DatasetInfo(features=features), fingerprint=fingerprint)
 
 
 def _exact(feature: Any) -> Any:

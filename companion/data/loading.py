@@ -1,13 +1,14 @@
 """``load_rows``: one door for every source and every form of data.
 
 Every row is read, checked and brought to its kind before anything else happens, so a run does not
-end in the middle of the night on line 40,000. In memory the rows are Arrow tables, a few thousand
-rows at a time; Python objects do not pile up. Chapter 4.
+end in the middle of the night on line 40,000. Python objects do not pile up: the rows become Arrow
+tables, a few thousand at a time, and many rows lie on the disk. Chapter 4.
 """
 
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -32,11 +33,14 @@ from companion.layouts import has_turns, rename_columns
 if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]
     from datasets import Dataset
+    from datasets.table import MemoryMappedTable
 
 logger = logging.getLogger(__name__)
 
 _PROBE: Final = 256
 _CHUNK: Final = 4096
+#: chunks that are in memory at a time; as many more make a file
+_CHUNKS: Final = 16
 
 
 def load_rows(
@@ -240,10 +244,17 @@ def _slice(dataset: Dataset, split: str, limit: int | None) -> Dataset:
 
 
 class _TableBuilder:
-    """Rows to Arrow, in chunks. ``Dataset.from_list`` drops columns that the first row lacks."""
+    """Rows to Arrow, in chunks; many chunks to files, which are mapped into memory.
+
+    ``Dataset.from_list`` drops columns that the first row lacks, and ``Dataset.from_generator``
+    keeps the types of the first chunk, in which a column may be null. The files lie where
+    `datasets` keeps its own temporary ones (``TMPDIR``), and go when the process ends.
+    """
 
     def __init__(self) -> None:
         self.n_rows = 0
+        #: the first tables, as files that other processes can open
+        self._stored: list[MemoryMappedTable] = []
         self._rows: list[Row] = []
         self._places: list[str] = []
         self._tables: list[pa.Table] = []
@@ -275,39 +286,73 @@ class _TableBuilder:
         self._tables.append(pa.table(arrays))
         self._first_places.append(self._places[0])
         self._rows, self._places = [], []
+        if len(self._tables) >= len(self._stored) + _CHUNKS:
+            self._store()
+
+    def _store(self) -> None:
+        """Move the tables that are in memory to a file."""
+        import pyarrow as pa  # type: ignore[import-untyped]
+        from datasets.fingerprint import get_temporary_cache_files_directory
+        from datasets.table import MemoryMappedTable
+
+        files = len(self._stored)
+        self._tables[files:] = [pa.concat_tables(self._alike(self._tables[files:]))]
+        handle, path = tempfile.mkstemp(".arrow", "rows-", get_temporary_cache_files_directory())
+        with open(handle, "wb") as file, pa.ipc.new_stream(file, self._tables[-1].schema) as writer:
+            writer.write_table(self._tables[-1])
+        self._stored.append(MemoryMappedTable.from_file(path))
+        self._tables[-1] = self._stored[-1].table
 
     def dataset(self) -> Dataset:
-        import pyarrow as pa  # type: ignore[import-untyped]
+        from datasets.table import InMemoryTable, concat_tables
 
         self._flush()
-        self._agree()
+        blocks: list[Any] = [InMemoryTable(table) for table in self._alike(self._tables)]
+        for place, stored in enumerate(self._stored):
+            if stored.table.schema == blocks[place].schema:
+                blocks[place] = stored
+        return exact_dataset(concat_tables(blocks))
+
+    def _alike(self, tables: list[pa.Table]) -> list[pa.Table]:
+        """The tables with the columns and types of all of them."""
+        import pyarrow as pa  # type: ignore[import-untyped]
+
+        tables = _agreed(tables)
         try:
             # Permissive: a column that is null in one chunk takes its type from another.
-            table = pa.concat_tables(self._tables, promote_options="permissive")
+            head = pa.concat_tables([t.slice(0, 0) for t in tables], promote_options="permissive")
+            return [
+                table
+                if table.schema == head.schema
+                else pa.concat_tables([head, table], promote_options="permissive")
+                for table in tables
+            ]
         except pa.ArrowException as error:
             raise DataError(
                 f"mixed types: the chunks that begin at {', '.join(self._first_places[:3])} … "
                 f"do not fit together ({error})",
                 "give each column one type in all rows, or remove it",
             ) from error
-        return exact_dataset(table)
 
-    def _agree(self) -> None:
-        """A field that is JSON in one chunk is JSON in all."""
-        import pyarrow as pa  # type: ignore[import-untyped]
 
-        found: dict[str, set[str]] = {}
-        for table in self._tables:
-            for field in table.schema:
-                found.setdefault(field.name, set()).update(json_fields(field.type))
-        for at, table in enumerate(self._tables):
-            for place, field in enumerate(table.schema):
-                missing = found[field.name] - json_fields(field.type)
-                if missing and not pa.types.is_null(field.type):
-                    values = map(reader_of(field.type), table.column(place).to_pylist())
-                    array = array_of(list(values), found[field.name])
-                    table = table.set_column(place, field.name, array)
-            self._tables[at] = table
+def _agreed(tables: list[pa.Table]) -> list[pa.Table]:
+    """A field that is JSON in one table is JSON in all."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    found: dict[str, set[str]] = {}
+    for table in tables:
+        for field in table.schema:
+            found.setdefault(field.name, set()).update(json_fields(field.type))
+    agreed = []
+    for table in tables:
+        for place, field in enumerate(table.schema):
+            missing = found[field.name] - json_fields(field.type)
+            if missing and not pa.types.is_null(field.type):
+                values = map(reader_of(field.type), table.column(place).to_pylist())
+                array = array_of(list(values), found[field.name])
+                table = table.set_column(place, field.name, array)
+        agreed.append(table)
+    return agreed
 
 
 def _odd_one(values: list[Any], places: list[str]) -> tuple[str, str]:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate, takewhile
+from itertools import takewhile
 from typing import Any, TypeVar, cast
+
+import numpy as np
 
 from companion.data.messages import plain
 from companion.errors import DataError
@@ -62,21 +65,21 @@ def _shared_text(row: Mapping[str, Any]) -> str:
     return shared[:cut] or "\x1d".join(sorted((row["chosen"], row["rejected"])))
 
 
-def _keys(rows: Iterable[Mapping[str, Any]], key: Key) -> list[str]:
+def _keys(rows: Iterable[Mapping[str, Any]], key: Key) -> Iterator[str]:
     if isinstance(key, str):
-        values = [row.get(key) for row in rows]
-        if None in values:
-            raise DataError(
-                f"row {values.index(None)}, field {key!r}: missing, so the row has no group to "
-                "stay with",
-                "name a column that all rows have",
-            )
-        return [str(value) for value in values]
+        for place, row in enumerate(rows):
+            if row.get(key) is None:
+                raise DataError(
+                    f"row {place}, field {key!r}: missing, so the row has no group to stay with",
+                    "name a column that all rows have",
+                )
+            yield str(row[key])
+        return
     if key is prompt_key and "prompt" in getattr(rows, "column_names", ()):
         prompts = cast(Any, rows).select_columns(["prompt"])  # decoding the texts is the cost
         if not any(row["prompt"] is None for row in prompts):
             rows = prompts
-    return [key(row) for row in rows]
+    yield from map(key, rows)
 
 
 def _unit(key: str, seed: int) -> float:
@@ -121,24 +124,23 @@ def split_by_prompt(
     if not 0 < test_fraction < 1:
         raise DataError(f"test_fraction={test_fraction}", "give a number between 0 and 1")
     rows = cast(Iterable[Mapping[str, Any]], dataset)
-    keys = _keys(rows, key)
-    place = {name: _unit(name, seed) for name in set(keys)}
+    # a place in [0, 1) is all that is kept of a key: eight bytes for a row
+    places = np.fromiter((_unit(name, seed) for name in _keys(rows, key)), np.float64)
+    distinct, counts = np.unique(places, return_counts=True)
     if exact:
-        counts, wanted = Counter(keys), round(test_fraction * len(keys))
-        order = sorted(place, key=lambda name: (place[name], name))
-        taken = accumulate((counts[name] for name in order), initial=0)
-        test_keys = {name for name, before in zip(order, taken, strict=False) if before < wanted}
+        wanted = round(test_fraction * len(places))
+        tested = distinct[np.cumsum(counts) - counts < wanted]
     else:
-        test_keys = {name for name, unit in place.items() if unit < test_fraction}
-    train = [i for i, name in enumerate(keys) if name not in test_keys]
-    test = [i for i, name in enumerate(keys) if name in test_keys]
-    if not train or not test:
-        side = "train" if not train else "test"
+        tested = distinct[distinct < test_fraction]
+    is_test = places <= (tested[-1] if tested.size else -1.0)
+    if is_test.all() or not is_test.any():
+        side = "train" if is_test.any() else "test"
         raise DataError(
-            f"the {side} part is empty: {len(keys):,} rows with {len(place):,} different prompts, "
-            f"test_fraction={test_fraction}",
+            f"the {side} part is empty: {len(places):,} rows with {len(distinct):,} different "
+            f"prompts, test_fraction={test_fraction}",
             "take another fraction or seed, exact=True, or more prompts",
         )
+    train, test = (np.flatnonzero(side).tolist() for side in (~is_test, is_test))
     return _take(dataset, train), _take(dataset, test)
 
 
@@ -161,6 +163,11 @@ def _said(value: Any) -> str:
         [] if isinstance(value, str) else [m["tool_calls"] for m in value if m.get("tool_calls")]
     )
     return text + json.dumps(calls, sort_keys=True, default=str) if calls else text
+
+
+def _hash(text: str) -> int:
+    """Eight bytes in place of a text: of a hundred million, two alike are one chance in 3,000."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _shown(row: Mapping[str, Any]) -> str:
@@ -230,25 +237,30 @@ class DuplicateReport(_Printable):
 
 def duplicate_report(rows: Iterable[Mapping[str, Any]], *, n_examples: int = 3) -> DuplicateReport:
     """Count prompts and rows that repeat, and pairs that contradict each other."""
-    counts: Counter[str] = Counter()
-    shown: dict[str, str] = {}
-    seen: set[tuple[str, tuple[bytes, ...]]] = set()  # hashes: the texts may fill the memory
-    repeated = contradictions = without = 0
+    if n_examples and not isinstance(rows, Sequence) and not hasattr(rows, "select"):
+        rows = list(rows)
+    hashes, without = array("Q"), 0  # of each row the prompt, the row, and the row turned round
     for row in rows:
-        key = prompt_key(row)
-        texts = tuple(hashlib.sha256(text.encode()).digest()[:16] for text in _texts(row))
-        counts[key] += 1
-        shown.setdefault(key, _shown(row))
+        key, texts = prompt_key(row), [_hash(text) for text in _texts(row)]
+        turned = texts[::-1] if "chosen" in row else texts
+        hashes.extend((_hash(key), _hash(f"{key} {texts}"), _hash(f"{key} {turned}")))
         without += row.get("prompt") is None
-        if (key, texts) in seen:
-            repeated += 1
-        elif "chosen" in row and (key, texts[::-1]) in seen:
-            contradictions += 1
-        seen.add((key, texts))
-    examples = [(shown[key], n) for key, n in counts.most_common(n_examples)]
-    largest = max(counts.values(), default=0)
-    total = counts.total()
-    return DuplicateReport(total, len(counts), largest, repeated, contradictions, without, examples)
+    prompts, whole, turned_round = np.array(hashes, np.uint64).reshape(-1, 3).T
+    _, begins, counts = np.unique(prompts, return_index=True, return_counts=True)
+    distinct, first = np.unique(whole, return_index=True)
+    # where the other way round of each new row stands first, if it does
+    found = np.searchsorted(distinct, turned_round[first]).clip(max=max(len(distinct) - 1, 0))
+    contradicts = (distinct[found] == turned_round[first]) & (first[found] < first)
+    most = np.lexsort((begins, -counts))[:n_examples].tolist()
+    return DuplicateReport(
+        rows=len(whole),
+        prompts=len(counts),
+        largest=int(counts.max(initial=0)),
+        repeated_rows=len(whole) - len(distinct),
+        contradictions=int(contradicts.sum()),
+        without_prompt=without,
+        examples=[(_shown(cast(Any, rows)[int(begins[i])]), int(counts[i])) for i in most],
+    )
 
 
 @dataclass
@@ -305,57 +317,59 @@ def overlap_report(
     n_examples: int = 3,
 ) -> OverlapReport:
     """Find prompts, and whole rows, that stand in both splits."""
-    counts: Counter[str] = Counter()
-    bodies: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
-    without = 0
-    for row in train:
-        key = prompt_key(row)
-        counts[key] += 1
-        bodies[key].add(tuple(sorted(_texts(row))))
-        without += row.get("prompt") is None
-    test_counts: Counter[str] = Counter()
+    tested: list[tuple[str, int]] = []  # of test, which is the smaller part: prompts, and rows
     shown: dict[str, str] = {}
-    shared_rows = 0
+    without = 0
     for row in test:
         key = prompt_key(row)
-        test_counts[key] += 1
+        tested.append((key, _hash(f"{key} {sorted(_texts(row))}")))
+        shown.setdefault(key, _shown(row))
         without += row.get("prompt") is None
-        if key in counts:
-            shown.setdefault(key, _shown(row))
-            shared_rows += tuple(sorted(_texts(row))) in bodies[key]
+    test_counts, counts = Counter(key for key, _ in tested), Counter[str]()
+    rows, prompts, bodies = {body for _, body in tested}, array("Q"), set[int]()
+    for row in train:
+        key = prompt_key(row)
+        prompts.append(_hash(key))
+        without += row.get("prompt") is None
+        if key in shown:
+            counts[key] += 1
+            if (body := _hash(f"{key} {sorted(_texts(row))}")) in rows:
+                bodies.add(body)
     return OverlapReport(
-        train_rows=counts.total(),
-        test_rows=test_counts.total(),
-        train_prompts=len(counts),
-        test_prompts=len(test_counts),
-        shared_prompts=len(shown),
-        train_rows_affected=sum(counts[key] for key in shown),
-        test_rows_affected=sum(test_counts[key] for key in shown),
-        shared_rows=shared_rows,
+        train_rows=len(prompts),
+        test_rows=len(tested),
+        train_prompts=len(np.unique(np.array(prompts, np.uint64))),
+        test_prompts=len(shown),
+        shared_prompts=len(counts),
+        train_rows_affected=counts.total(),
+        test_rows_affected=sum(test_counts[key] for key in counts),
+        shared_rows=sum(body in bodies for _, body in tested),
         without_prompt=without,
-        examples=list(shown.values())[:n_examples],
+        examples=[text for key, text in shown.items() if key in counts][:n_examples],
     )
 
 
+def row_digests(rows: Iterable[Mapping[str, Any]]) -> np.ndarray:
+    """SHA-256 of the content of each row, ``[N]`` of 32 bytes; for :func:`dataset_fingerprint`."""
+    found = bytearray()
+    for row in rows:
+        text = json.dumps(_bare(row), sort_keys=True, ensure_ascii=False, default=str)
+        found += hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return np.frombuffer(found, "S32")
+
+
 def dataset_fingerprint(
-    rows: Sequence[Mapping[str, Any]] | Iterable[Mapping[str, Any]], *, ordered: bool = False
+    rows: Iterable[Mapping[str, Any]] | np.ndarray, *, ordered: bool = False
 ) -> str:
     """SHA-256 of the rows' content: the same on every machine and for every file format.
 
     Nulls, the order of keys, and 1 against 1.0 make no difference; nor does the order of the rows
-    unless ``ordered``. For the manifest, to tell whether two models saw the same data.
+    unless ``ordered``. For the manifest, to tell whether two models saw the same data. In place of
+    rows, their :func:`row_digests` do.
     """
-    digests = [
-        hashlib.sha256(
-            json.dumps(_bare(row), sort_keys=True, ensure_ascii=False, default=str).encode(
-                "utf-8", "surrogatepass"
-            )
-        ).digest()
-        for row in rows
-    ]
+    digests = rows if isinstance(rows, np.ndarray) else row_digests(rows)
     whole = hashlib.sha256(f"{len(digests)}\n".encode())
-    for digest in digests if ordered else sorted(digests):
-        whole.update(digest)
+    whole.update((digests if ordered else np.sort(digests)).tobytes())
     return whole.hexdigest()
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.scoring.corpus import ScoreRewards as ScoreRewards
     from companion.scoring.files import FileReport as FileReport, score_file as score_file
     from companion.scoring.golden import (
         GoldenReport as GoldenReport,
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
         check_golden as check_golden,
         golden_texts as golden_texts,
     )
+    from companion.scoring.processes import launched_processes as launched_processes
     from companion.scoring.reading import Text as Text, ids_of as ids_of
     from companion.scoring.remote import RemoteScorer as RemoteScorer
     from companion.scoring.results import (

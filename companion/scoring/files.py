@@ -3,7 +3,8 @@
 The output has one line for each row of the input, in its order, so the number of whole lines says
 where to go on. A line that was torn by a kill is cut off first. A small file beside the output
 (``<output>.state.json``) holds the fingerprints of the input, the model and the options: a run goes
-on only if all of them are the same. Chapter 6.
+on only if all of them are the same. Several processes share each chunk; the first one writes it, so
+the number of processes may be another when a run goes on. Chapter 6.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypedDict, Unpack
 
+from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from companion.errors import DataError
 from companion.layouts import rename_columns
+from companion.scoring.processes import across_processes, add_up_counts, in_first_process
 from companion.scoring.scorer import OnError, Progress, Scorer
 
 _STATE_VERSION = 1
@@ -57,17 +60,25 @@ class Writing(TypedDict, total=False):
     overwrite : bool
         Throw away an output that is there.
     chunk_rows : int
-        Rows that are computed, written and made durable at a time; default 1,024.
+        Rows that each process computes before they are written and made durable; default 1,024.
     progress : callable
         Called with the number of rows that have been written, earlier runs' rows first.
     on_total : callable
         Called once, before, with the number of rows of the input.
+    processes : PartialState
+        Those that share the work (:func:`companion.scoring.launched_processes`): each calls with
+        the same arguments, and the first one alone writes.
+    whole : bool
+        Let the output appear under its name only when it has all rows; until then it is called
+        ``<output>.part``.
     """
 
     overwrite: bool
     chunk_rows: int
     progress: Progress | None
     on_total: Progress | None
+    processes: PartialState | None
+    whole: bool
 
 
 def score_file(
@@ -98,7 +109,8 @@ def score_file(
     completion_field, terminated, on_error
         As in :meth:`RewardScorer.score`; with ``on_error="skip"`` a bad row gets an ``error``.
     **writing
-        ``overwrite``, ``chunk_rows``, ``progress`` and ``on_total``; see :class:`Writing`.
+        ``overwrite``, ``chunk_rows``, ``progress``, ``on_total``, ``processes`` and ``whole``; see
+        :class:`Writing`.
 
     Returns
     -------
@@ -126,25 +138,29 @@ def score_file(
         "readout": None if scorer.readout.kind == "scalar" else scorer.readout.to_dict(),
         "options": options,
     }
-    return write_in_chunks(
+    report = write_in_chunks(
         source,
         output_path,
         lambda chunk: _score_chunk(scorer, source, chunk, **options),
         state,
         **writing,
     )
+    add_up_counts(scorer.formatter, writing.get("processes"))
+    return report
 
 
 def write_in_chunks(
     input_path: str | os.PathLike[str],
     output_path: str | os.PathLike[str],
-    records_of: Callable[[list[Line]], list[dict[str, Any]]],
+    records_of: Callable[[Sequence[Line]], list[dict[str, Any]]],
     state: Mapping[str, Any],
     *,
     overwrite: bool = False,
     chunk_rows: int = 1024,
     progress: Progress | None = None,
     on_total: Progress | None = None,
+    processes: PartialState | None = None,
+    whole: bool = False,
 ) -> FileReport:
     """Write one record for each row of a JSONL file, in order; go on where a run was stopped.
 
@@ -157,7 +173,7 @@ def write_in_chunks(
         What the records depend on besides the input, as JSON; a run goes on only if it is the same.
     input_path, output_path
         As for :func:`score_file`, with its errors.
-    overwrite, chunk_rows, progress, on_total
+    overwrite, chunk_rows, progress, on_total, processes, whole
         See :class:`Writing`.
     """
     source, target = Path(input_path), Path(output_path)
@@ -167,29 +183,45 @@ def write_in_chunks(
         raise DataError(f"{source}: input and output are the same file")
     if chunk_rows < 1:
         raise DataError(f"chunk_rows is {chunk_rows}", "use a positive number")
-    digest, rows = _input_digest(source)
-    whole = {"version": _STATE_VERSION, "input": {"sha256": digest, "rows": rows}, **state}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target) as out:
-        done = _resume(out, target, whole, overwrite)
-        if done > rows:
-            raise DataError(f"{target}: has {done} rows, the input {rows}", _OVERWRITE)
+    with contextlib.ExitStack() as stack:
+        out: IO[bytes] | None = None
+        part = target.with_name(f"{target.name}.part")
+
+        def begin() -> tuple[int, int]:
+            nonlocal out
+            if whole and overwrite:
+                target.unlink(missing_ok=True)
+            written = part if whole and not target.exists() else target
+            digest, rows = _input_digest(source)
+            now = {"version": _STATE_VERSION, "input": {"sha256": digest, "rows": rows}, **state}
+            written.parent.mkdir(parents=True, exist_ok=True)
+            out = stack.enter_context(_locked(written))
+            done = _resume(out, target, now, overwrite)
+            if done > rows:
+                raise DataError(f"{target}: has {done} rows, the input {rows}", _OVERWRITE)
+            return rows, done
+
+        rows, done = in_first_process(begin, processes)
         report = FileReport(rows=rows, resumed_at=done)
         if on_total is not None:
             on_total(rows)
         if progress is not None and done:
             progress(done)
         numbered = islice(enumerate(_lines(source)), done, None)
-        while chunk := list(islice(numbered, chunk_rows)):
-            records = records_of(chunk)
-            out.write("".join(_to_json(record) for record in records).encode())
-            out.flush()
-            os.fsync(out.fileno())
+        at_a_time = chunk_rows * (1 if processes is None else processes.num_processes)
+        while chunk := list(islice(numbered, at_a_time)):
+            records = across_processes(chunk, records_of, processes)
+            if out is not None:
+                out.write("".join(_to_json(record) for record in records).encode())
+                out.flush()
+                os.fsync(out.fileno())
             failed = sum("error" in record for record in records)
             report.without_score += failed
             report.scored += len(records) - failed
             if progress is not None:
                 progress(len(records))
+        if out is not None and part.exists():
+            os.replace(part, target)
     return report
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from companion.engine.devices import resolve_dtype
 from companion.engine.forward import check_texts
@@ -30,6 +31,7 @@ from companion.models.loading import load_reward_model
 from companion.models.manifest import MANIFEST_FILE, ReferenceStats, RewardManifest
 from companion.models.readout import Readout, ScalarReadout, TokenReadout
 from companion.models.reward_model import RewardModel
+from companion.scoring.processes import across_processes
 from companion.scoring.reading import Found, NoValue, Text, ids_of, reading_of
 from companion.scoring.results import PairScores, Scores, TokenScores
 from companion.scoring.reward_function import AsyncRewardFunction, RewardFunction
@@ -79,8 +81,12 @@ class Scorer(ABC, Generic[ScoresT]):
         How the model's values are read: ``scalar``, ``outcome`` or ``process``.
     max_positions : int or None
         Longest text that the model has positions for; None where nobody says.
+    processes : PartialState or None
+        Processes that share the texts of each call, and all of which must make it, with the same
+        rows (:func:`companion.scoring.launched_processes`); None, the default: this one alone.
     """
 
+    processes: PartialState | None = None
     _cure_of_nan: ClassVar[str] = "score in float32; if it stays, the model's training has diverged"
 
     def __init__(self, about: RewardModel, readout: Readout, max_positions: int | None) -> None:
@@ -330,9 +336,13 @@ class Scorer(ABC, Generic[ScoresT]):
 
     def values(self, texts: Sequence[Text], *, progress: Progress | None = None) -> Sequence[Any]:
         """What the model says of texts: a scalar each, or logits ``[places, labels]``."""
-        scalar = isinstance(self.readout, ScalarReadout)
-        places = None if scalar else [text.ends for text in texts]  # type: ignore[union-attr]
-        return self._values([ids_of(text) for text in texts], places, progress)
+
+        def run(own: Sequence[Text]) -> Sequence[Any]:
+            scalar = isinstance(self.readout, ScalarReadout)
+            places = None if scalar else [text.ends for text in own]  # type: ignore[union-attr]
+            return self._values([ids_of(text) for text in own], places, progress)
+
+        return across_processes(texts, run, self.processes)
 
     def check(self, texts: Sequence[Text]) -> None:
         """Refuse texts of which one would end a whole batch with an error.

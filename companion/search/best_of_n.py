@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from companion.data.writing import write_rows
 from companion.errors import CompanionError, DataError
@@ -26,6 +27,7 @@ from companion.generation.policy import Policy
 from companion.layouts import read_row
 from companion.models.checkpoint import model_fingerprint
 from companion.scoring.files import Line, parse_line, write_in_chunks
+from companion.scoring.processes import add_up_counts
 from companion.scoring.reward_function import TEMPLATE_COLUMNS
 from companion.scoring.scorer import OnError, Progress, Scorer
 from companion.search.search import best_first, score_rows
@@ -92,6 +94,7 @@ def rank_file(
     chunk_rows: int = 64,
     progress: Progress | None = None,
     on_total: Progress | None = None,
+    processes: PartialState | None = None,
 ) -> RankReport:
     """Rank N completions of each prompt, and write the best.
 
@@ -121,7 +124,7 @@ def rank_file(
         How many of each prompt to write.
     on_error : {"raise", "skip"}
         A row that cannot be ranked stops the run, or gets an ``error`` in the ranks.
-    overwrite, chunk_rows, progress, on_total
+    overwrite, chunk_rows, progress, on_total, processes
         As in :func:`companion.scoring.score_file`.
 
     Raises
@@ -167,8 +170,12 @@ def rank_file(
         chunk_rows=chunk_rows,
         progress=progress,
         on_total=on_total,
+        processes=processes,
     )
+    add_up_counts(scorer.formatter, processes)
     report = RankReport(done.rows, done.resumed_at)
+    if processes is not None and not processes.is_main_process:
+        return report  # the first process has the files
     _measure(ranks, report)
     report.best = write_rows(_best_rows(ranks, top_k), output)
     if pairs_path is not None:

@@ -28,7 +28,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from companion.errors import CompanionError, RunEnded
 from companion.formatting import RECIPE_FILE, RewardFormatter
 from companion.models.checkpoint import model_fingerprint
-from companion.training.preemption import PreemptionCallback
+from companion.training.preemption import PreemptionCallback, spare_workers
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -379,6 +379,11 @@ class WholeCheckpoints(_Base):
         if self.control.should_training_stop:  # transformers looks after a step only
             return None
         return super()._run_epoch(*args, **kwargs)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        dataloader = super()._get_dataloader(*args, **kwargs)
+        spare_workers(dataloader)
+        return dataloader
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

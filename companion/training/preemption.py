@@ -9,7 +9,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -19,6 +21,25 @@ from transformers import TrainerCallback
 #: a signal within so many seconds is the same one again: a scheduler that signals all processes of
 #: a job reaches the ranks twice, once by their launcher
 _SAME: Final = 3.0
+
+
+def spare_workers(dataloader: Any) -> None:
+    """Let a dataloader's workers live through SIGTERM.
+
+    ``torchrun`` sends it to all processes of a rank, and a rank whose worker dies of it ends with
+    "DataLoader worker is killed by signal: Terminated" before it can save. Workers end when they
+    are told to, or when the rank is gone.
+    """
+    loader = getattr(dataloader, "base_dataloader", dataloader)  # accelerate's holds torch's
+    init = getattr(loader, "worker_init_fn", None)
+    if getattr(loader, "num_workers", 0) and getattr(init, "func", None) is not _ignore:
+        loader.worker_init_fn = partial(_ignore, init)
+
+
+def _ignore(init: Callable[[int], None] | None, worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if init is not None:
+        init(worker)
 
 
 class PreemptionCallback(TrainerCallback):
@@ -100,6 +121,7 @@ class PreemptionCallback(TrainerCallback):
         self.close()
         self.agreed, self._asked, self._saved = False, None, -1
         self._first = state.global_step
+        spare_workers(kwargs.get("train_dataloader"))
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             patience = timedelta(seconds=args.ddp_timeout)
             self._group = dist.new_group(backend="gloo", timeout=patience)

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypedDict
 
+import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback
@@ -24,6 +25,7 @@ from companion.data.splits import (
     duplicate_report,
     overlap_report,
     prompt_key,
+    row_digests,
     split_by_prompt,
 )
 from companion.engine.devices import device_notes
@@ -54,6 +56,7 @@ from companion.training.config import (
     require,
 )
 from companion.training.kind import E, Kind
+from companion.training.launching import require_launcher
 from companion.training.rows import FormatReport
 from companion.training.trainer import decide_text, is_sharded, load_start, whole_parameters
 
@@ -153,13 +156,14 @@ def train(
     if not main:
         disable_progress_bars()
     _check_arguments(model, data)
+    require_launcher(config)
     destination, config = open_destination(config)
     resume = checkpoint_of(config)
     sets, sources, notes = load_sets(data, kind.rows)
     held_out = sets["held_out"]
     if main:
         own = [part for name, part in sets.items() if sources[name] == sources["train"]]
-        notes += duplicate_report(chain.from_iterable(own)).notes(kind.rows)
+        notes += duplicate_report(chain.from_iterable(own), n_examples=0).notes(kind.rows)
     if main and sources["train"] != sources["held_out"]:
         overlap = overlap_report(sets["train"], held_out)
         if not overlap.clean:
@@ -202,7 +206,8 @@ def train(
         tell(note)
     if named is None:
         tell(f"learning rate {config.learning_rate:g}: the default of what is trained")
-    trainer.run = _run_of(kind, config, model, start, sets, base)
+    digests = {name: row_digests(part) for name, part in sets.items()}
+    trainer.run = _run_of(kind, config, model, start, digests, base)
     if other := check_run(resume, trainer.run, config.resume_other_run):
         notes.append(other)
         tell(f"note: {other}")
@@ -232,7 +237,7 @@ def train(
     if main:
         manifest.metrics = test.measure().metrics
         manifest.data = {
-            name: _describe(sources[name], part, reports[name]) for name, part in sets.items()
+            name: _describe(sources[name], own, reports[name]) for name, own in digests.items()
         }
         manifest.data["held_out"] |= {"calibration": len(calibration), "test": len(test)}
     reward_model = _save(trainer, start, manifest)
@@ -351,7 +356,7 @@ def _halves(given: Dataset, rows: Dataset, data: RowArguments) -> tuple[list[int
     return calibration, test
 
 
-def _describe(source: str, rows: Dataset, report: FormatReport) -> dict[str, Any]:
+def _describe(source: str, rows: np.ndarray, report: FormatReport) -> dict[str, Any]:
     """Where a set came from, its fingerprint, and what became of its rows."""
     counts = {key: value for key, value in report.to_dict().items() if key != "source"}
     return {"source": source, "sha256": dataset_fingerprint(rows), **counts}
@@ -374,7 +379,7 @@ def _run_of(
     config: PairwiseRewardConfig,
     model: ModelArguments,
     start: RewardModel,
-    sets: dict[str, Dataset],
+    digests: dict[str, np.ndarray],
     base: str,
 ) -> dict[str, Any]:
     """What decides the result of a run, for its checkpoints."""
@@ -385,7 +390,7 @@ def _run_of(
     return {
         "trainer": kind.trainer.__name__,
         "base and head": base,
-        "rows": {name: dataset_fingerprint(part, ordered=True) for name, part in sets.items()},
+        "rows": {name: dataset_fingerprint(part, ordered=True) for name, part in digests.items()},
         "formatter": start.formatter.fingerprint(),
         "rows a step": rows,
         **settings,

@@ -319,8 +319,10 @@ def test_another_column_of_mixed_types_is_named() -> None:
         load_rows(rows)
 
 
-def test_mixed_types_between_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunks", [16, 1])
+def test_mixed_types_between_chunks(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("companion.data.loading._CHUNK", 2)
+    monkeypatch.setattr("companion.data.loading._CHUNKS", chunks)
     with pytest.raises(DataError, match=r"mixed types: the chunks that begin at dataset, row 0"):
         load_rows([pair(id="a"), pair(id="b"), pair(id=3), pair(id=4)])
 

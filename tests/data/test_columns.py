@@ -103,14 +103,17 @@ def ids(formatter: RewardFormatter, rows: Any) -> list[Any]:
     return formatter.encode_pairs([dict(row) for row in rows])
 
 
-@pytest.mark.parametrize("chunk", [7, 4096])
+@pytest.mark.parametrize(("chunk", "chunks"), [(7, 16), (7, 2), (4096, 16)])
 def test_ids_are_those_of_the_row_alone(
     rows: list[dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     chunk: int,
+    chunks: int,
 ) -> None:
+    """In one table, in several, and in several files."""
     monkeypatch.setattr("companion.data.loading._CHUNK", chunk)
+    monkeypatch.setattr("companion.data.loading._CHUNKS", chunks)
     formatter = RewardFormatter(byte_level_tokenizer(), chat_template=TEMPLATE)
     want = ids(formatter, rows)
     path = tmp_path / "x.jsonl"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
+from datasets.fingerprint import get_temporary_cache_files_directory
 
 from companion import dataset_fingerprint, load_rows, write_rows
 from companion.data import KINDS, detect_kind
 from companion.data.writing import plain_row
 from companion.errors import DataError
+from companion.training.tokenising import rows_digest
 
 USER = [{"role": "user", "content": "What is 2 + 2?"}]
 GOOD = [{"role": "assistant", "content": "4"}]
@@ -143,6 +146,21 @@ def test_limit_and_slices() -> None:
     assert len(load_rows(rows, split="train[5:]", limit=2)) == 2
 
 
+def test_many_rows_lie_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that other processes are sent a path; the key of their token ids stays the same."""
+    rows = [{"prompt": f"p{i}", "chosen": GOOD, "rejected": BAD} for i in range(20)]
+    in_memory = load_rows(rows)
+    monkeypatch.setattr("companion.data.loading._CHUNK", 3)
+    monkeypatch.setattr("companion.data.loading._CHUNKS", 2)
+    on_disk = load_rows(rows)
+    assert (len(in_memory.cache_files), len(on_disk.cache_files)) == (0, 3)
+    assert on_disk.to_list() == in_memory.to_list()
+    assert rows_digest(on_disk) == rows_digest(in_memory)
+    assert len(pickle.dumps(on_disk.select(range(18)))) < 5_000
+    files = [Path(file["filename"]) for file in on_disk.cache_files]
+    assert all(file.parent == Path(get_temporary_cache_files_directory()) for file in files)
+
+
 def test_a_column_that_the_first_row_lacks_is_kept() -> None:
     """`Dataset.from_list` takes the first row's columns and drops the others."""
     base = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -151,10 +169,14 @@ def test_a_column_that_the_first_row_lacks_is_kept() -> None:
     assert load_rows(rows)["subset"][:] == [None, "s"]
 
 
-def test_chunks_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunks", [16, 2, 1])
+def test_chunks_fit_together(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory, and on the disk, where the first file has neither the column nor the name."""
     monkeypatch.setattr("companion.data.loading._CHUNK", 3)
+    monkeypatch.setattr("companion.data.loading._CHUNKS", chunks)
     named = [{"role": "user", "content": "x", "name": "Ana"}]
     rows = [{"prompt": USER, "chosen": GOOD, "rejected": BAD, "late": None} for _ in range(7)]
     rows += [{"prompt": named, "chosen": GOOD, "rejected": BAD, "late": 0.5}]
     dataset = load_rows(rows)
     assert [plain_row(row) for row in dataset] == rows
+    assert [plain_row(row) for row in pickle.loads(pickle.dumps(dataset))] == rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -201,6 +202,38 @@ def test_duplicates() -> None:
     steps = {"prompt": "p", "completions": ["a", "b"], "labels": [1, 1]}
     report = duplicate_report([steps, steps | {"completions": ["b", "a"]}])
     assert (report.repeated_rows, report.contradictions) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_reports_count_what_plain_sets_count(seed: int) -> None:
+    """Hashes and sorted arrays, against the texts themselves in the order of the rows."""
+    rng = random.Random(seed)
+    rows = [
+        {"prompt": f"p{rng.randrange(60)}", "chosen": rng.choice("abc"), "rejected": "a"}
+        | ({"rejected": "b"} if rng.random() < 0.5 else {})
+        for _ in range(150)
+    ]
+    texts = [(r["prompt"], r["chosen"], r["rejected"]) for r in rows]
+    repeated = [t in texts[:i] for i, t in enumerate(texts)]
+    turned = [(p, r, c) in texts[:i] for i, (p, c, r) in enumerate(texts)]
+    report = duplicate_report(iter(rows))
+    prompts = Counter(r["prompt"] for r in rows)
+    assert report.repeated_rows == sum(repeated) > 0
+    contradictions = sum(t and not r for t, r in zip(turned, repeated, strict=True))
+    assert report.contradictions == contradictions > 0
+    assert (report.prompts, report.examples) == (len(prompts), prompts.most_common(3))
+
+    train, test = rows[:110], rows[110:]
+    overlap = overlap_report(iter(train), iter(test))
+    both = {r["prompt"] for r in train} & {r["prompt"] for r in test}
+    bodies = {(r["prompt"], *sorted((r["chosen"], r["rejected"]))) for r in train}
+    assert overlap.shared_prompts == len(both) > 0
+    assert overlap.train_rows_affected == sum(r["prompt"] in both for r in train)
+    assert overlap.test_rows_affected == sum(r["prompt"] in both for r in test)
+    assert overlap.train_prompts == len({r["prompt"] for r in train})
+    assert overlap.shared_rows == sum(
+        (r["prompt"], *sorted((r["chosen"], r["rejected"]))) in bodies for r in test
+    )
 
 
 def test_overlap_across_forms() -> None:

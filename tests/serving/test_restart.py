@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -179,25 +180,34 @@ def test_a_model_that_cannot_be_served_ends_the_command(
     assert "config.json" in capsys.readouterr().err
 
 
-def test_a_worker_ends_when_its_parent_is_gone(folder: Path) -> None:
-    served = Served("--model", str(folder), "--allow_unchecked")
-    (worker,) = served.workers()
-    served.process.kill()
-    served.process.wait(10)
+#: a worker without a model, and the parent that keeps it
+_WORKER = """
+import socket, sys
+from fastapi import FastAPI
+from companion.serving.listening import serve, tell_ready
+def ready():
+    tell_ready()
+    print("ready:", flush=True)
+serve(FastAPI(), socket.socket(fileno=int(sys.argv[-1])), ready)
+"""
+_PARENT = """
+import sys
+from companion.serving.listening import keep_serving, listen
+keep_serving([sys.executable, "-c", sys.argv[1]], listen("127.0.0.1", 0))
+"""
+
+
+def test_a_worker_ends_when_its_parent_is_gone() -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _PARENT, _WORKER], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready:\n"
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
+    (worker,) = map(int, children.split())
+    parent.kill()
     try:
-        served.wait_for("the parent is gone")
-        end = time.monotonic() + 60
-        while _runs(worker) and time.monotonic() < end:
-            time.sleep(0.1)
-        assert not _runs(worker)
+        parent.communicate(timeout=60)  # to the end of the output, which the worker holds too
     finally:
-        if _runs(worker):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process has not ended; nobody may have asked what it ended with."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False

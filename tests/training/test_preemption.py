@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +120,24 @@ def test_what_only_the_model_is_saved_of_is_saved_in_full(start: Start, whole: A
     with pytest.raises(RunEnded):
         start(callbacks=[Ask("on_step_begin", 4)], save_only_model=True)
     assert gap(weights(start(resume_from_checkpoint="auto")), whole) == 0.0
+
+
+class AskAll(TrainerCallback):
+    """Lets another process, as a launcher is, send SIGTERM to this one and its workers."""
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            own = [str(process.pid) for process in multiprocessing.active_children()]
+            assert own, "a worker of the training, and mostly one of the evaluation"
+            subprocess.run(["kill", "-TERM", *own, str(os.getpid())], check=True)
+            time.sleep(0.2)  # a worker that dies is noticed
+
+
+def test_the_workers_of_the_dataloaders_get_it_too(start: Start, whole: Any) -> None:
+    with pytest.raises(RunEnded, match="at step 4 of 8"):
+        start(callbacks=[AskAll()], dataloader_num_workers=1, **EVALUATED)
+    assert not multiprocessing.active_children()
+    assert gap(weights(start(resume_from_checkpoint="auto", **EVALUATED)), whole) == 0.0
 
 
 class AtTheEnd(TrainerCallback):
