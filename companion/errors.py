@@ -58,13 +58,14 @@ class ModelError(CompanionError, ValueError):
 
 
 class RunEnded(CompanionError, RuntimeError):
-    """A training run that ended before its last step, after the same one on all ranks.
+    """A training run that ended before its last step.
 
     Parameters
     ----------
     what, cure : str
     exit_code : int
-        What the command ends with: 2, or 143 (128 + SIGTERM) if it was asked to end and saved.
+        What the command ends with: 143 (128 + SIGTERM) if it was asked to end and has saved, 2 if
+        something could not be written, 1 if another rank is gone.
     said : bool
         Another rank says it.
     """

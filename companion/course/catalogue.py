@@ -58,6 +58,7 @@ CHAPTERS: dict[int, tuple[str, str]] = {
     5: ("From scores to behaviour", "ch05_use"),
     6: ("Serving scores", "ch06_serving"),
     7: ("Watching it age", "ch07_monitoring"),
+    8: ("Scaling out", "ch08_scaling"),
 }
 
 #: every exercise, in the order of the course
@@ -105,6 +106,12 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("ch07.weekly_evidence", "A bettor with five bugs", "find the bug", 20, 2),
     Entry("ch07.rows_to_bet_on", "Which labels may raise an alarm", "write it", 15, 2),
     Entry("ch07.labels_to_alarm", "How many labels at the least", "derive it", 20, 3),
+    Entry("ch08.what_ranks_see", "What ranks see", "predict, then run", 10, 1),
+    Entry("ch08.pool_shards", "A spread from what ranks know", "write it", 15, 1),
+    Entry("ch08.loss_scales", "What a micro-batch counts", "derive it", 15, 2),
+    Entry("ch08.deal_rows", "Rows for ranks that stay in step", "write it", 20, 2),
+    Entry("ch08.bytes_a_rank", "Bytes of a rank", "write it", 15, 2),
+    Entry("ch08.agreed_step", "One step to save at", "find the bug", 20, 3),
 )
 
 BY_ID: dict[str, Entry] = {entry.id: entry for entry in CATALOGUE}

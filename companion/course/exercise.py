@@ -114,6 +114,39 @@ THREADS: dict[str, Thread] = {
     "slime #1582": Thread(
         _HUB + "THUDM/slime/pull/1582", "thousands of requests at once to a reward server"
     ),
+    "accelerate #2316": Thread(
+        _HUB + "huggingface/accelerate/issues/2316", "rows that are repeated to fill the last batch"
+    ),
+    "trl #4104": Thread(
+        _HUB + "huggingface/trl/issues/4104", "does a reward model's loss need the step's count?"
+    ),
+    "fairseq #494": Thread(
+        _HUB + "facebookresearch/fairseq/issues/494", "DDP averages over ranks: why it is undone"
+    ),
+    "transformers #34242": Thread(
+        _HUB + "huggingface/transformers/issues/34242",
+        "items counted over the accumulation, and not over the ranks",
+    ),
+    "trl #7012": Thread(
+        _HUB + "huggingface/trl/issues/7012",
+        "statistics of a short micro-batch, averaged as if full",
+    ),
+    "pytorch #42577": Thread(
+        _HUB + "pytorch/pytorch/pull/42577", "ranks with fewer batches than the others hang"
+    ),
+    "DeepSpeed #5099": Thread(
+        _HUB + "deepspeedai/DeepSpeed/pull/5099", "4 bytes counted where bf16 has 2"
+    ),
+    "Megatron-LM #654": Thread(
+        _HUB + "NVIDIA/Megatron-LM/issues/654", "18 bytes a parameter where 16 were expected"
+    ),
+    "transformers #41723": Thread(
+        _HUB + "huggingface/transformers/pull/41723", "a checkpoint at SIGTERM, each rank by itself"
+    ),
+    "pytorch-lightning #20825": Thread(
+        _HUB + "Lightning-AI/pytorch-lightning/pull/20825",
+        "ranks that hang when one of them stops at a SIGTERM",
+    ),
 }
 
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
@@ -338,7 +339,8 @@ class WholeCheckpoints(_Base):
         Raises
         ------
         RunEnded
-            After a checkpoint, if the run was asked to end (SIGTERM); or if one cannot be written.
+            After a checkpoint, if the run was asked to end (SIGTERM); if one cannot be written; or
+            if another rank is gone.
         """
         if resume_from_checkpoint is True:
             found = newest_whole(Path(str(self.args.output_dir)), main=self.args.process_index == 0)
@@ -352,6 +354,17 @@ class WholeCheckpoints(_Base):
         self.add_callback(self._preemption)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or "by peer" in str(error)  # (gloo's)
+            if isinstance(error, RunEnded) or not lost:
+                raise
+            raise RunEnded(
+                f"another rank is gone since step {self.state.global_step} "
+                f"({str(error).splitlines()[0]})",
+                "it may have said why; --resume_from_checkpoint auto goes on from the newest "
+                "checkpoint",
+                exit_code=1,
+            ) from error
         finally:
             self._preemption.close()
             self.remove_callback(self._preemption)
@@ -455,7 +468,7 @@ def all_written(folder: Path, name: str) -> Iterator[None]:
     """Say so in one line if something of a run's `folder` cannot be written.
 
     Neither torch nor safetensors raises an ``OSError`` then (torch 2.13: a ``RuntimeError`` of
-    ``inline_container.cc``).
+    ``inline_container.cc`` or ``basic_ios``).
 
     Raises
     ------
@@ -465,8 +478,9 @@ def all_written(folder: Path, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
-        if not said and "inline_container" not in str(error):
+        torchs = any(word in str(error) for word in ("inline_container", "basic_ios"))
+        named = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+        if not (torchs or named):
             raise
         text = (str(error) or type(error).__name__).splitlines()[0]
         there = next(place for place in (folder, *folder.parents) if place.exists())

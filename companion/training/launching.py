@@ -34,7 +34,7 @@ def settle_on_cpu(settings: Any) -> None:
     Raises
     ------
     CompanionError
-        For a JSON file that cannot be read.
+        For a JSON file that cannot be read, or without a launcher.
     """
     if torch.accelerator.is_available():
         return
@@ -42,9 +42,15 @@ def settle_on_cpu(settings: Any) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # accelerate launch
         deepspeed = deepspeed or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     fsdp = settings.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if not (deepspeed or fsdp) or "LOCAL_RANK" not in os.environ:
+    if not (deepspeed or fsdp):
         settings.use_cpu = True  # several processes then talk over gloo
         return
+    engine = "DeepSpeed" if deepspeed else "FSDP"
+    if "LOCAL_RANK" not in os.environ:
+        raise CompanionError(
+            f"{engine} shards over processes, and nothing started any",
+            "torchrun --nproc_per_node 2 -m companion train …",
+        )
     settings.use_cpu = False  # which would be DDP
     own = _as_dict(settings.accelerator_config or {}, "accelerator_config")
     settings.accelerator_config = own | {"use_configured_state": True}
@@ -54,16 +60,17 @@ def settle_on_cpu(settings: Any) -> None:
         settings.deepspeed = _for_gloo(deepspeed)
         if settings.deepspeed["zero_optimization"].get("stage") == 2:
             done += "".join(f", {name} off" for name in _NOT_OVER_GLOO)
-    from accelerate import PartialState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
+    AcceleratorState._reset_state()  # of an earlier training, as transformers does
     state = PartialState(backend="gloo")
     if not deepspeed:
         # accelerate asks for FSDP among the kinds of GPUs only (AcceleratorState.__init__); what it
         # does then, fully_shard, torch has for gloo too
         state.distributed_type = DistributedType.MULTI_GPU
     if state.is_main_process:
-        print(f"no GPU: {'DeepSpeed' if deepspeed else 'FSDP'} on the CPU, {done}")
+        print(f"no GPU: {engine} on the CPU, {done}")
 
 
 def _for_gloo(deepspeed: dict[str, Any] | str) -> dict[str, Any]:

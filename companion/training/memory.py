@@ -6,8 +6,8 @@ the pruned last layer, checkpointing and whatever a new architecture keeps, with
 constants. Two and three layers are traced, since the others take as much; what DDP, ZeRO and FSDP
 make of the parts is arithmetic.
 
-What was tried, and lacks: ``MemTracker`` of PyTorch 2.13 counts the same on the same fake model, to
-the byte, but hooks every parameter, frozen ones too, which raises with LoRA, and takes ten times as
+What was tried, and lacks: ``MemTracker`` of PyTorch 2.13 counts the same on the same fake model,
+but hooks every parameter, frozen ones too, which raises with LoRA, and takes ten times as
 long; ``FSDPMemTracker`` wants a process group and a model that is sharded already;
 ``RuntimeEstimator`` benchmarks on a GPU that is there; DeepSpeed's
 ``estimate_zero3_model_states_mem_needs`` leaves the activations out, which are most of it at the
@@ -290,7 +290,9 @@ def plan_training(
             n_parameters=trace.n_parameters,
             n_trained=trace.n_trained,
             gpu_memory=int(gpu_memory * GIB),
-            **_shares(each, trace, gpus, parts=parts, bf16=bf16, hidden=text.hidden_size),
+            **_shares(
+                each, trace, gpus, parts=parts, bf16=bf16, hidden=text.hidden_size, device=device
+            ),
             notes=() if obstacle is None else (f"padded, not packed: {obstacle}",),
         )
         if plan.fits:
@@ -461,41 +463,47 @@ _BUCKET, _LIVE = 500_000_000, 1_000_000_000
 
 
 def _shares(
-    strategy: str, trace: _Trace, n: int, *, parts: bool, bf16: bool, hidden: int
+    strategy: str, trace: _Trace, n: int, *, parts: bool, bf16: bool, hidden: int, device: str
 ) -> dict[str, int]:
     """Bytes of a rank, by the strategy, of what the whole model takes."""
     parameters, gradients = trace.parameters, trace.gradients
     optimizer, other = 2 * gradients, 0  # AdamW's moments, in the dtype of the weights
+    size = 2 if bf16 else 4
     if strategy == "ddp":
         other = gradients  # the buckets in which they are exchanged are copies
     elif strategy in ("zero2", "zero3"):
         # float32 copies of the trained weights, and their moments, whatever the weights are in
         optimizer = 12 * trace.n_trained // n
-        bucket = min(_BUCKET, trace.n_trained)
-        size = 2 if bf16 else 4
+        bucket = _BUCKET
         if strategy == "zero3":
-            bucket = min(hidden * hidden, bucket)
+            bucket = hidden * hidden
             other = size * min(_LIVE, trace.n_parameters)
             parameters //= n
         gradients //= n
-        other += 2 * size * bucket  # one fills up while the other is exchanged
+        # one fills up while the other is exchanged, which gloo cannot do
+        other += (2 if device == "cuda" else 1) * size * bucket
     elif strategy == "fsdp2":
         # shards of what is trained are in float32; layers are gathered as they are computed with
-        size = 2 if bf16 else 4
         optimizer = 8 * trace.n_trained // n
         parameters = (parameters + (4 - size) * trace.n_trained) // n
         # without an exchange, gradients of a step's earlier parts stay whole
         gradients = gradients if parts else 4 * trace.n_trained // n
         other = size * (trace.n_embeddings + 3 * trace.n_layer)
-    whole = {
+    if strategy == "zero3":
+        parts = True  # the shard of the gradients is one tensor, which is never given back
+    # A backward gives back what grows with the layers while their gradients come. What does not
+    # grow, the layer at hand, is there all the time; gradients of the embeddings come at its end.
+    layers = gradients * trace.in_layers // max(1, trace.gradients)
+    fixed = trace.activations - trace.growing
+    at_once = max(fixed + max(trace.growing, layers), gradients)
+    return {
         "parameters": parameters,
         "gradients": gradients,
         "optimizer": optimizer,
         "activations": trace.activations,
         "other": other,
+        "overlap": 0 if parts else trace.activations + gradients - at_once,
     }
-    overlap = 0 if parts else min(gradients, trace.activations)
-    return {**{name: round(size) for name, size in whole.items()}, "overlap": overlap}
 
 
 @dataclass(frozen=True)
@@ -510,6 +518,9 @@ class _Trace:
     parameters: int
     gradients: int
     activations: int
+    #: bytes of the activations, and of the gradients, that there are more of with more layers
+    growing: int = 0
+    in_layers: int = 0
 
     @classmethod
     def of(cls, model: Any, activations: int) -> _Trace:
@@ -530,7 +541,10 @@ class _Trace:
     def extrapolated(self, other: _Trace, layers: int) -> _Trace:
         """Of `layers` layers: `self` has two, `other` three, and all grow by as much a layer."""
         two, three = asdict(self), asdict(other)
-        return _Trace(**{k: two[k] + (layers - 2) * (three[k] - two[k]) for k in two})
+        grown = {k: two[k] + (layers - 2) * (three[k] - two[k]) for k in two}
+        grown["growing"] = layers * (three["activations"] - two["activations"])
+        grown["in_layers"] = layers * (three["gradients"] - two["gradients"])
+        return _Trace(**grown)
 
 
 def _trace(

@@ -4,7 +4,7 @@ Usage: ``survival_worker.py FOLDER pairwise …``; a misfortune of this rank is 
 ``MISFORTUNE_RANK``: ``kill EVENT STEP``, ``term EVENT STEP``, ``launcher EVENT STEP`` (the signal
 goes to its parent), ``fail BYTE STEP`` (no file of that checkpoint can be longer, as on a full
 disk) or ``die BYTE STEP`` (one that would be longer kills the writer). Each rank writes its last
-step to ``FOLDER/steps_RANK``. With ``ZERO3`` in the environment it is DeepSpeed's.
+step to ``FOLDER/steps_RANK``.
 """
 
 from __future__ import annotations
@@ -67,12 +67,8 @@ def run(folder: Path, arguments: list[str]) -> int:
 
     WholeCheckpoints.train = trained  # type: ignore[method-assign]
     Trainer._save_checkpoint = saved  # type: ignore[method-assign]
-    if "ZERO3" in os.environ:
-        from accelerate import PartialState
-
-        PartialState(backend="gloo")
-        # DeepSpeed compiles an optimiser that is not used, and imports what that takes: 4 s a rank
-        torch.compile = lambda function, **settings: function  # type: ignore[assignment]
+    # DeepSpeed compiles an optimiser that is not used, and imports what that takes: 4 s a rank
+    torch.compile = lambda function, **settings: function  # type: ignore[assignment]
     return main(["train", *arguments])
 
 

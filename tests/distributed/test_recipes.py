@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from companion.cli.main import main
-from companion.tutor import make_rows
+from companion.tutor import TUTOR_BASE, make_rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 #: what starts a run, and the flags by which torchrun has the same
@@ -119,3 +119,50 @@ def test_torchrun_with_the_same_files(
     words = ["-m", "companion", *arguments(kind, tmp_path, 2), *STRATEGIES[strategy]]
     said = launch(words, torchrun=True)
     assert_same_model(tmp_path / f"{kind}-on-2", one_process(kind), said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_two_launchers_give_the_model_of_one(
+    strategy: str, one_process: Any, tmp_path: Path
+) -> None:
+    """Two nodes of one process each, which meet on this machine, and one node of two."""
+    weights = []
+    for nodes in (1, 2):
+        folder = tmp_path / str(nodes)
+        folder.mkdir()
+        words = ["-m", "companion", *arguments("pairwise", folder, 2), *STRATEGIES[strategy]]
+        said = launch(words, torchrun=nodes == 2, nodes=nodes, forked=nodes == 1)
+        assert_same_model(folder / "pairwise-on-2", one_process("pairwise"), said)
+        weights.append(load_file(folder / "pairwise-on-2" / "model.safetensors"))
+    one, two = weights
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_policy_is_the_same_under_each_strategy(one_process: Any, tmp_path: Path) -> None:
+    """Two ranks each time: each draws with dice of its own, so one rank draws other completions.
+
+    FSDP is refused: the monitor could not draw.
+    """
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, make_rows("prompts", 60, seed=3))))
+    weights = {}
+    for strategy in ("ddp", "zero2", "zero3"):
+        output = tmp_path / strategy
+        words = [
+            *("-m", "companion", "train", "grpo", "--config", str(RECIPES / "grpo/tutor.yaml")),
+            *("--dataset_name", str(prompts), "--reward_model", str(one_process("pairwise"))),
+            *("--output_dir", str(output), "--per_device_train_batch_size", "16"),
+            *("--max_steps", "2", "--max_completion_length", "24", "--monitor_steps", "2"),
+            *("--monitor_prompts", "8", "--test_prompts", "8", "--disable_tqdm", "true"),
+        ]
+        launch(words, accelerate=str(RECIPES / "accelerate" / f"{strategy}.yaml"), forked=True)
+        last = output / "last"
+        weights[strategy] = load_file((last if last.exists() else output) / "model.safetensors")
+    start = load_file(TUTOR_BASE / "model.safetensors")
+    ddp = weights.pop("ddp")
+    assert max(float((ddp[name] - start[name]).abs().max()) for name in ddp) > 1e-4  # it learns
+    for strategy, own in weights.items():
+        gap = max(float((own[name] - ddp[name]).abs().max()) for name in ddp)
+        assert gap < 1e-5, (strategy, gap)

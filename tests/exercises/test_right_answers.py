@@ -250,6 +250,56 @@ def labels_by_search(a0, a1, alpha):
     return [stake, -math.log(alpha) / growth]
 
 
+@right("ch08.pool_shards")
+def pooled_two_by_two(counts, means, stds):
+    total, mean, squares = 0, 0.0, 0.0
+    for n, m, s in zip(counts.tolist(), means.tolist(), stds.tolist(), strict=True):
+        if n:
+            gap, both = m - mean, total + n
+            squares += n * s**2 + gap**2 * total * n / both
+            mean += gap * n / both
+            total = both
+    return [mean, math.sqrt(squares / total)]
+
+
+@right("ch08.loss_scales")
+def scales_in_loops(counts):
+    pairs = sum(int(n) for row in counts for n in row)
+    out = np.zeros(counts.shape)
+    for place in np.argwhere(counts):
+        out[tuple(place)] = counts[tuple(place)] / pairs * counts.shape[0]
+    return out
+
+
+@right("ch08.deal_rows")
+def rows_in_turn(n_rows, batch, ranks):
+    """Within a step the rows go round the ranks."""
+    steps = -(-n_rows // (batch * ranks))
+    out = np.full((ranks, steps, batch), -1)
+    for row in range(n_rows):
+        step, place = divmod(row, batch * ranks)
+        out[place % ranks, step, place // ranks] = row
+    return out
+
+
+@right("ch08.bytes_a_rank")
+def bytes_by_cases(parameters, ranks, stage, largest):
+    if ranks == 1 or stage == 0:
+        return 16 * parameters
+    part = math.ceil(parameters / ranks)
+    bare = {1: 4 * parameters + 12 * part, 2: 2 * parameters + 14 * part, 3: 16 * part}
+    return bare[stage] + (4 * largest if stage == 3 else 0)
+
+
+@right("ch08.agreed_step")
+def step_by_arithmetic(arrivals, n_steps, every):
+    first = min((a for a in arrivals if a is not None), default=math.inf)
+    if first == math.inf:
+        return [None for _ in arrivals]
+    step = max(math.ceil(first / every), 1) * every
+    return [step if step < n_steps else None for _ in arrivals]
+
+
 @pytest.mark.parametrize(("name", "function"), ROWS, ids=[f.__name__ for _, f in ROWS])
 def test_it_passes(name, function):
     result = check(name, function)

@@ -735,6 +735,70 @@ def labels_alone(a0, a1, alpha):
     return 100.0
 
 
+# 8
+
+
+@wrong("ch08.pool_shards", mutant="within_only")
+def pooled_variance_alone(counts, means, stds):
+    used = counts > 0
+    n, m, s = counts[used], means[used], stds[used]
+    return np.average(m, weights=n), np.sqrt(np.average(s**2, weights=n))
+
+
+@wrong("ch08.pool_shards", says=KIND)
+def pooled_mean(counts, means, stds):
+    return float(np.nansum(counts * means) / counts.sum())
+
+
+@wrong("ch08.loss_scales", mutant="own_count")
+def scales_of_a_rank(counts):
+    return counts / np.maximum(counts.sum(axis=1), 1)[:, None]
+
+
+@wrong("ch08.loss_scales", says=KIND)
+def scales_of_ranks(counts):
+    return len(counts) * counts.sum(axis=1) / max(counts.sum(), 1)
+
+
+@wrong("ch08.deal_rows", mutant="at_the_end")
+def rows_padded_at_the_end(n_rows, batch, ranks):
+    steps = -(-n_rows // (batch * ranks))
+    flat = np.full(steps * ranks * batch, -1)
+    flat[:n_rows] = np.arange(n_rows)
+    return flat.reshape(steps, ranks, batch).swapaxes(0, 1)
+
+
+@wrong("ch08.deal_rows", says=KIND)
+def rows_of_no_rank(n_rows, batch, ranks):
+    return list(range(n_rows))
+
+
+@wrong("ch08.bytes_a_rank", mutant="nothing_gathered")
+def bytes_of_parts(parameters, ranks, stage, largest):
+    part = -(-parameters // ranks)
+    return sum(
+        size * (part if stage >= first else parameters) for size, first in ((2, 3), (2, 2), (12, 1))
+    )
+
+
+@wrong("ch08.bytes_a_rank", says=KIND)
+def bytes_true_division(parameters, ranks, stage, largest):
+    return 16 * parameters / ranks
+
+
+@wrong("ch08.agreed_step", mutant="every_flag")
+def step_of_all(arrivals, n_steps, every):
+    for step in range(every, n_steps, every):
+        if all(a is not None and a <= step for a in arrivals):
+            return [step] * len(arrivals)
+    return [None] * len(arrivals)
+
+
+@wrong("ch08.agreed_step", says=KIND)
+def step_alone(arrivals, n_steps, every):
+    return every
+
+
 @pytest.mark.parametrize(
     ("name", "function", "told"), ROWS, ids=[function.__name__ for _, function, _ in ROWS]
 )
