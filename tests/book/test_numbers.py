@@ -42,6 +42,7 @@ TYPED = {
         **dict.fromkeys(("0.8", "1.2", "2.4"), "of a story in an exercise"),
     },
     "book/ch07_monitoring.md": {"0.7": "of a story in an exercise"},
+    "book/ch08_cluster.md": {"95%": "of a story in an exercise"},
     "book/glossary.md": {"80%": "an example of a probability", "73%": "σ(1)"},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 def by_accelerate(pairs: int, batch: int, ranks: int) -> list[list[list[int]]]:
     """Of each rank, the batches of row numbers that accelerate deals out to it."""
-    from accelerate.data_loader import BatchSamplerShard
+    with warnings.catch_warnings():  # of its progress bar, in a notebook
+        warnings.simplefilter("ignore")
+        from accelerate.data_loader import BatchSamplerShard
     from torch.utils.data import BatchSampler, SequentialSampler
 
     sampler = BatchSampler(SequentialSampler(range(pairs)), batch, drop_last=False)
