@@ -51,6 +51,11 @@ def settle_on_cpu(settings: Any) -> None:
     if deepspeed:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         settings.deepspeed = _for_gloo(deepspeed)
+        from deepspeed import ops
+
+        # else it is compiled at the first use, under a lock of torch's (FileBaton) that a killed
+        # process leaves behind, and every later run waits for it for ever
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if settings.deepspeed["zero_optimization"].get("stage") == 2:
             done += "".join(f", {name} off" for name in _NOT_OVER_GLOO)
     AcceleratorState._reset_state(reset_partial_state=True)  # as transformers does
