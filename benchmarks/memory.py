@@ -1,9 +1,9 @@
 """A plan's bytes against the profiler's: ``python -m benchmarks.memory``.
 
 Two steps of the companion's trainer on a CPU, at widths of 512 and more, under PyTorch's profiler,
-which logs each allocation: the most that is alive at any time, weights included, is compared with
-:func:`companion.plan_training` of the same case. Sharded cases run on two processes over gloo, each
-under a profiler of its own. It is no clock: other work on the machine does not matter.
+which logs each allocation: the most that is alive in the second step, weights included, is compared
+with :func:`companion.plan_training` of the same case. Sharded cases run on two processes over gloo,
+each under a profiler of its own. It is no clock: other work on the machine does not matter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
 
 import companion
 from benchmarks.measuring import table
@@ -85,7 +91,7 @@ class Case:
         )
 
     @property
-    def adapter(self) -> dict[str, int] | None:
+    def adapter(self) -> dict[str, Any] | None:
         """The arguments of LoRA."""
         return {"r": self.lora, "alpha": 2 * self.lora} if self.lora else None
 
@@ -145,8 +151,8 @@ CASES: Sequence[Case] = (
 )
 
 
-def make_trainer(case: Case, folder: str) -> tuple[Any, int]:
-    """The trainer, and the bytes of its model before anything is sharded."""
+def make_trainer(case: Case, folder: str) -> Any:
+    """A trainer of two steps."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     torch.manual_seed(0)
     model: Any = AutoModelForSequenceClassification.from_config(
@@ -184,31 +190,46 @@ def make_trainer(case: Case, folder: str) -> tuple[Any, int]:
         logging_steps=1000,
         **SHARDED.get(case.strategy, {}),  # type: ignore[arg-type]
     )
-    trainer = PairwiseRewardTrainer(reward_model, config, train_dataset=Dataset.from_list(rows))
-    return trainer, sum(p.nbytes for p in trainer.model.parameters())
+    return PairwiseRewardTrainer(reward_model, config, train_dataset=Dataset.from_list(rows))
 
 
-def most_alive(run: Any, before: int) -> int:
-    """By the profiler's log of allocations: the most bytes at any time, `before` being there."""
-    from torch.profiler import ProfilerActivity, profile
+class SecondStep(TrainerCallback):
+    """Marks in the log where the second step begins: Adam's moments are there by then."""
 
-    gc.collect()  # what another case has left would be given back, and counted, in this one
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
-        run()
-    now = most = before
-    for event in log.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark it."""
+        if state.global_step == 1:
+            with record_function("second step"):
+                pass
 
 
 def measure(case: Case) -> int:
-    """Bytes of this process at the peak of two steps."""
+    """Most bytes of this process that are alive at any time from the second step on.
+
+    Also the making of the model is logged: a profiler does not see the end of what is older than
+    itself, such as whole weights that are sharded later.
+    """
     disable_progress_bars()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer, before = make_trainer(case, folder)
-        return most_alive(trainer.train, before)
+    gc.collect()  # what another case has left would be given back, and counted, in this one
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log,
+    ):
+        trainer = make_trainer(case, folder)
+        trainer.add_callback(SecondStep())
+        trainer.train()
+    assert log.profiler is not None
+    events = sorted(log.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    now = most = 0
+    begun = False
+    for event in events:
+        if event.name() == "second step":
+            begun, most = True, now
+        elif event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    assert begun
+    return most
 
 
 def measure_ranks(case: Case) -> int:

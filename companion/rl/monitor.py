@@ -300,7 +300,11 @@ class OveroptimizationMonitor(TrainerCallback):
             state.log_history.append({**logs, "step": state.global_step})
 
     def _restore(self, step: int) -> bool:
-        """Take up the looks of a run that is resumed; True if that at this step is among them."""
+        """Take up the looks of a run that is resumed; whether there are any.
+
+        Then there is no further one at this step: it would be one more than the test for a fall has
+        planned.
+        """
         if step == 0 or self.record is None or not self.record.is_file():
             if self.record is not None and PartialState().is_main_process:
                 self.record.unlink(missing_ok=True)
@@ -313,10 +317,9 @@ class OveroptimizationMonitor(TrainerCallback):
             self.record.write_text(text, encoding="utf-8")
         for look in kept:
             self._judge(look)
-        here = bool(kept) and kept[-1].step == step
-        if not here:
-            self.reason = None
-        return here
+        if kept and kept[-1].step < step:
+            self.reason = None  # the run went on after it
+        return bool(kept)
 
     def policy(self, model: Any) -> AbstractContextManager[Any]:
         if self._trainer is None:

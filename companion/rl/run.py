@@ -54,6 +54,7 @@ from companion.training.checkpoints import (
     fingerprint_of,
 )
 from companion.training.config import require
+from companion.training.launching import require_launcher
 from companion.training.run import Say, load_given
 from companion.training.trainer import whole_parameters
 
@@ -261,6 +262,7 @@ def train_grpo(
     if not main:
         disable_progress_bars()
     _check_arguments(config, model, data)
+    require_launcher(config)
     destination, config = open_destination(config)
     resume = checkpoint_of(config)
     train, monitored, tested, notes = hold_out(data)

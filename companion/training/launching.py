@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 from companion.errors import CompanionError
 
@@ -34,23 +36,14 @@ def settle_on_cpu(settings: Any) -> None:
     Raises
     ------
     CompanionError
-        For a JSON file that cannot be read, or without a launcher.
+        For a JSON file that cannot be read.
     """
     if torch.accelerator.is_available():
         return
-    deepspeed = settings.deepspeed
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # accelerate launch
-        deepspeed = deepspeed or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    fsdp = settings.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if not (deepspeed or fsdp):
+    deepspeed, fsdp = _asked_for(settings)
+    if not (deepspeed or fsdp) or "LOCAL_RANK" not in os.environ:
         settings.use_cpu = True  # several processes then talk over gloo
         return
-    engine = "DeepSpeed" if deepspeed else "FSDP"
-    if "LOCAL_RANK" not in os.environ:
-        raise CompanionError(
-            f"{engine} shards over processes, and nothing started any",
-            "torchrun --nproc_per_node 2 -m companion train …",
-        )
     settings.use_cpu = False  # which would be DDP
     own = _as_dict(settings.accelerator_config or {}, "accelerator_config")
     settings.accelerator_config = own | {"use_configured_state": True}
@@ -58,19 +51,45 @@ def settle_on_cpu(settings: Any) -> None:
     if deepspeed:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         settings.deepspeed = _for_gloo(deepspeed)
+        from deepspeed import ops
+
+        # else it is compiled at the first use, under a lock of torch's (FileBaton) that a killed
+        # process leaves behind, and every later run waits for it for ever
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if settings.deepspeed["zero_optimization"].get("stage") == 2:
             done += "".join(f", {name} off" for name in _NOT_OVER_GLOO)
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    AcceleratorState._reset_state()  # of an earlier training, as transformers does
+    AcceleratorState._reset_state(reset_partial_state=True)  # as transformers does
     state = PartialState(backend="gloo")
     if not deepspeed:
         # accelerate asks for FSDP among the kinds of GPUs only (AcceleratorState.__init__); what it
         # does then, fully_shard, torch has for gloo too
         state.distributed_type = DistributedType.MULTI_GPU
     if state.is_main_process:
+        engine = "DeepSpeed" if deepspeed else "FSDP"
         print(f"no GPU: {engine} on the CPU, {done}")
+
+
+def require_launcher(settings: Any) -> None:
+    """Refuse to shard over one process without a GPU, which neither engine can.
+
+    Raises
+    ------
+    CompanionError
+    """
+    alone = "LOCAL_RANK" not in os.environ and not torch.accelerator.is_available()
+    if alone and any(_asked_for(settings)):
+        raise CompanionError(
+            "DeepSpeed and FSDP shard over processes, and nothing started any",
+            "torchrun --nproc_per_node 2 -m companion train …",
+        )
+
+
+def _asked_for(settings: Any) -> tuple[Any, bool]:
+    """The settings of DeepSpeed, if it is to shard, and whether FSDP is: by flags or launcher."""
+    deepspeed = settings.deepspeed
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        deepspeed = deepspeed or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    return deepspeed, bool(settings.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def _for_gloo(deepspeed: dict[str, Any] | str) -> dict[str, Any]:

@@ -547,6 +547,10 @@ class _Trace:
         return _Trace(**grown)
 
 
+#: a trace takes a second, and plans of one model differ in little else than strategy and GPUs
+_TRACED: dict[tuple[Any, ...], tuple[_Trace, str | None]] = {}
+
+
 def _trace(
     config: Any,
     tokens: int | None = None,
@@ -564,6 +568,12 @@ def _trace(
 
     Without `tokens` the model alone.
     """
+    key = (
+        *(config.to_json_string(), tokens, length, packing, checkpointing, dtype, autocast),
+        *(repr(lora), labels, device),
+    )
+    if key in _TRACED:
+        return _TRACED[key]
     layers = config.get_text_config().num_hidden_layers
     found, obstacle = [], None
     for count in (2, 3) if layers > 3 else (layers,):
@@ -578,7 +588,9 @@ def _trace(
             with cudas_path() if device == "cuda" else nullcontext():
                 peak = _peak_of_step(model, batch, autocast=autocast)
         found.append(_Trace.of(model, peak))
-    return (found[0].extrapolated(found[1], layers) if len(found) > 1 else found[0]), obstacle
+    whole = found[0].extrapolated(found[1], layers) if len(found) > 1 else found[0]
+    _TRACED[key] = whole, obstacle
+    return whole, obstacle
 
 
 def _fake_model(

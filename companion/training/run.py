@@ -57,6 +57,7 @@ from companion.training.config import (
     require,
 )
 from companion.training.kind import E, Kind
+from companion.training.launching import require_launcher
 from companion.training.rows import FormatReport
 from companion.training.trainer import decide_text, is_sharded, load_start, whole_parameters
 
@@ -156,6 +157,7 @@ def train(
     if not main:
         disable_progress_bars()
     _check_arguments(model, data)
+    require_launcher(config)
     destination, config = open_destination(config)
     resume = checkpoint_of(config)
     sets, sources, notes = load_sets(data, kind.rows)

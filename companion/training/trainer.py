@@ -642,10 +642,10 @@ def load_start(
 
 def _sends(config: PairwiseRewardConfig) -> bool:
     """Whether rank 0 will send its weights to the other ranks, which need not read them."""
-    fsdp = config.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
-    return is_deepspeed_zero3_enabled() or (
-        bool(fsdp) and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    )
+    if is_deepspeed_zero3_enabled():
+        return True
+    fsdp = bool(config.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    return fsdp and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
 
 
 def _read_template(config: PairwiseRewardConfig) -> str | None:

@@ -22,7 +22,7 @@ from datatrove.executor import (
 from companion.scoring import ScoreRewards
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="score a folder of JSONL files")
     parser.add_argument("executor", choices=("local", "slurm", "ray"))
     parser.add_argument("--model", required=True, help="folder or hub id of a reward model")
@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--time", default="24:00:00", help="limit of a task on SLURM")
     parser.add_argument("--cores", type=int, default=8, help="of a task on SLURM and Ray")
     parser.add_argument("--gigabytes", type=int, default=8, help="a core, on SLURM and Ray")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.executor == "slurm" and args.partition is None:
         parser.error("SLURM needs --partition")
     return args

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -132,6 +133,8 @@ def test_command_of_a_page_is_accepted(command, tmp_path, monkeypatch):
         subprocess.run(["bash", "-n", files[0]], check=True)
     elif words[:3] == ["python", "-m", "verl.trainer.main_ppo"]:
         check_verl(words[3:])
+    elif words[0] == "python" and words[1].startswith("recipes/"):
+        runpy.run_path(words[1])["arguments"](words[2:])
     else:
         pytest.fail(f"nothing here knows how to check {words[0]!r}")
 

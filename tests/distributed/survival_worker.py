@@ -67,8 +67,13 @@ def run(folder: Path, arguments: list[str]) -> int:
 
     WholeCheckpoints.train = trained  # type: ignore[method-assign]
     Trainer._save_checkpoint = saved  # type: ignore[method-assign]
-    # DeepSpeed compiles an optimiser that is not used, and imports what that takes: 4 s a rank
-    torch.compile = lambda function, **settings: function  # type: ignore[assignment]
+    if "--deepspeed" in arguments:
+        import deepspeed.comm.torch
+
+        # It compiles an optimiser that is not used (the imports take 4 s a rank), and an operator
+        # under a lock that a rank which is killed leaves behind, for all runs after it to wait at.
+        torch.compile = lambda function, **settings: function  # type: ignore[assignment]
+        deepspeed.comm.torch.build_shm_op = lambda: None
     return main(["train", *arguments])
 
 

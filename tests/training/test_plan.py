@@ -57,8 +57,7 @@ def test_bytes_of_all_cases_are_those_of_the_profiler(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "packing"), [(True, True), (False, False)])
 def test_two_and_three_layers_tell_of_six(checkpointing: bool, packing: bool) -> None:
     """Extrapolated is traced, to the byte."""
     how: dict[str, Any] = {"packing": packing, "checkpointing": checkpointing, "autocast": True}
