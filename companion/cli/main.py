@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             given.settings = rest
         elif rest:
             sub.error(f"unrecognized arguments: {' '.join(rest)}")
-        given.processes = None
+        if hasattr(module, "SHARES_WORK"):
+            given.processes = None
         if started == 1:
             return int(module.run(given))
         from companion.cli.shared import launched

@@ -86,8 +86,11 @@ def device_notes(
     budget : int, optional
         Tokens of a batch, if they were set by the free memory.
     """
-    # a shard of ZeRO-3 has no shape of its own
-    weights = next(p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) > 1)
+
+    def dimensions(p: Any) -> int:  # a shard of ZeRO-3 has no shape of its own
+        return len(p.ds_shape) if hasattr(p, "ds_shape") else int(p.dim())
+
+    weights = next(p for p in model.parameters() if dimensions(p) > 1)
     device = weights.device
     if device.type != "cuda":
         return []

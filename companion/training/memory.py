@@ -488,7 +488,8 @@ def _shares(
         parameters = (parameters + (4 - size) * trace.n_trained) // n
         # without an exchange, gradients of a step's earlier parts stay whole
         gradients = gradients if parts else 4 * trace.n_trained // n
-        other = size * (trace.n_embeddings + 3 * trace.n_layer)
+        # and two layers' gradients are copied in float32: one is sent while the next is filled
+        other = size * (trace.n_embeddings + 3 * trace.n_layer) + 8 * trace.n_layer
     if strategy == "zero3":
         parts = True  # the shard of the gradients is one tensor, which is never given back
     # A backward gives back what grows with the layers while their gradients come. What does not

@@ -765,7 +765,7 @@ def rows_padded_at_the_end(n_rows, batch, ranks):
     steps = -(-n_rows // (batch * ranks))
     flat = np.full(steps * ranks * batch, -1)
     flat[:n_rows] = np.arange(n_rows)
-    return flat.reshape(steps, ranks, batch).swapaxes(0, 1)
+    return flat.reshape(steps, ranks, batch).swapaxes(0, 1).tolist()
 
 
 @wrong("ch08.deal_rows", says=KIND)
