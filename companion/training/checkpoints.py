@@ -467,8 +467,9 @@ class WholeCheckpoints(_Base):
 def all_written(folder: Path, name: str) -> Iterator[None]:
     """Say so in one line if something of a run's `folder` cannot be written.
 
-    Neither torch nor safetensors raises an ``OSError`` then (torch 2.13: a ``RuntimeError`` of
-    ``inline_container.cc`` or ``basic_ios``).
+    Neither torch nor the libraries in Rust raise an ``OSError`` then (torch 2.13: a
+    ``RuntimeError`` of ``inline_container.cc`` or ``basic_ios``; tokenizers: a plain exception with
+    "os error 28").
 
     Raises
     ------
@@ -478,9 +479,10 @@ def all_written(folder: Path, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        torchs = any(word in str(error) for word in ("inline_container", "basic_ios"))
+        words = ("inline_container", "basic_ios", "(os error ")
+        told = any(word in str(error) for word in words)
         named = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
-        if not (torchs or named):
+        if not (told or named):
             raise
         text = (str(error) or type(error).__name__).splitlines()[0]
         there = next(place for place in (folder, *folder.parents) if place.exists())
