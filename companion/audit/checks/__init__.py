@@ -1,0 +1,1 @@
+"""What an audit looks for, a room a file. Chapter 9."""

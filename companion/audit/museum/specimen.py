@@ -1,0 +1,54 @@
+"""A specimen: one bug, planted in a small sound model, server, script or set of rows. Chapter 9."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Planted:
+    """What to audit.
+
+    Attributes
+    ----------
+    target : str
+        A folder, or the URL of a server that runs.
+    data : Path or None
+        Pairs for ``--data``.
+    protocol : str or None
+        Of a server, where it is to be named.
+    """
+
+    target: str
+    data: Path | None = None
+    protocol: str | None = None
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A bug that others met, made to stand still.
+
+    Attributes
+    ----------
+    name : str
+    story : str
+        Where it comes from and what it does, in one or two sentences.
+    threads : tuple of str
+        Addresses of the upstream threads.
+    caught_by : str
+        Name of the check that must find it.
+    plant : callable
+        Takes an empty folder, gives a context in which the bug is there; a server stops with it.
+    also : tuple of str
+        Further checks that rightly find the same bug.
+    """
+
+    name: str
+    story: str
+    threads: tuple[str, ...]
+    caught_by: str
+    plant: Callable[[Path], AbstractContextManager[Planted]]
+    also: tuple[str, ...] = ()

@@ -1,0 +1,119 @@
+"""What is audited: a model here or an endpoint, by what it can be asked. Chapter 9.
+
+A subject is asked as its users ask it. A model here runs by its own forward, with the padding and
+the mask that its tokenizer makes, not by the companion's, which reads by the mask and refuses most
+of what an audit is to find.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from companion.errors import CompanionError
+from companion.formatting import RewardFormatter, Row
+from companion.models.manifest import RewardManifest
+
+#: ``ids``: token ids; ``rows``: prompts and completions, or messages, that the target formats;
+#: ``tokenizer``, ``config``, ``weights``: the files behind it; ``padding``: a batch is padded as
+#: the asker says (side, pad id, mask); ``threads``: one model object for several threads
+Ability = Literal["ids", "rows", "tokenizer", "config", "weights", "padding", "threads"]
+
+
+class BudgetSpent(CompanionError):
+    """No tokens or requests are left for this check."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts for one call.
+
+    Attributes
+    ----------
+    ids : sequence of sequences of int
+        Token ids, a text each, without padding.
+    side : {"right", "left"}, optional
+        Of the padding; default: the tokenizer's.
+    pad_id : int, optional
+        What fills; default: the tokenizer's pad token.
+    masked : sequence of int, optional
+        Of each text how many of its last tokens the mask hides.
+    """
+
+    ids: Sequence[Sequence[int]]
+    side: Literal["right", "left"] | None = None
+    pad_id: int | None = None
+    masked: Sequence[int] | None = None
+
+
+class Subject(ABC):
+    """A target that checks ask.
+
+    Attributes
+    ----------
+    name : str
+        The folder, hub id or URL as it was given.
+    what : {"folder", "model", "endpoint"}
+    abilities : frozenset of str
+    tokenizer, config : Any or None
+    model : Any or None
+        The loaded module of a folder or a model; None of an endpoint.
+    manifest : RewardManifest or None
+    formatter : RewardFormatter or None
+        The recipe of the manifest; without one that of the tokenizer.
+    dtype : str
+        In which the target computes, as far as is known: ``float32``, ``bfloat16``, …
+    tokens, requests : int
+        Spent so far.
+    max_tokens, max_requests : int or None
+        What may be spent.
+    """
+
+    name: str
+    what: Literal["folder", "model", "endpoint"]
+    abilities: frozenset[Ability]
+    tokenizer: Any = None
+    config: Any = None
+    model: Any = None
+    manifest: RewardManifest | None = None
+    formatter: RewardFormatter | None = None
+    dtype: str = "float32"
+    tokens: int = 0
+    requests: int = 0
+    max_tokens: int | None = None
+    max_requests: int | None = None
+
+    @abstractmethod
+    def call(self, batch: Batch) -> np.ndarray:
+        """Scores ``[N]`` float64 of one call: all texts of the batch together.
+
+        Raises
+        ------
+        BudgetSpent
+            If the batch would go beyond what may be spent; nothing was asked then.
+        ServiceError
+            If an endpoint refuses, or is gone.
+        """
+
+    @abstractmethod
+    def call_rows(self, rows: Sequence[Row]) -> np.ndarray:
+        """The same of rows that the target formats itself (``rows`` in its abilities)."""
+
+    @abstractmethod
+    def alone(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """Scores ``[N]`` of each text in a call of its own; a text is asked once in an audit."""
+
+    @abstractmethod
+    def tolerance(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """Most that rounding may move the score of each text, ``[N]``.
+
+        It follows from the dtype, the depth and the size of what is summed; see the class.
+        """
+
+    def encode(self, row: Row) -> list[int]:
+        """Token ids of a row as the model's users would make them: by its formatter."""
+        raise NotImplementedError
