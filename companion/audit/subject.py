@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from companion.models.manifest import RewardManifest
 #: ``tokenizer``, ``config``, ``weights``: the files behind it; ``padding``: a batch is padded as
 #: the asker says (side, pad id, mask); ``threads``: one model object for several threads
 Ability = Literal["ids", "rows", "tokenizer", "config", "weights", "padding", "threads"]
+#: with these, rows are encoded here, and so can be asked for too
+WITH_IDS: Final[frozenset[Ability]] = frozenset({"ids", "tokenizer"})
 
 
 class BudgetSpent(CompanionError):
@@ -106,6 +108,18 @@ class Subject(ABC):
     @abstractmethod
     def alone(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Scores ``[N]`` of each text in a call of its own; a text is asked once in an audit."""
+
+    def score_rows(self, rows: Sequence[Row]) -> np.ndarray:
+        """Scores ``[N]`` of rows, each in a call of its own where its ids can be made here.
+
+        Raises
+        ------
+        CompanionError
+            If the target, or the formatter, refuses a row.
+        """
+        if WITH_IDS <= self.abilities:
+            return self.alone([self.encode(row) for row in rows])
+        return self.call_rows(rows)
 
     @abstractmethod
     def tolerance(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
