@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from companion.audit.outcome import Check, Level, Outcome, not_asked
-from companion.audit.subject import WITH_IDS, BudgetSpent, Subject
+from companion.audit.subject import BudgetSpent, Subject
 
 #: Most tokens through the model.
 BUDGET: Final[dict[Level, int]] = {"quick": 30_000, "full": 300_000}
@@ -17,11 +17,10 @@ def run_checks(
 ) -> list[tuple[Check, Outcome]]:
     """Each check with what it saw, in order; those that have nothing to say of it are left out."""
     results: list[tuple[Check, Outcome]] = []
-    abilities = subject.abilities | ({"rows"} if WITH_IDS <= subject.abilities else set())
     for check in checks:
         if check.level == "full" and level == "quick":
             continue
-        lacks = sorted(check.needs - abilities)
+        lacks = check.lacks(subject.can_be_asked)
         outcome: Outcome | None
         if lacks:
             outcome = not_asked(f"the target has no {', '.join(lacks)}")

@@ -7,9 +7,11 @@ of what an audit is to find.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -89,6 +91,12 @@ class Subject(ABC):
     max_tokens: int | None = None
     max_requests: int | None = None
 
+    @property
+    def can_be_asked(self) -> frozenset[Ability]:
+        """Its abilities, and ``rows`` where they can be encoded here."""
+        more: set[Ability] = {"rows"} if self.abilities >= WITH_IDS else set()
+        return self.abilities | more
+
     @abstractmethod
     def call(self, batch: Batch) -> np.ndarray:
         """Scores ``[N]`` float64 of one call: all texts of the batch together.
@@ -110,16 +118,26 @@ class Subject(ABC):
         """Scores ``[N]`` of each text in a call of its own; a text is asked once in an audit."""
 
     def score_rows(self, rows: Sequence[Row]) -> np.ndarray:
-        """Scores ``[N]`` of rows, each in a call of its own where its ids can be made here.
+        """Scores ``[N]`` of rows: by their ids where those can be made here; asked once each.
 
         Raises
         ------
         CompanionError
             If the target, or the formatter, refuses a row.
         """
-        if WITH_IDS <= self.abilities:
+        if self.abilities >= WITH_IDS:
             return self.alone([self.encode(row) for row in rows])
-        return self.call_rows(rows)
+        keys = [json.dumps(row, sort_keys=True) for row in rows]
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._known}
+        if new:
+            scores = self.call_rows(list(new.values()))
+            self._known.update(zip(new, map(float, scores), strict=True))
+        return np.array([self._known[key] for key in keys])
+
+    @cached_property
+    def _known(self) -> dict[str, float]:
+        """Scores of rows that the target formatted."""
+        return {}
 
     @abstractmethod
     def tolerance(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
