@@ -114,6 +114,18 @@ class Subject(ABC):
         It follows from the dtype, the depth and the size of what is summed; see the class.
         """
 
+    def differ(
+        self, ids: Sequence[Sequence[int]], one: np.ndarray, other: np.ndarray
+    ) -> np.ndarray:
+        """Of which texts two scores are further apart than rounding explains, ``[N]`` bool.
+
+        A score that is not finite differs from all.
+        """
+        return ~(np.abs(one - other) <= self.tolerance(ids))
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to put back)
+        """Leave the target as it was."""
+
     def encode(self, row: Row) -> list[int]:
         """Token ids of a row as the model's users would make them: by its formatter."""
         raise NotImplementedError
