@@ -13,7 +13,6 @@ import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,6 @@ from companion.models.checkpoint import (
 from companion.models.head import without_adapter
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
 from companion.models.memory import place
-from companion.models.readout import RULES
 
 #: Runs with rounding put in by hand, of each text that is tried for it; see `_noise`.
 _DRAWS = 8
@@ -220,7 +218,7 @@ class LocalSubject(Subject):
         return None
 
     @functools.cached_property
-    def exact(self) -> LocalSubject:
+    def exact(self) -> LocalSubject:  # type: ignore[override]
         """The same model in float32, where it is in half precision; else itself.
 
         What rounding does to a score then hides nothing. Its tokens are counted here.
@@ -361,7 +359,7 @@ class LocalSubject(Subject):
     ) -> np.ndarray:
         """See :meth:`Subject.differ`. A text that differs is tried for rounding itself."""
         found = super().differ(ids, one, other)
-        for i in np.flatnonzero(found):
+        for i in np.flatnonzero(found).tolist():
             key, far = tuple(ids[i]), abs(one[i] - other[i])
             if key not in self._noises:
                 self._noise(key)
