@@ -69,6 +69,9 @@ class LocalSubject(Subject):
         logit (of three labels: good less bad) at the last token.
     missing, surplus : list of str
         Weights that the checkpoint lacks, or has and the model has no place for.
+    headless : bool
+        The checkpoint has no head; the configuration was told of one label.
+    trusted : bool
     own_code : dict of str to str
         ``auto_map`` of the configuration.
 
@@ -101,6 +104,7 @@ class LocalSubject(Subject):
         max_tokens: int | None = None,
     ) -> None:
         self.max_tokens = max_tokens
+        self.trusted, self.headless = trust_remote_code, False
         self.missing: list[str] = []
         self.surplus: list[str] = []
         if isinstance(target, (str, os.PathLike)):
@@ -173,6 +177,7 @@ class LocalSubject(Subject):
         self.kind = self.manifest.kind if self.manifest is not None else _kind_of(config)
         keys = checkpoint_keys(self.name, revision)
         if self.kind == "scalar" and keys is not None and not _has_head(keys):
+            self.headless = True
             config.num_labels = 1  # as whoever takes it for a reward model would
         loader = getattr(
             transformers,
