@@ -7,11 +7,9 @@ of what an audit is to find.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -66,6 +64,8 @@ class Subject(ABC):
     tokenizer, config : Any or None
     model : Any or None
         The loaded module of a folder or a model; None of an endpoint.
+    kind : {"scalar", "outcome", "process"}
+        Of a model with a value for each token the score is that at the last one.
     manifest : RewardManifest or None
     formatter : RewardFormatter or None
         The recipe of the manifest; without one that of the tokenizer.
@@ -83,6 +83,7 @@ class Subject(ABC):
     tokenizer: Any = None
     config: Any = None
     model: Any = None
+    kind: str = "scalar"
     manifest: RewardManifest | None = None
     formatter: RewardFormatter | None = None
     dtype: str = "float32"
@@ -96,6 +97,11 @@ class Subject(ABC):
         """Its abilities, and ``rows`` where they can be encoded here."""
         more: set[Ability] = {"rows"} if self.abilities >= WITH_IDS else set()
         return self.abilities | more
+
+    @property
+    def exact(self) -> Subject:
+        """The same target where rounding hides least: a model here in float32."""
+        return self
 
     @abstractmethod
     def call(self, batch: Batch) -> np.ndarray:
@@ -117,8 +123,16 @@ class Subject(ABC):
     def alone(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Scores ``[N]`` of each text in a call of its own; a text is asked once in an audit."""
 
+    def rows_alone(self, rows: Sequence[Row]) -> np.ndarray:
+        """Scores ``[N]`` of rows, each in a call of its own."""
+        return np.array([self.call_rows([row])[0] for row in rows], dtype=np.float64)
+
+    def rounding(self, scores: np.ndarray) -> np.ndarray:
+        """Most that rounding may move each of these scores of rows, ``[N]``."""
+        raise NotImplementedError
+
     def score_rows(self, rows: Sequence[Row]) -> np.ndarray:
-        """Scores ``[N]`` of rows: by their ids where those can be made here; asked once each.
+        """Scores ``[N]`` of rows: by their ids where those can be made here, else as rows.
 
         Raises
         ------
@@ -127,17 +141,13 @@ class Subject(ABC):
         """
         if self.abilities >= WITH_IDS:
             return self.alone([self.encode(row) for row in rows])
-        keys = [json.dumps(row, sort_keys=True) for row in rows]
-        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._known}
-        if new:
-            scores = self.call_rows(list(new.values()))
-            self._known.update(zip(new, map(float, scores), strict=True))
-        return np.array([self._known[key] for key in keys])
+        return self.rows_alone(rows)
 
-    @cached_property
-    def _known(self) -> dict[str, float]:
-        """Scores of rows that the target formatted."""
-        return {}
+    def rounding_of_rows(self, rows: Sequence[Row], scores: np.ndarray) -> float:
+        """Most that rounding may move one of the scores that :meth:`score_rows` gave."""
+        if self.abilities >= WITH_IDS:
+            return float(self.tolerance([self.encode(row) for row in rows]).max())
+        return float(self.rounding(scores).max())
 
     @abstractmethod
     def tolerance(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
@@ -145,6 +155,18 @@ class Subject(ABC):
 
         It follows from the dtype, the depth and the size of what is summed; see the class.
         """
+
+    def differ(
+        self, ids: Sequence[Sequence[int]], one: np.ndarray, other: np.ndarray
+    ) -> np.ndarray:
+        """Of which texts two scores are further apart than rounding explains, ``[N]`` bool.
+
+        A score that is not finite differs from all.
+        """
+        return ~(np.abs(one - other) <= self.tolerance(ids))
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to put back)
+        """Leave the target as it was."""
 
     def encode(self, row: Row) -> list[int]:
         """Token ids of a row as the model's users would make them: by its formatter."""
