@@ -115,8 +115,8 @@ class EndpointSubject(Subject):
             )
         return [
             f"{self.route}: the protocol {self.protocol}, {self.found_by}",
-            f"{most} requests will be posted there: {texts}, {form}; some of them on purpose empty, "
-            "too long, or no proper request",
+            f"{most} requests will be posted there: {texts}, {form}; some of them on purpose "
+            "empty, too long, or no proper request",
         ]
 
     def call(self, batch: Batch) -> np.ndarray:

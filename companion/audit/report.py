@@ -1,4 +1,4 @@
-"""What an audit found, as text, JSON, HTML and JUnit XML; and two audits side by side. Chapter 9."""
+"""What an audit found, as text, JSON, HTML and JUnit XML; two audits side by side. Chapter 9."""
 
 from __future__ import annotations
 
@@ -199,9 +199,7 @@ class AuditReport:
             format_table(("check", "room", "verdict", "size [95%]"), rows),
         ]
         for result in self.sorted():
-            if (details and result.outcome.status == "found") or (
-                details and result.verdict in ("over the limit", "undecided")
-            ):
+            if details and result.verdict not in ("bias", "sound", "not asked"):
                 lines += ["", *_told(result)]
         asked = [r for r in self.sorted() if r.verdict == "not asked"]
         if details and asked:

@@ -16,25 +16,9 @@ from companion.models.golden import ROWS
 
 #: Longer than what OpenRLHF's own server reads, of which it says nothing.
 _LONG: Final = 2_600
-_SENTENCE: Final = [
-    "The",
-    "sea",
-    "is",
-    "wide",
-    "and",
-    "salt",
-    "and",
-    "the",
-    "boats",
-    "go",
-    "out",
-    "before",
-    "the",
-    "sun",
-    "is",
-    "up",
-    ".",
-]
+_SENTENCE: Final = tuple(
+    "The sea is wide and salt and the boats go out before the sun is up .".split()  # noqa: SIM905
+)
 #: endings that have little in common, the last word least
 _ENDS: Final = (
     "so the answer is 17 and all is well .",

@@ -99,11 +99,8 @@ class RewardServer(ThreadingHTTPServer):
                 scores = expit(scores).tolist()
             data = [{"index": i, "probs": [s], "num_classes": 1} for i, s in enumerate(scores)]
             return {"object": "list", "data": data}
-        items = [
-            {"index": i, "raw": score, "warnings": [], "reason": None}
-            for i, score in enumerate(scores)
-        ]
-        return {"model": "sick", "model_version": "0", "rewards": items}
+        rewards = [{"index": i, "raw": s, "reason": None} for i, s in enumerate(scores)]
+        return {"model": "sick", "model_version": "0", "rewards": rewards}
 
     # ------------------------------------------------------------------ inside
 
