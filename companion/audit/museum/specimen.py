@@ -20,11 +20,14 @@ class Planted:
         Pairs for ``--data``.
     protocol : str or None
         Of a server, where it is to be named.
+    model : Path or None
+        Of a server, the folder of what it runs, for ``--model``.
     """
 
     target: str
     data: Path | None = None
     protocol: str | None = None
+    model: Path | None = None
 
 
 @dataclass(frozen=True)
