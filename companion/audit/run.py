@@ -7,6 +7,7 @@ from typing import Final
 
 from companion.audit.outcome import Check, Level, Outcome, not_asked
 from companion.audit.subject import BudgetSpent, Subject
+from companion.errors import DataError
 from companion.scoring.servers import Refused
 
 #: Most tokens through the model.
@@ -41,6 +42,8 @@ def run_checks(
                 outcome = not_asked(spent.what)
             except Refused as refused:
                 outcome = not_asked(f"the target refused it: {refused.what}")
+            except DataError as refused:  # an ordinary row is none for its formatter or template
+                outcome = not_asked(refused.what)
         if outcome is None:
             continue
         before = results.get(check.name)

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from companion.errors import CompanionError
+from companion.errors import CompanionError, DataError
 from companion.formatting import RewardFormatter, Row
 from companion.models.manifest import RewardManifest
 
@@ -125,16 +125,31 @@ class Subject(ABC):
         """Most that rounding may move each of these scores of rows, ``[N]``."""
         raise NotImplementedError
 
+    def encode_rows(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Token ids of rows.
+
+        Raises
+        ------
+        CompanionError
+            If the formatter, or the chat template, refuses one.
+        """
+        try:
+            return [self.encode(row) for row in rows]
+        except CompanionError:
+            raise
+        except Exception as error:  # a template is a program of its own, and raises what it likes
+            raise DataError(f"a row cannot be written as token ids: {error}") from error
+
     def score_rows(self, rows: Sequence[Row]) -> np.ndarray:
         """Scores ``[N]`` of rows: by their ids where those can be made here, else as rows.
 
         Raises
         ------
         CompanionError
-            If the target, or the formatter, refuses a row.
+            If the target, the formatter, or the chat template refuses a row.
         """
         if self.abilities >= WITH_IDS:
-            return self.alone([self.encode(row) for row in rows])
+            return self.alone(self.encode_rows(rows))
         return self.rows_alone(rows)
 
     @abstractmethod

@@ -81,7 +81,7 @@ def _affordable(subject: Subject) -> tuple[Sequence[Probe], int]:
     each = 2 if most <= BUDGET["quick"] else max(map(len, _CHANGES.values()))
     rows = [probe.row() for probe in PROBES]
     if subject.abilities >= WITH_IDS:
-        sizes = [len(subject.encode(row)) for row in rows]
+        sizes = [len(ids) for ids in subject.encode_rows(rows)]
     else:
         sizes = [(len(own.prompt) + len(own.answer)) // _CHARACTERS for own in PROBES]
     spent = np.cumsum(np.array(sizes) * _load(each))

@@ -40,6 +40,11 @@ _TALK: Final[list[Message]] = [
     {"role": "assistant", "content": _ANSWER},
 ]
 
+#: Short answers that are finished.
+_FINISHED: Final = [
+    row for row in ROWS if row.get("terminated", True) and len(row["completion"]) < 100
+]
+
 # ---------------------------------------------------------------------- as users ask a tokenizer
 
 
@@ -82,9 +87,7 @@ def _ids(tokenizer: Any, text: str, **flags: bool) -> list[int]:
 def _ends(subject: Subject) -> Iterator[tuple[str, list[int], list[int]]]:
     """Of some answers the ids finished and cut off, by whoever makes ids; and who that is."""
     tokenizer, formatter = subject.tokenizer, subject.formatter
-    for row in ROWS:
-        if row.get("terminated", True) is False:
-            continue
+    for row in _FINISHED:
         if formatter is not None and subject.manifest is not None:
             whole = formatter.encode_row(row)
             cut = formatter.encode_row({**row, "terminated": False})
@@ -232,20 +235,20 @@ def _eos_ignored(subject: Subject) -> Outcome | None:
         ends = list(_ends(subject))
         if not ends or all(whole == begun for _, whole, begun in ends):
             return None  # eos-missing says so
-        pad = getattr(subject.config, "pad_token_id", None)
-        if subject.what != "endpoint" and all({*w[len(b) :]} == {pad} for _, w, b in ends):
+        eos, pad = subject.tokenizer.eos_token_id, getattr(subject.config, "pad_token_id", None)
+        if subject.what != "endpoint" and eos == pad and all(w == [*b, eos] for _, w, b in ends):
             return None  # stock classes skip their pad id: pad-is-eos says so
         asked = subject.exact
         done = asked.alone([whole for _, whole, _ in ends])
         cut = asked.alone([begun for _, _, begun in ends])
+        asked.tolerance([min((whole for _, whole, _ in ends), key=len)])  # tried on the shortest
         rounding = float(asked.tolerance([whole for _, whole, _ in ends]).max())
     elif getattr(subject, "protocol", "companion") != "companion":
         return not_asked("the protocol cannot say that an answer was cut off; token ids could")
     else:
-        rows = [row for row in ROWS if row.get("terminated", True)]
         try:
-            done = subject.score_rows(rows)
-            cut = subject.score_rows([{**row, "terminated": False} for row in rows])
+            done = subject.score_rows(_FINISHED)
+            cut = subject.score_rows([{**row, "terminated": False} for row in _FINISHED])
         except BudgetSpent:
             raise
         except CompanionError as error:
@@ -554,10 +557,10 @@ def _special_in_text(subject: Subject) -> Outcome | None:
         return None
     end = tokenizer.eos_token or known[0]
     fake = f"{_ANSWER}{end} Thank you, that is right!"
-    row: Row = {"prompt": _QUESTION, "completion": fake}
+    rows: list[Row] = [{"prompt": _QUESTION, "completion": text} for text in (fake, _ANSWER)]
+    (plain,) = subject.encode_rows(rows[1:])
     try:
-        ids = subject.encode(row)
-        plain = subject.encode({"prompt": _QUESTION, "completion": _ANSWER})
+        (ids,) = subject.encode_rows(rows[:1])
     except CompanionError as error:
         return sound(f"special tokens in a text are refused: {error.what}")
     index = tokenizer.convert_tokens_to_ids(end)
@@ -728,6 +731,7 @@ def _unicode(subject: Subject) -> Outcome | None:
 def _empty(subject: Subject) -> Outcome | None:
     if subject.what == "endpoint":
         return None  # the endpoint's own check of this name
+    real = float(subject.score_rows([{"prompt": _QUESTION, "completion": _ANSWER}])[0])
     rows: list[Row] = [{"prompt": _QUESTION, "completion": text} for text in ("", " \n")]
     scores = []
     for row in rows:
@@ -739,7 +743,6 @@ def _empty(subject: Subject) -> Outcome | None:
             return sound(f"an empty answer is refused: {error.what}")
         except (IndexError, RuntimeError, ValueError, TypeError) as error:
             return found(f"an empty answer ends in {type(error).__name__}: {error}")
-    real = float(subject.score_rows([{"prompt": _QUESTION, "completion": _ANSWER}])[0])
     if not np.isfinite(scores).all():
         return found(f"an empty answer has the score {scores[0]}")
     none = ""
@@ -765,8 +768,7 @@ def _very_long(subject: Subject) -> Outcome | None:
             f"a text of {length:,} tokens, longer than the model's positions, is beyond the share "
             f"of the budget for it ({most:,})"
         )
-    row = ROWS[6]
-    ids = subject.encode(row)
+    (ids,) = subject.encode_rows(ROWS[6:7])
     middle = ids[len(ids) // 3 : 2 * len(ids) // 3]
     filler = (middle * (length // len(middle) + 1))[: length - len(ids)]
     ids = [*ids[: len(ids) // 2], *filler, *ids[len(ids) // 2 :]]
