@@ -115,14 +115,6 @@ class Subject(ABC):
     def alone(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Scores ``[N]`` of each text in a call of its own; a text is asked once in an audit."""
 
-    def rows_alone(self, rows: Sequence[Row]) -> np.ndarray:
-        """Scores ``[N]`` of rows, each in a call of its own."""
-        return np.array([self.call_rows([row])[0] for row in rows], dtype=np.float64)
-
-    def rounding(self, scores: np.ndarray) -> np.ndarray:
-        """Most that rounding may move each of these scores of rows, ``[N]``."""
-        raise NotImplementedError
-
     @abstractmethod
     def tolerance(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Most that rounding may move the score of each text, ``[N]``.
