@@ -1,12 +1,10 @@
-"""Scripts that show a fault by themselves: transformers and torch, or urllib, and nothing of ours.
+"""Scripts that show a fault by themselves: transformers and torch, and nothing of ours.
 
 Each prints what is wrong and exits with 1 while it is, 0 once it is mended. Chapter 9.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,57 +95,3 @@ sys.exit(0 if abs(one - other) <= {tolerance!r} else 1)
 def compare(one: str, first: str, other: str, second: str, tolerance: float) -> str:
     """The end of a script: two expressions that should be one number, and what each is."""
     return COMPARE.format(one=one, other=other, first=first, second=second, tolerance=tolerance)
-
-
-_ENDPOINT = '''\
-"""{what}
-
-Needs nothing but Python: exits with 1 while it is so.
-"""
-
-import json
-import sys
-import urllib.request
-
-
-def scores(body):
-    request = urllib.request.Request(
-        {url!r}, json.dumps(body).encode(), {{"Content-Type": "application/json"}}
-    )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        answer = json.load(response)
-{read}
-
-
-'''
-#: protocol -> how its answer is read
-_ANSWERS = {
-    "companion": '    items = sorted(answer["rewards"], key=lambda item: item["index"])\n'
-    '    return [item["raw"] for item in items]',
-    "vllm": '    items = sorted(answer["data"], key=lambda item: item["index"])\n'
-    '    return [item["probs"][0] for item in items]',
-    "openrlhf": '    return answer["rewards"]',
-}
-
-
-def endpoint_script(
-    url: str, protocol: str, what: str, body: str, **bodies: Mapping[str, Any] | Sequence[Any]
-) -> str:
-    """A script for an endpoint.
-
-    Parameters
-    ----------
-    url : str
-        With the route.
-    protocol : {"companion", "vllm", "openrlhf"}
-    what, body
-        As for :func:`local_script`; ``scores(body)`` gives a list.
-    **bodies
-        Constants: what is posted, and plain data.
-    """
-    constants = "".join(
-        f"{name} = json.loads({json.dumps(value, ensure_ascii=False)!r})\n"
-        for name, value in bodies.items()
-    )
-    head = _ENDPOINT.format(what=what, url=url, read=_ANSWERS[protocol])
-    return f"{head}{constants}{body.strip()}\n"

@@ -257,7 +257,7 @@ def _eos_ignored(subject: Subject) -> Outcome | None:
             raise
         except CompanionError as error:
             return not_asked(f"the target cannot be told that an answer was cut: {error.what}")
-        rounding = float(subject.rounding(done).max())
+        rounding = float(subject.tolerance([()] * len(_FINISHED)).max())
     if not (np.isfinite(done).all() and np.isfinite(cut).all()):
         return not_asked("a score is not finite")
     spread, apart = float(np.std(done, ddof=1)), np.abs(done - cut)
