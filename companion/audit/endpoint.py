@@ -153,14 +153,14 @@ class EndpointSubject(Subject):
         of float32's in sums of H terms, which are kept in float32. The roundings of all layers add
         up like a random walk, of which four standard deviations are allowed, for what is of the
         size of the scores and their spread. Depth and width are those of the configuration of
-        ``--model``; if they are not known, 100 and 8,192 are taken.
+        ``--model``; if they are not known, 32 and 4,096 are taken.
         """
         scores = np.asarray(scores, dtype=np.float64)
         finite = scores[np.isfinite(scores)]
         spread = float(finite.std()) if finite.size else 0.0
         decoder = None if self.config is None else self.config.get_text_config()
-        depth = getattr(decoder, "num_hidden_layers", None) or 100
-        width = getattr(decoder, "hidden_size", None) or 8192
+        depth = getattr(decoder, "num_hidden_layers", None) or 32
+        width = getattr(decoder, "hidden_size", None) or 4096
         unit = {"float32": 2.0**-24, "float16": 2.0**-11}.get(self.dtype, 2.0**-8)
         each = unit + 2.0**-24 * math.sqrt(width)
         return 4 * math.sqrt(8 * (depth + 1)) * each * (np.abs(scores) + spread)
