@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         open_subject as open_subject,
     )
     from companion.audit.endpoint import EndpointSubject as EndpointSubject
+    from companion.audit.local import LocalSubject as LocalSubject
     from companion.audit.outcome import Check as Check, Outcome as Outcome
     from companion.audit.report import (
         AuditDifference as AuditDifference,

@@ -30,7 +30,7 @@ def run_checks(
             continue
         if progress is not None:
             progress(check.name)
-        lacks = sorted(check.needs - subject.abilities)
+        lacks = check.lacks(subject.can_be_asked)
         outcome: Outcome | None
         if lacks:
             outcome = not_asked(f"the target has no {', '.join(lacks)}")

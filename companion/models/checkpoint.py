@@ -160,7 +160,7 @@ def read_tensor(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' load report: what it would warn of is checked here."""
     logger = logging.getLogger("transformers")
     before = logger.level
@@ -197,7 +197,7 @@ def load_tokenizer(name: str, **shared: Any) -> Any:
     ):
         raise ModelError(f"{name}: holds no tokenizer", "save the tokenizer beside the model")
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(name, **shared)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
@@ -237,7 +237,7 @@ def load_weights(
         **shared,
     )
     try:
-        with _quiet():
+        with quiet():
             model, info = read_once(read)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(
@@ -347,7 +347,7 @@ def disable_dropout(config: Any) -> list[str]:
 def add_rows(model: Any, rows: int) -> None:
     """Grow the embeddings; the new rows are zeros (the pad token, which nothing attends to)."""
     old = model.get_input_embeddings().weight.shape[0]
-    with _quiet():
+    with quiet():
         model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
         model.get_input_embeddings().weight[old:].zero_()
