@@ -226,15 +226,17 @@ class LocalSubject(Subject):
     def exact(self) -> LocalSubject:  # type: ignore[override]
         """The same model in float32, where it is in half precision; else itself.
 
-        What rounding does to a score then hides nothing. Its tokens are counted here.
+        What rounding does to a score then hides nothing.
         """
-        if self.dtype not in ("bfloat16", "float16"):
-            return self
+        return self.cast("float32") if self.dtype in ("bfloat16", "float16") else self
+
+    def cast(self, dtype: str) -> LocalSubject:
+        """The same with a copy of the model in another dtype; its tokens are counted here."""
         twin = copy.copy(self)
         for name in ("head", "exact"):
             twin.__dict__.pop(name, None)
-        twin.model = copy.deepcopy(self.model).float()
-        twin.dtype = "float32"
+        twin.model = copy.deepcopy(self.model).to(getattr(torch, dtype))
+        twin.dtype = dtype
         twin._alone, twin._sums, twin._noises = {}, {}, {}
         twin.spend = self.spend  # type: ignore[method-assign]
         return twin

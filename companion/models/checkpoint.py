@@ -34,7 +34,7 @@ LANGUAGE_HEAD = r"(lm_head|embed_out|output_projection)\."
 #: Heads that a fresh one replaces; what a run of PPO leaves among them.
 OLD_HEADS = rf"({LANGUAGE_HEAD}|score\.|classifier\.|v_head\.)"
 #: Constants that older checkpoints stored beside the weights; the models of today compute them.
-_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(bias|masked_bias)$")
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(bias|masked_bias)$")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 #: dtypes by their names in safetensors files
@@ -246,7 +246,7 @@ def load_weights(
         ) from error
     if auto_class != "AutoModelForCausalLM":
         find_head(model)  # an encoder has other faults than those of its weights
-    surplus = [key for key in sorted(info["unexpected_keys"]) if not _BUFFERS.search(key)]
+    surplus = [key for key in sorted(info["unexpected_keys"]) if not BUFFERS.search(key)]
     known = [key for key in surplus if left_out is not None and re.match(left_out, key)]
     if known and notes is not None:
         notes.append(f"the checkpoint's {listed(known)} have no part in a score: left out")
