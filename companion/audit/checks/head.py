@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from companion.audit.checks.readout import texts_of
+from companion.audit.endpoint import EndpointSubject
 from companion.audit.local import LocalSubject
 from companion.audit.outcome import Check, Outcome, found, measured, not_asked, sound
-from companion.audit.scripts import local_script
+from companion.audit.scripts import compare, endpoint_script, local_script
 from companion.audit.shrinking import shrink
 from companion.audit.subject import Ability, Batch, Subject
 from companion.errors import ModelError
@@ -215,6 +216,18 @@ sys.exit(0 if abs(score - {want[worst]!r}) <= {golden.tolerance!r} else 1)
 """
         what = "A golden text has another score than when the model was saved."
         script = local_script(asked, what, body, TEXT=ids[worst])
+    elif isinstance(asked, EndpointSubject):
+        end = compare(
+            *("scores(TEXT)[0]", "now", repr(float(want[worst])), "when it was saved"),
+            float(np.maximum(golden.tolerance, asked.tolerance(ids))[worst]),
+        )
+        script = endpoint_script(
+            asked.route,
+            asked.protocol,
+            "A golden text has another score than when the model was saved.",
+            end,
+            TEXT=asked.body_of_ids([ids[worst]]),
+        )
     return found(
         f"{int(moved.sum())} of {len(ids)} golden texts have another score than when the model was "
         f"saved: {scores[worst]:.4f}, and it was {want[worst]:.4f}",

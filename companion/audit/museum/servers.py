@@ -281,6 +281,7 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
         "A server applies a sigmoid to a reward, whatever the client asks for.",
         ("vllm-project/vllm/issues/11881",),
         _plant("vllm", sigmoid=True),
+        ("golden-moved",),
     ),
     _specimen(
         "softmax-of-one-logit",
@@ -321,7 +322,7 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
     ),
     _specimen(
         "end-taken-off",
-        "golden-texts-moved",
+        "golden-moved",
         "On the way to the reward model the token that ends a text is taken off, as verl's client "
         "does: finished and cut-off texts arrive as one.",
         ("allenai/reward-bench/issues/94",),
