@@ -140,11 +140,11 @@ class EndpointSubject(Subject):
         return np.array([self._once(self.body_of_rows([row]), _words(row)) for row in rows])
 
     def tolerance(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """By :meth:`rounding`; where no ids can be asked, the most of all texts so far."""
+        """By :meth:`rounding`; where no ids can be asked, that of a typical text so far."""
         if "ids" in self.abilities:
             return self.rounding(self.alone(ids))
         seen = self.rounding(list(self._asked.values()))
-        return np.full(len(ids), seen.max(initial=0.0))
+        return np.full(len(ids), np.median(seen) if seen.size else 0.0)
 
     def rounding(self, scores: Any) -> np.ndarray:
         """Most that rounding may move each of these scores, ``[N]``.
