@@ -7,6 +7,7 @@ from typing import Final
 
 from companion.audit.outcome import Check, Level, Outcome, Status, not_asked
 from companion.audit.subject import BudgetSpent, Subject
+from companion.errors import DataError
 from companion.scoring.servers import Refused
 
 #: Most tokens through the model.
@@ -32,7 +33,7 @@ def run_checks(
             continue
         if progress is not None:
             progress(check.name)
-        lacks = check.lacks(subject.can_be_asked)
+        lacks = check.lacks(subject.abilities)
         outcome: Outcome | None
         if lacks:
             outcome = not_asked(f"the target has no {', '.join(lacks)}")
@@ -43,6 +44,8 @@ def run_checks(
                 outcome = not_asked(spent.what)
             except Refused as refused:
                 outcome = not_asked(f"the target refused it: {refused.what}")
+            except DataError as refused:  # an ordinary row is none for its formatter or template
+                outcome = not_asked(refused.what)
         if outcome is None:
             continue
         before = results.get(check.name)

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from companion.errors import CompanionError
+from companion.errors import CompanionError, DataError
 from companion.formatting import RewardFormatter, Row
 from companion.models.manifest import RewardManifest
 
@@ -22,7 +22,7 @@ from companion.models.manifest import RewardManifest
 #: ``tokenizer``, ``config``, ``weights``: the files behind it; ``padding``: a batch is padded as
 #: the asker says (side, pad id, mask); ``threads``: one model object for several threads
 Ability = Literal["ids", "rows", "tokenizer", "config", "weights", "padding", "threads"]
-#: with these, rows are encoded here, and so can be asked for too
+#: with these, rows are encoded here
 WITH_IDS: Final[frozenset[Ability]] = frozenset({"ids", "tokenizer"})
 
 
@@ -93,12 +93,6 @@ class Subject(ABC):
     max_requests: int | None = None
 
     @property
-    def can_be_asked(self) -> frozenset[Ability]:
-        """Its abilities, and ``rows`` where they can be encoded here."""
-        more: set[Ability] = {"rows"} if self.abilities >= WITH_IDS else set()
-        return self.abilities | more
-
-    @property
     def exact(self) -> Subject:
         """The same target where rounding hides least: a model here in float32."""
         return self
@@ -131,23 +125,32 @@ class Subject(ABC):
         """Most that rounding may move each of these scores of rows, ``[N]``."""
         raise NotImplementedError
 
+    def encode_rows(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Token ids of rows.
+
+        Raises
+        ------
+        CompanionError
+            If the formatter, or the chat template, refuses one.
+        """
+        try:
+            return [self.encode(row) for row in rows]
+        except CompanionError:
+            raise
+        except Exception as error:  # a template is a program of its own, and raises what it likes
+            raise DataError(f"a row cannot be written as token ids: {error}") from error
+
     def score_rows(self, rows: Sequence[Row]) -> np.ndarray:
         """Scores ``[N]`` of rows: by their ids where those can be made here, else as rows.
 
         Raises
         ------
         CompanionError
-            If the target, or the formatter, refuses a row.
+            If the target, the formatter, or the chat template refuses a row.
         """
         if self.abilities >= WITH_IDS:
-            return self.alone([self.encode(row) for row in rows])
+            return self.alone(self.encode_rows(rows))
         return self.rows_alone(rows)
-
-    def rounding_of_rows(self, rows: Sequence[Row], scores: np.ndarray) -> float:
-        """Most that rounding may move one of the scores that :meth:`score_rows` gave."""
-        if self.abilities >= WITH_IDS:
-            return float(self.tolerance([self.encode(row) for row in rows]).max())
-        return float(self.rounding(scores).max())
 
     @abstractmethod
     def tolerance(self, ids: Sequence[Sequence[int]]) -> np.ndarray:

@@ -40,6 +40,11 @@ _TALK: Final[list[Message]] = [
     {"role": "assistant", "content": _ANSWER},
 ]
 
+#: Short answers that are finished.
+_FINISHED: Final = [
+    row for row in ROWS if row.get("terminated", True) and len(row["completion"]) < 100
+]
+
 # ---------------------------------------------------------------------- as users ask a tokenizer
 
 
@@ -82,9 +87,7 @@ def _ids(tokenizer: Any, text: str, **flags: bool) -> list[int]:
 def _ends(subject: Subject) -> Iterator[tuple[str, list[int], list[int]]]:
     """Of some answers the ids finished and cut off, by whoever makes ids; and who that is."""
     tokenizer, formatter = subject.tokenizer, subject.formatter
-    for row in ROWS:
-        if row.get("terminated", True) is False:
-            continue
+    for row in _FINISHED:
         if formatter is not None and subject.manifest is not None:
             whole = formatter.encode_row(row)
             cut = formatter.encode_row({**row, "terminated": False})
@@ -228,40 +231,40 @@ def _eos_not_added(subject: Subject) -> Outcome | None:
 
 
 def _eos_ignored(subject: Subject) -> Outcome | None:
-    done: np.ndarray
-    cut: np.ndarray
     if subject.abilities >= WITH_IDS:
         ends = list(_ends(subject))
         if not ends or all(whole == begun for _, whole, begun in ends):
             return None  # eos-missing says so
-        pad = getattr(subject.config, "pad_token_id", None)
-        if subject.what != "endpoint" and all({*w[len(b) :]} == {pad} for _, w, b in ends):
+        eos, pad = subject.tokenizer.eos_token_id, getattr(subject.config, "pad_token_id", None)
+        if subject.what != "endpoint" and eos == pad and all(w == [*b, eos] for _, w, b in ends):
             return None  # stock classes skip their pad id: pad-is-eos says so
-        done = subject.alone([whole for _, whole, _ in ends])
-        cut = subject.alone([begun for _, _, begun in ends])
-        rounding = float(np.max(subject.tolerance([whole for _, whole, _ in ends])))
+        asked = subject.exact
+        done = asked.alone([whole for _, whole, _ in ends])
+        cut = asked.alone([begun for _, _, begun in ends])
+        asked.tolerance([min((whole for _, whole, _ in ends), key=len)])  # tried on the shortest
+        rounding = float(asked.tolerance([whole for _, whole, _ in ends]).max())
+    elif getattr(subject, "protocol", "companion") != "companion":
+        return not_asked("the protocol cannot say that an answer was cut off; token ids could")
     else:
-        rows = [row for row in ROWS if row.get("terminated", True)]
         try:
-            done = subject.score_rows(rows)
-            cut = subject.score_rows([{**row, "terminated": False} for row in rows])
+            done = subject.score_rows(_FINISHED)
+            cut = subject.score_rows([{**row, "terminated": False} for row in _FINISHED])
         except BudgetSpent:
             raise
         except CompanionError as error:
             return not_asked(f"the target cannot be told that an answer was cut: {error.what}")
-        rounding = _rounding(subject, rows)
+        rounding = float(subject.rounding(done).max())
     if not (np.isfinite(done).all() and np.isfinite(cut).all()):
         return not_asked("a score is not finite")
-    spread = float(np.std(done, ddof=1))
-    # (a tenth of the spread: finer than this the dtype cannot tell a finished answer from others)
-    if not spread > 10 * rounding:
-        return not_asked("the scores of different answers lie too close together for their dtype")
-    apart = np.abs(done - cut)
+    spread, apart = float(np.std(done, ddof=1)), np.abs(done - cut)
     if (apart > rounding).any():
         return sound(
             f"finished and cut-off answers differ by {apart.mean():.3g} on average",
             mean_gap=float(apart.mean()),
         )
+    # ten times: where rounding is nearly as large as the spread, it tells no two answers apart
+    if not (spread > 10 * rounding or (spread > 0 and not apart.any())):
+        return not_asked("the scores of different answers lie too close together for the dtype")
     return found(
         f"{len(done)} answers have the same score finished and cut off (within "
         f"{apart.max():.2g}), where different answers differ by {spread:.3g}",
@@ -290,6 +293,8 @@ def _end_script(subject: Subject) -> str | None:
 
 
 def _template_mismatch(subject: Subject) -> Outcome | None:
+    if subject.what == "endpoint":
+        return None  # the endpoint's own check of this name
     tokenizer, formatter = subject.tokenizer, subject.formatter
     others: dict[str, Callable[[list[Message]], list[int] | None]] = {}
     flags: dict[str, Any] = {}
@@ -369,7 +374,7 @@ _CONTENTS: Final[Mapping[str, Message]] = {
 
 
 def _template_drops_content(subject: Subject) -> Outcome | None:
-    if "tokenizer" not in subject.abilities:
+    if "rows" in subject.abilities:
         return _rows_without(subject)
     tokenizer = subject.tokenizer
     if _template(tokenizer) is None:
@@ -409,43 +414,34 @@ def _template_drops_content(subject: Subject) -> Outcome | None:
 
 
 def _rows_without(subject: Subject) -> Outcome:
-    """The same of a target that formats rows: what differs must have another score."""
-    plain = {"prompt": _QUESTION, "completion": _ANSWER}
-    changed = {
-        "the answer": {**plain, "completion": "I like boats, and boats like me."},
-        "the question": {**plain, "prompt": "How many legs has a spider?"},
+    """The same of a target that formats rows: what differs must have another score.
+
+    Two rows that become one text have the very same score. Three pairs: in half precision two
+    scores can be equal by chance.
+    """
+    answers = (_ANSWER, "I like boats.", "Nobody knows that.", "It is the Baltic.")
+    questions = (_QUESTION, "How many legs has a spider?", "Say hello.", "What is 2 + 3?")
+    thoughts = ("Let me see.", "I will lie to her.", "North of Egypt?", "Two and two.")
+    variants: dict[str, list[Row]] = {
+        "the answer": [{"prompt": _QUESTION, "completion": text} for text in answers],
+        "the question": [{"prompt": text, "completion": _ANSWER} for text in questions],
+        "the reasoning in the answer": [
+            {"prompt": _QUESTION, "completion": f"<think>\n{text}\n</think>\n\n{_ANSWER}"}
+            for text in thoughts
+        ],
     }
-    thoughts = [
-        {**plain, "completion": f"<think>\n{thought}\n</think>\n\n{_ANSWER}"}
-        for thought in ("Two and two make four.", "I will lie to her about this one.")
-    ]
-    rows: list[Row] = [plain, *changed.values(), *thoughts]
-    scores = subject.score_rows(rows)
-    rounding = _rounding(subject, rows)
-    if abs(scores[0] - scores[1]) <= rounding and abs(scores[0] - scores[2]) <= rounding:
-        return not_asked("all texts have the same score, within rounding")
-    pairs = {
-        "the answer": (0, 1),
-        "the question": (0, 2),
-        "the reasoning in the answer": (3, 4),
-    }
-    for what, (one, other) in pairs.items():
-        if abs(scores[one] - scores[other]) <= rounding:
+    spreads = {what: np.ptp(subject.score_rows(rows)) for what, rows in variants.items()}
+    if not spreads["the answer"] > 0 and not spreads["the question"] > 0:
+        return not_asked("all texts have the same score")
+    for what, spread in spreads.items():
+        if spread == 0:
+            rows = variants[what]
             return found(
-                f"two texts that differ in {what} alone have one score, {scores[one]:.6g}",
+                f"texts that differ in {what} alone have one score",
                 size=0.0,
-                rows=[rows[one], rows[other]],
+                rows=rows[:2],
             )
     return sound("question, answer and reasoning each move the score")
-
-
-def _rounding(subject: Subject, rows: Sequence[Row]) -> float:
-    """Most that rounding moves the score of one of the rows."""
-    if subject.abilities >= WITH_IDS:
-        ids = [subject.encode(row) for row in rows]
-    else:  # (tokens are at most as many as bytes)
-        ids = [[0] * len(json.dumps(row).encode()) for row in rows]
-    return float(np.max(subject.tolerance(ids)))
 
 
 _CALL: Final[Message] = {
@@ -561,10 +557,10 @@ def _special_in_text(subject: Subject) -> Outcome | None:
         return None
     end = tokenizer.eos_token or known[0]
     fake = f"{_ANSWER}{end} Thank you, that is right!"
-    row: Row = {"prompt": _QUESTION, "completion": fake}
+    rows: list[Row] = [{"prompt": _QUESTION, "completion": text} for text in (fake, _ANSWER)]
+    (plain,) = subject.encode_rows(rows[1:])
     try:
-        ids = subject.encode(row)
-        plain = subject.encode({"prompt": _QUESTION, "completion": _ANSWER})
+        (ids,) = subject.encode_rows(rows[:1])
     except CompanionError as error:
         return sound(f"special tokens in a text are refused: {error.what}")
     index = tokenizer.convert_tokens_to_ids(end)
@@ -639,6 +635,8 @@ def _limits(subject: Subject) -> tuple[dict[str, Any] | None, int | None, int | 
 
 
 def _silent_cut(subject: Subject) -> Outcome | None:
+    if subject.what == "endpoint":
+        return None  # the endpoint's own check of this name
     tokenizer = subject.tokenizer
     saved, limit, _ = _limits(subject)
     length = min(max(2048, limit or 0, (saved or {}).get("max_length", 0)), 50_000)
@@ -708,17 +706,20 @@ def _unicode(subject: Subject) -> Outcome | None:
         ]
         of = "token ids"
     else:
-        rows: list[Row] = [
-            {"prompt": _QUESTION, "completion": text}
+        # in two frames: in half precision two scores can be equal by chance
+        gaps = [
+            np.ptp(
+                subject.score_rows(
+                    [{"prompt": _QUESTION, "completion": frame + text} for text in pair]
+                )
+            )
             for pair in _CHARACTERS.values()
-            for text in pair
+            for frame in ("", "I say: ")
         ]
-        scores = subject.score_rows(rows)
-        rounding = _rounding(subject, rows)
-        apart = np.abs(scores[::2] - scores[1::2])
-        if (apart <= rounding).all():
-            return not_asked("all texts have the same score, within rounding")
-        same = [name for name, gap in zip(_CHARACTERS, apart, strict=True) if gap <= rounding]
+        lost = np.reshape(gaps, (-1, 2)).max(axis=1) == 0
+        if lost.all():
+            return not_asked("all texts have the same score")
+        same = [name for name, is_lost in zip(_CHARACTERS, lost, strict=True) if is_lost]
         of = "scores"
     if not same:
         return sound(f"texts of {len(_CHARACTERS)} kinds of characters have {of} of their own")
@@ -728,6 +729,9 @@ def _unicode(subject: Subject) -> Outcome | None:
 
 
 def _empty(subject: Subject) -> Outcome | None:
+    if subject.what == "endpoint":
+        return None  # the endpoint's own check of this name
+    real = float(subject.score_rows([{"prompt": _QUESTION, "completion": _ANSWER}])[0])
     rows: list[Row] = [{"prompt": _QUESTION, "completion": text} for text in ("", " \n")]
     scores = []
     for row in rows:
@@ -739,7 +743,6 @@ def _empty(subject: Subject) -> Outcome | None:
             return sound(f"an empty answer is refused: {error.what}")
         except (IndexError, RuntimeError, ValueError, TypeError) as error:
             return found(f"an empty answer ends in {type(error).__name__}: {error}")
-    real = float(subject.score_rows([{"prompt": _QUESTION, "completion": _ANSWER}])[0])
     if not np.isfinite(scores).all():
         return found(f"an empty answer has the score {scores[0]}")
     none = ""
@@ -765,8 +768,7 @@ def _very_long(subject: Subject) -> Outcome | None:
             f"a text of {length:,} tokens, longer than the model's positions, is beyond the share "
             f"of the budget for it ({most:,})"
         )
-    row = ROWS[6]
-    ids = subject.encode(row)
+    (ids,) = subject.encode_rows(ROWS[6:7])
     middle = ids[len(ids) // 3 : 2 * len(ids) // 3]
     filler = (middle * (length // len(middle) + 1))[: length - len(ids)]
     ids = [*ids[: len(ids) // 2], *filler, *ids[len(ids) // 2 :]]
@@ -863,7 +865,8 @@ CHECKS: Final[tuple[Check, ...]] = (
             "https://github.com/huggingface/transformers/issues/35352",
             "https://github.com/allenai/reward-bench/issues/94",
         ),
-        needs=frozenset({"rows"}),
+        needs=WITH_IDS,
+        instead=_ROWS,
         run=_eos_ignored,
     ),
     Check(
@@ -978,7 +981,7 @@ CHECKS: Final[tuple[Check, ...]] = (
             "https://github.com/huggingface/transformers/issues/29279",
             "https://github.com/vllm-project/vllm/pull/31735",
         ),
-        needs=frozenset({"tokenizer", "rows"}),
+        needs=WITH_IDS,
         run=_special_in_text,
     ),
     Check(
@@ -1017,7 +1020,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         why="A generation that failed gets a score like one that did not.",
         cure="refuse texts without content before they are scored",
         threads=(),
-        needs=_ROWS,
+        needs=WITH_IDS,
         run=_empty,
     ),
     Check(
