@@ -1,4 +1,4 @@
-"""Scripts that show a fault by themselves: transformers and torch, or urllib, and nothing of ours.
+"""Scripts that show a fault by themselves: transformers and torch, and nothing of ours.
 
 Each prints what is wrong and exits with 1 while it is, 0 once it is mended. Chapter 9.
 """

@@ -164,9 +164,10 @@ class Subject(ABC):
     ) -> np.ndarray:
         """Of which texts two scores are further apart than rounding explains, ``[N]`` bool.
 
-        A score that is not finite differs from all.
+        A score that is not finite differs from one that is.
         """
-        return ~(np.abs(one - other) <= self.tolerance(ids))
+        same = (one == other) | (np.isnan(one) & np.isnan(other))
+        return ~(same | (np.abs(one - other) <= self.tolerance(ids)))
 
     def close(self) -> None:  # noqa: B027 (most have nothing to put back)
         """Leave the target as it was."""

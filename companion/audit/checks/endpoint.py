@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy.special import expit
 from companion.audit.endpoint import Answer, EndpointSubject
 from companion.audit.outcome import Check, Kind, Outcome, Room, found, not_asked, sound
 from companion.audit.scripts import compare, endpoint_script
+from companion.audit.shrinking import shrink
 from companion.audit.subject import Ability, BudgetSpent, Subject
 from companion.models.golden import ROWS
 
@@ -35,6 +37,138 @@ def _script(own: EndpointSubject, what: str, end: str, **bodies: Any) -> str:
 
 def _endpoint(subject: Subject) -> EndpointSubject | None:
     return subject if isinstance(subject, EndpointSubject) else None
+
+
+# ---------------------------------------------------------------------- one text, one score
+
+
+def _batch(subject: Subject) -> Outcome | None:
+    own = _endpoint(subject)
+    if own is None:
+        return None
+    alone = own.rows_alone(_TEXTS)
+    allowed = own.rounding(alone)
+    by = np.abs(own.call_rows(_TEXTS) - alone)
+    worst = int(np.argmax(by - allowed))
+    if not by[worst] > allowed[worst]:
+        return sound(f"{len(_TEXTS)} texts, alone and in one request: {by.max():.2g} at most")
+    others = [i for i in range(len(_TEXTS)) if i != worst]
+
+    def gap(chosen: Sequence[int]) -> float:
+        there = own.call_rows([*(_TEXTS[i] for i in chosen), _TEXTS[worst]])
+        return float(abs(there[-1] - alone[worst]))
+
+    try:
+        others = shrink(others, lambda fewer: gap(fewer) > allowed[worst])
+        shown = gap(others) > allowed[worst]  # (not where it must stand in its own place)
+    except BudgetSpent:
+        shown = False
+    together = [*(_TEXTS[i] for i in others), _TEXTS[worst]] if shown else _TEXTS
+    place = len(together) - 1 if shown else worst
+    script = _script(
+        own,
+        "A text has another score beside other texts.",
+        compare(
+            *("scores(ALONE)[0]", "alone", f"scores(TOGETHER)[{place}]", "beside others"),
+            float(allowed[worst]),
+        ),
+        ALONE=own.body_of_rows([_TEXTS[worst]]),
+        TOGETHER=own.body_of_rows(together),
+    )
+    return found(
+        f"{int((by > allowed).sum())} of {len(_TEXTS)} texts have another score in one request "
+        f"than alone, by up to {by[worst]:.3g} (rounding explains {allowed[worst]:.2g})",
+        size=float(by[worst]),
+        script=script,
+    )
+
+
+def _order(subject: Subject) -> Outcome | None:
+    own = _endpoint(subject)
+    if own is None:
+        return None
+    first = own.call_rows(_TEXTS)
+    by = np.abs(first - own.call_rows(_TEXTS[::-1])[::-1])
+    allowed = own.rounding(first)
+    worst = int(np.argmax(by - allowed))
+    if not by[worst] > allowed[worst]:
+        return sound(f"{len(_TEXTS)} texts in two orders: {by.max():.2g} at most")
+    script = _script(
+        own,
+        "A text's score depends on its place in the request.",
+        compare(
+            *(f"scores(TEXTS)[{worst}]", "in this order"),
+            *(f"scores(REVERSE)[{len(_TEXTS) - 1 - worst}]", "in the opposite one"),
+            float(allowed[worst]),
+        ),
+        TEXTS=own.body_of_rows(_TEXTS),
+        REVERSE=own.body_of_rows(_TEXTS[::-1]),
+    )
+    return found(
+        f"the same {len(_TEXTS)} texts in the opposite order: scores move by up to "
+        f"{by[worst]:.3g} (rounding explains {allowed[worst]:.2g})",
+        size=float(by[worst]),
+        script=script,
+    )
+
+
+def _repeats(subject: Subject) -> Outcome | None:
+    own = _endpoint(subject)
+    return None if own is None else _again(own, [own.call_rows(_TEXTS[5:6]) for _ in range(4)], "")
+
+
+def _threads(subject: Subject) -> Outcome | None:
+    own = _endpoint(subject)
+    if own is None:
+        return None
+    with ThreadPoolExecutor(4) as pool:
+        scores = list(pool.map(own.call_rows, [_TEXTS[5:6], _TEXTS[:1]] * 8))
+    return _again(own, scores[::2], " while others were asked")
+
+
+def _again(own: EndpointSubject, scores: Sequence[np.ndarray], how: str) -> Outcome:
+    """Whether one text had one score each time."""
+    before = own.rows_alone(_TEXTS[5:6])
+    seen = np.concatenate([before, *scores])
+    most, allowed = float(np.ptp(seen)), float(own.rounding(seen).max())
+    if most <= allowed:
+        return sound(f"a text {len(seen)} times{how}: {most:.2g} at most")
+    script = _script(
+        own,
+        f"A text has another score when it is asked again{how}.",
+        "from concurrent.futures import ThreadPoolExecutor  # noqa: E402\n\n"
+        f"with ThreadPoolExecutor({4 if how else 1}) as pool:\n"
+        f"    seen = list(pool.map(scores, [TEXT, OTHER] * 8))[::2]\n"
+        'print("scores:", seen)\n'
+        f"# rounding explains {allowed:.2g}\n"
+        f"sys.exit(1 if max(seen)[0] - min(seen)[0] > {allowed!r} else 0)",
+        TEXT=own.body_of_rows(_TEXTS[5:6]),
+        OTHER=own.body_of_rows(_TEXTS[:1]),
+    )
+    return found(
+        f"one text, asked {len(seen)} times{how}: scores from {seen.min():.4g} to {seen.max():.4g}",
+        size=most,
+        script=script,
+    )
+
+
+def _finite(subject: Subject) -> Outcome | None:
+    own = _endpoint(subject)
+    if own is None:
+        return None
+    scores = own.rows_alone(_TEXTS)
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if not bad.size:
+        return sound(f"{len(scores)} scores are finite")
+    script = _script(
+        own,
+        "A score is no finite number.",
+        "status, seen = post(BODY)\nprint(status, seen)\n"
+        'bad = seen is not None and (seen[0] is None or not abs(seen[0]) < float("inf"))\n'
+        "sys.exit(1 if bad else 0)",
+        BODY=own.body_of_rows([_TEXTS[bad[0]]]),
+    )
+    return found(f"{bad.size} of {len(scores)} scores are not finite", script=script)
 
 
 def _answers(subject: Subject) -> Outcome | None:
@@ -347,6 +481,38 @@ def _template(subject: Subject) -> Outcome | None:
     )
 
 
+def _golden(subject: Subject) -> Outcome | None:
+    own = _endpoint(subject)
+    pair = None if own is None else _ids_alone(own)
+    if own is None or pair is None:
+        return None
+    assert own.manifest is not None
+    assert own.manifest.golden_texts is not None
+    golden, (now, saved) = own.manifest.golden_texts, pair
+    by = np.abs(now - saved)
+    allowed = np.maximum(own.rounding(saved), golden.tolerance)
+    worst = int(np.argmax(by - allowed))
+    if not by[worst] > allowed[worst]:
+        return sound(f"{len(now)} golden texts: {by.max():.2g} away from their values at most")
+    if (np.abs(now - expit(saved)) <= own.rounding(saved) / 4).all():
+        return None  # an activation, which its own check names
+    script = _script(
+        own,
+        "A golden text has another score than was saved with the model.",
+        compare(
+            *("scores(TEXT)[0]", "now", repr(float(saved[worst])), "saved with the model"),
+            float(allowed[worst]),
+        ),
+        TEXT=own.body_of_ids([golden.input_ids[worst]]),
+    )
+    return found(
+        f"{int((by > allowed).sum())} of {len(now)} golden texts have another score than was saved "
+        f"with --model: {now[worst]:.4g} in place of {saved[worst]:.4g}",
+        size=float(by[worst]),
+        script=script,
+    )
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -432,6 +598,58 @@ _SAME: Final = (
 
 CHECKS: Final[tuple[Check, ...]] = (
     _check(
+        _batch,
+        "batch-changes-score",
+        "fault",
+        "read-out",
+        "Has a text the same score alone and beside others in one request?",
+        _SAME,
+        "Pad on the right with a pad token that is not the EOS and a mask, or send a text a "
+        "request until the server does.",
+        (_GITHUB + "allenai/reward-bench/issues/137",),
+    ),
+    _check(
+        _order,
+        "order-changes-score",
+        "fault",
+        "read-out",
+        "Has a text the same score wherever it stands in a request?",
+        _SAME,
+        "Mend the server's batches; until then send a text a request.",
+        (_GITHUB + "allenai/reward-bench/issues/137",),
+    ),
+    _check(
+        _repeats,
+        "repeats-differ",
+        "fault",
+        "read-out",
+        "Has the same request the same score again?",
+        "A reward that is drawn anew is noise in RL, and two runs cannot be compared.",
+        "Switch dropout off (model.eval()), and look for servers of two versions behind one URL.",
+        (_GITHUB + "hiyouga/LlamaFactory/issues/761",),
+    ),
+    _check(
+        _threads,
+        "threads",
+        "fault",
+        "read-out",
+        "Has a request the same score while others are served?",
+        "RL jobs ask with dozens of requests at once: some get scores of other texts.",
+        "Let one batch at a time run in a model, as companion serve does.",
+        needs=("rows", "threads"),
+    ),
+    _check(
+        _finite,
+        "not-finite",
+        "fault",
+        "head",
+        "Are all scores finite numbers?",
+        "A NaN makes each comparison false, and one in a batch of rewards spoils all advantages.",
+        "Serve the model in float32 or bfloat16; weights that are not finite come of a training "
+        "that diverged.",
+        (_GITHUB + "huggingface/trl/issues/3236",),
+    ),
+    _check(
         _answers,
         "answers-out-of-order",
         "fault",
@@ -512,6 +730,19 @@ CHECKS: Final[tuple[Check, ...]] = (
             _GITHUB + "vllm-project/vllm/pull/16976",
         ),
         ("ids", "rows", "tokenizer"),
+    ),
+    _check(
+        _golden,
+        "golden-texts-moved",
+        "fault",
+        "head",
+        "Have the golden texts of --model the scores that were saved with it?",
+        "What is served is not the model that was evaluated: other weights, another head, another "
+        "way to tokenise (a second BOS, an EOS that is missing).",
+        "companion serve says in its log what differs; with another engine compare weights, dtype "
+        "and tokenizer, and whether it adds special tokens to text that has them.",
+        (_GITHUB + "allenai/reward-bench/issues/164",),
+        ("ids",),
     ),
     _check(
         _errors,

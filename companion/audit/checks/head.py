@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from companion.audit.checks.readout import texts_of
-from companion.audit.endpoint import EndpointSubject
 from companion.audit.local import LocalSubject
 from companion.audit.outcome import Check, Outcome, found, measured, not_asked, sound
-from companion.audit.scripts import compare, endpoint_script, local_script
+from companion.audit.scripts import local_script
 from companion.audit.shrinking import shrink
 from companion.audit.subject import Ability, Batch, Subject
 from companion.errors import ModelError
@@ -34,8 +33,9 @@ _HALF = ("bfloat16", "float16")
 _SEEDS = 100
 
 
-def _local(subject: Subject) -> LocalSubject | None:
-    return subject if isinstance(subject, LocalSubject) else None
+def _local(subject: Subject) -> LocalSubject:
+    assert isinstance(subject, LocalSubject)  # all checks here need the weights
+    return subject
 
 
 # ---------------------------------------------------------------------- weights
@@ -43,8 +43,6 @@ def _local(subject: Subject) -> LocalSubject | None:
 
 def _head_missing(subject: Subject) -> Outcome | None:
     local = _local(subject)
-    if local is None:
-        return None
     lacks = [key for key in local.missing if _HEADS.match(key)]
     if lacks:
         others = [key for key in local.surplus if _HEADS.match(key)]
@@ -80,7 +78,7 @@ sys.exit(0 if head.weight.any() else 1)
 
 def _weights_missing(subject: Subject) -> Outcome | None:
     local = _local(subject)
-    if local is None or local.what != "folder":
+    if local.what != "folder":
         return None
     lacks = [key for key in local.missing if not _HEADS.match(key)]
     if not lacks:
@@ -100,7 +98,7 @@ sys.exit(1 if lacks else 0)
 
 def _surplus(subject: Subject) -> Outcome | None:
     local = _local(subject)
-    if local is None or local.what != "folder":
+    if local.what != "folder":
         return None
     # a causal LM's output layer, and constants that are computed today, have no part in a score
     over = [
@@ -128,7 +126,7 @@ sys.exit(1 if over else 0)
 
 def _own_forward(subject: Subject) -> Outcome | None:
     local = _local(subject)
-    if local is None or local.what != "folder" or not local.own_code:
+    if local.what != "folder" or not local.own_code:
         return None
     auto = f"AutoModelFor{'Sequence' if local.kind == 'scalar' else 'Token'}Classification"
     try:
@@ -150,7 +148,7 @@ sys.exit(1 if type(model).__module__.startswith("transformers.") else 0)
 
 def _untrained(subject: Subject) -> Outcome | None:
     local = _local(subject)
-    if local is None or local.head is None or local.headless:
+    if local.head is None or local.headless:
         return None
     weight = local.head.weight.detach().float().cpu()
     seed = _fresh_seed(local.head, weight)
@@ -192,47 +190,32 @@ def _fresh_seed(head: nn.Linear, weight: Tensor) -> int | None:
 
 
 def _golden(subject: Subject) -> Outcome | None:
-    manifest = subject.manifest
-    golden = None if manifest is None else manifest.golden_texts
+    local = _local(subject)
+    golden = None if local.manifest is None else local.manifest.golden_texts
     if golden is None or golden.places is not None:
         return None
-    local = _local(subject)
-    asked = subject if local is None or golden.dtype in _HALF else local.exact
-    texts = sorted(zip(golden.input_ids, golden.values, strict=True), key=lambda pair: len(pair[0]))
-    ids = [list(text) for text, _ in texts[:5]]
-    want = np.array([float(value) for _, value in texts[:5]])
+    asked = local if golden.dtype in _HALF else local.exact
+    pairs = zip(golden.input_ids, golden.values, strict=True)
+    shortest = sorted(pairs, key=lambda pair: len(pair[0]))[:5]
+    ids = [list(text) for text, _ in shortest]
+    want = np.array([float(value) for _, value in shortest])
     scores = asked.alone(ids)
     # another machine sums in another order, which the manifest's own tolerance covers
     moved = ~(np.abs(scores - want) <= np.maximum(golden.tolerance, asked.tolerance(ids)))
     if not moved.any():
         return sound(f"{len(ids)} golden texts have the scores of the manifest")
     worst = int(np.argmax(np.abs(np.nan_to_num(scores - want, nan=np.inf))))
-    script = None
-    if isinstance(asked, LocalSubject):
-        body = f"""
+    body = f"""
 score = scores([TEXT])[0]
 print(f"now {{score:.6f}}; {want[worst]:.6f} when it was saved")
-sys.exit(0 if abs(score - {want[worst]!r}) <= {golden.tolerance!r} else 1)
+sys.exit(0 if abs(score - {float(want[worst])!r}) <= {golden.tolerance!r} else 1)
 """
-        what = "A golden text has another score than when the model was saved."
-        script = local_script(asked, what, body, TEXT=ids[worst])
-    elif isinstance(asked, EndpointSubject):
-        end = compare(
-            *("scores(TEXT)[0]", "now", repr(float(want[worst])), "when it was saved"),
-            float(np.maximum(golden.tolerance, asked.tolerance(ids))[worst]),
-        )
-        script = endpoint_script(
-            asked.route,
-            asked.protocol,
-            "A golden text has another score than when the model was saved.",
-            end,
-            TEXT=asked.body_of_ids([ids[worst]]),
-        )
+    what = "A golden text has another score than when the model was saved."
     return found(
         f"{int(moved.sum())} of {len(ids)} golden texts have another score than when the model was "
         f"saved: {scores[worst]:.4f}, and it was {want[worst]:.4f}",
         size=float(np.max(np.abs(scores - want))),
-        script=script,
+        script=local_script(asked, what, body, TEXT=ids[worst]),
     )
 
 
@@ -241,55 +224,42 @@ sys.exit(0 if abs(score - {want[worst]!r}) <= {golden.tolerance!r} else 1)
 
 def _finite(subject: Subject) -> Outcome | None:
     local = _local(subject)
-    texts = texts_of(subject)
-    scores = subject.alone(texts)
-    bad = ~np.isfinite(scores)
-    weights = []
-    if local is not None:
-        weights = [
-            name
-            for name, each in local.model.named_parameters()
-            if each.is_floating_point() and not bool(torch.isfinite(each).all())
-        ]
+    texts = texts_of(local)
+    bad = ~np.isfinite(local.alone(texts))
+    weights = [
+        name
+        for name, each in local.model.named_parameters()
+        if each.is_floating_point() and not bool(torch.isfinite(each).all())
+    ]
     if not bad.any() and not weights:
-        return sound(
-            f"{len(texts)} scores and all weights are finite"
-            if local
-            else f"{len(texts)} scores are finite"
-        )
+        return sound(f"{len(texts)} scores and all weights are finite")
     seen = f"{int(bad.sum())} of {len(texts)} scores are not finite"
     if weights:
         seen += f"; so are {listed(weights)}"
-    elif local is not None and local.exact is not local:
-        seen += f" in {local.dtype}"
-        if np.isfinite(local.exact.alone(texts)).all():
-            seen += ", and all are in float32: the numbers are too large for it"
-    script = None
-    if local is not None and bad.any():
-        asked = local
+    elif local.exact is not local and np.isfinite(local.exact.alone(texts)).all():
+        seen += f" in {local.dtype}, and all are in float32: the numbers are too large for it"
+    if bad.any():
         text = shrink(
             texts[int(np.argmax(bad))],
-            lambda fewer: not bool(np.isfinite(asked.alone([fewer])).all()),
+            lambda fewer: not bool(np.isfinite(local.alone([fewer])).all()),
         )
         body = """
 score = scores([TEXT])[0]
 print("score:", score)
 sys.exit(0 if abs(score) < float("inf") else 1)
 """
-        script = local_script(local, "A score is not finite.", body, TEXT=text)
-    elif local is not None:
-        body = """
+        return found(seen, script=local_script(local, "A score is not finite.", body, TEXT=text))
+    body = """
 bad = [name for name, each in model.named_parameters() if not torch.isfinite(each).all()]
 print("not finite:", bad)
 sys.exit(1 if bad else 0)
 """
-        script = local_script(local, "Weights are not finite.", body)
-    return found(seen, script=script)
+    return found(seen, script=local_script(local, "Weights are not finite.", body))
 
 
 def _half_head(subject: Subject) -> Outcome | None:
     local = _local(subject)
-    if local is None or local.head is None:
+    if local.head is None:
         return None
     head = local.head
     dtype = str(head.weight.dtype).removeprefix("torch.")
@@ -344,7 +314,7 @@ _ACTIVATIONS: Final[dict[str, Callable[[np.ndarray], np.ndarray]]] = {
 
 def _activation(subject: Subject) -> Outcome | None:
     local = _local(subject)
-    if local is None or local.head is None or local.kind != "scalar":
+    if local.head is None or local.kind != "scalar":
         return None
     asked = local.exact
     texts = texts_of(asked)[:5]
@@ -395,8 +365,6 @@ def _problem_type(subject: Subject) -> Outcome | None:
 
 def _dropout(subject: Subject) -> Outcome | None:
     local = _local(subject)
-    if local is None:
-        return None
     rates = {
         key: value
         for part in {id(c): c for c in (local.config, local.config.get_text_config())}.values()
@@ -427,8 +395,6 @@ def _dropout(subject: Subject) -> Outcome | None:
 def _dtype(subject: Subject) -> Outcome | None:
     """How far half precision moves scores: the model's own, or bfloat16 for one in float32."""
     local = _local(subject)
-    if local is None:
-        return None
     exact, half = local.exact, local
     if exact is local:
         if local.dtype != "float32":
@@ -532,7 +498,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         _own_forward,
     ),
     Check(
-        "golden-moved",
+        "golden-texts-moved",
         "head",
         "fault",
         "Have the manifest's golden texts the scores that they had?",
@@ -541,7 +507,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         "Restore the checkpoint; if it was changed on purpose, save it anew with "
         "save_reward_model.",
         ("https://github.com/vllm-project/speculators/pull/739",),
-        frozenset({"ids"}),
+        _WEIGHTS,
         _golden,
     ),
     Check(
@@ -553,7 +519,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         "Take bfloat16 or float32 in place of float16; weights that are not finite come of a "
         "training that diverged.",
         (f"{_HF}/trl/issues/3236",),
-        frozenset({"ids", "tokenizer"}),
+        _WEIGHTS,
         _finite,
     ),
     Check(
@@ -579,7 +545,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         "By the configuration alone, engines squeeze the score of one label.",
         "Set config.problem_type = 'regression' and save it.",
         ("https://github.com/vllm-project/vllm/pull/18313",),
-        frozenset({"config"}),
+        _WEIGHTS,
         _problem_type,
     ),
     Check(

@@ -15,9 +15,9 @@ import numpy as np
 
 from companion.audit.local import LocalSubject
 from companion.audit.outcome import Check, Outcome, found, not_asked, sound
-from companion.audit.scripts import compare, endpoint_script, local_script
+from companion.audit.scripts import compare, local_script
 from companion.audit.shrinking import shrink
-from companion.audit.subject import Batch, Subject
+from companion.audit.subject import Ability, Batch, Subject
 from companion.engine.positions import length_borders
 from companion.models.golden import ROWS
 from companion.models.guards import has_absolute_positions
@@ -70,38 +70,9 @@ def _drawing(subject: Subject) -> Callable[[int], Ids]:
     return lambda count: generator.choice(ordinary, size=max(count, 1)).tolist()
 
 
-class _Asked:
-    """The same questions of token ids, or of rows where the target takes no ids."""
-
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject.exact
-        self.by_ids = "ids" in subject.abilities
-        self.texts: list[Any] = texts_of(subject) if self.by_ids else list(ROWS)
-
-    def alone(self) -> np.ndarray:
-        return (
-            self.subject.alone(self.texts) if self.by_ids else self.subject.rows_alone(self.texts)
-        )
-
-    def together(self, texts: Sequence[Any]) -> np.ndarray:
-        return (
-            self.subject.call(Batch(texts)) if self.by_ids else self.subject.call_rows(list(texts))
-        )
-
-    def differ(self, texts: Sequence[Any], one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        if self.by_ids:
-            return self.subject.differ(texts, one, other)
-        return ~(np.abs(one - other) <= self.subject.rounding(one))
-
-    def tolerance(self, text: Any, score: float) -> float:
-        if self.by_ids:
-            return float(self.subject.tolerance([text])[0])
-        return float(self.subject.rounding(np.array([score]))[0])
-
-
-def _unpadded(subject: Subject) -> Outcome | None:
-    """Why a model here is asked for no batch, if so."""
-    if subject.what != "endpoint" and "padding" not in subject.abilities:
+def _unpadded(local: LocalSubject) -> Outcome | None:
+    """Why no batch is made, if so."""
+    if "padding" not in local.abilities:
         return not_asked("there is no pad token, so no batch can be made; see pad-missing")
     return None
 
@@ -110,118 +81,103 @@ def _unpadded(subject: Subject) -> Outcome | None:
 
 
 def _batch(subject: Subject) -> Outcome | None:
-    if (outcome := _unpadded(subject)) is not None:
+    local = _local(subject)
+    if (outcome := _unpadded(local)) is not None:
         return outcome
-    asked = _Asked(subject)
-    want = asked.alone()
+    texts = texts_of(local)
+    want = local.alone(texts)
     try:
-        scores = asked.together(asked.texts)
+        scores = local.call(Batch(texts))
     except _REFUSALS as error:
         return not_asked(f"the model takes no batch: {_first_line(error)}")
-    differs = asked.differ(asked.texts, want, scores)
+    differs = local.differ(texts, want, scores)
     if not differs.any():
+        lengths = [len(text) for text in texts]
         return sound(
-            f"{len(want)} texts of {_sizes(asked.texts)} have the same scores alone and in one "
-            f"batch (up to {_far(want, scores):.2g})"
+            f"{len(want)} texts of {min(lengths)} to {max(lengths)} tokens have the same scores "
+            f"alone and in one batch (up to {_far(want, scores):.2g})"
         )
-    worst = int(np.argmax(np.where(differs, np.abs(np.nan_to_num(want - scores, nan=np.inf)), 0)))
-    script = _batch_script(asked, worst)
+    worst = _worst(differs, want, scores)
     return found(
         f"{int(differs.sum())} of {len(want)} texts have another score in a batch than alone: "
         f"{want[worst]:.4f} alone is {scores[worst]:.4f} in the batch, where scores have a "
         f"standard deviation of {want.std():.3g}",
         size=_far(want, scores),
-        script=script,
+        script=_batch_script(local, texts, worst),
         texts=int(differs.sum()),
     )
 
 
-def _batch_script(asked: _Asked, worst: int) -> str | None:
+def _batch_script(local: LocalSubject, texts: list[Ids], worst: int) -> str | None:
     """The text that moved with the neighbours that move it, both as short as may be."""
-    text, subject = asked.texts[worst], asked.subject
+    text = texts[worst]
 
-    def moves(text: Any, others: Sequence[tuple[bool, Any]]) -> bool:
+    def moves(text: Ids, others: Sequence[tuple[bool, Ids]]) -> bool:
         before, after = _around(others)
-        alone = subject.alone([text]) if asked.by_ids else subject.rows_alone([text])
-        beside = asked.together([*before, text, *after])[len(before)]
-        return bool(asked.differ([text], alone, np.array([beside]))[0])
+        beside = local.call(Batch([*before, text, *after]))[len(before)]
+        return bool(local.differ([text], local.alone([text]), np.array([beside]))[0])
 
-    others = [(i < worst, other) for i, other in enumerate(asked.texts) if i != worst]
+    others = [(i < worst, other) for i, other in enumerate(texts) if i != worst]
     others = shrink(others, lambda fewer: moves(text, fewer))
-    if asked.by_ids:
-        text = shrink(text, lambda fewer: moves(fewer, others))
-        if len(others) == 1:
-            stands, other = others[0]
-            others = [(stands, shrink(other, lambda fewer: moves(text, [(stands, fewer)])))]
+    text = shrink(text, lambda fewer: moves(fewer, others))
+    if len(others) == 1:
+        stands, other = others[0]
+        others = [(stands, shrink(other, lambda fewer: moves(text, [(stands, fewer)])))]
     before, after = _around(others)
-    what = "A text has another score beside another text."
-    tolerance = asked.tolerance(text, 0.0 if asked.by_ids else float(subject.rows_alone([text])[0]))
-    if isinstance(subject, LocalSubject):
-        beside = f"scores([*BEFORE, TEXT, *AFTER])[{len(before)}]"
-        end = compare("scores([TEXT])[0]", "alone", beside, "beside the other", tolerance)
-        return local_script(subject, what, end, BEFORE=before, TEXT=text, AFTER=after)
     end = compare(
-        *("scores(ALONE)[0]", "alone", f"scores(TOGETHER)[{len(before)}]", "beside the other"),
-        tolerance,
+        "scores([TEXT])[0]",
+        "alone",
+        f"scores([*BEFORE, TEXT, *AFTER])[{len(before)}]",
+        "beside the other",
+        float(local.tolerance([text])[0]),
     )
-    return _endpoint_script(asked, what, end, ALONE=[text], TOGETHER=[*before, text, *after])
+    what = "A text has another score beside another text."
+    return local_script(local, what, end, BEFORE=before, TEXT=text, AFTER=after)
 
 
-def _around(others: Sequence[tuple[bool, Any]]) -> tuple[list[Any], list[Any]]:
+def _around(others: Sequence[tuple[bool, Ids]]) -> tuple[list[Ids], list[Ids]]:
     """Texts before and behind one."""
     before = [other for stands_before, other in others if stands_before]
     return before, [other for stands_before, other in others if not stands_before]
 
 
-def _endpoint_script(asked: _Asked, what: str, end: str, **texts: list[Any]) -> str | None:
-    """What is posted is as the subject posts it; None of a target that posts nothing."""
-    subject: Any = asked.subject
-    if not hasattr(subject, "route"):
-        return None
-    form = subject.body_of_ids if asked.by_ids else subject.body_of_rows
-    bodies = {name: form(each) for name, each in texts.items()}
-    return endpoint_script(subject.route, subject.protocol, what, end, **bodies)
-
-
 def _order(subject: Subject) -> Outcome | None:
-    if (outcome := _unpadded(subject)) is not None:
+    local = _local(subject)
+    if (outcome := _unpadded(local)) is not None:
         return outcome
-    asked = _Asked(subject)
-    n = len(asked.texts)
+    texts = texts_of(local)
     try:
-        first = asked.together(asked.texts)
-        back = asked.together(asked.texts[::-1])[::-1]
+        first = local.call(Batch(texts))
+        back = local.call(Batch(texts[::-1]))[::-1]
     except _REFUSALS as error:
         return not_asked(f"the model takes no batch: {_first_line(error)}")
-    if asked.by_ids:
-        asked.subject.alone(asked.texts)
-    differs = asked.differ(asked.texts, first, back)
+    differs = local.differ(texts, first, back)
     if not differs.any():
-        return sound(f"{n} texts in reverse have the same scores (up to {_far(first, back):.2g})")
-    worst = int(np.argmax(np.where(differs, np.abs(np.nan_to_num(first - back, nan=np.inf)), 0)))
-    script = None
-    if isinstance(asked.subject, LocalSubject):
+        return sound(
+            f"{len(texts)} texts in reverse have the same scores (up to {_far(first, back):.2g})"
+        )
+    worst = _worst(differs, first, back)
 
-        def wrong(texts: list[Ids]) -> bool:
-            one, other = asked.together(texts), asked.together(texts[::-1])[::-1]
-            return bool(asked.differ(texts, one, other).any())
+    def wrong(fewer: list[Ids]) -> bool:
+        one, other = local.call(Batch(fewer)), local.call(Batch(fewer[::-1]))[::-1]
+        return bool(local.differ(fewer, one, other).any())
 
-        fewest = shrink(asked.texts, wrong)
-        tolerance = float(asked.subject.tolerance(fewest).max())
-        script = local_script(
-            asked.subject,
-            "Texts have other scores when their order in the batch changes.",
-            f"""
+    fewest = shrink(texts, wrong)
+    tolerance = float(local.tolerance(fewest).max())
+    script = local_script(
+        local,
+        "Texts have other scores when their order in the batch changes.",
+        f"""
 there, back = scores(TEXTS), scores(TEXTS[::-1])[::-1]
 print("in this order:", there, "in reverse:", back)
 # rounding explains {tolerance:.2g}
 sys.exit(0 if all(abs(a - b) <= {tolerance!r} for a, b in zip(there, back)) else 1)
 """,
-            TEXTS=fewest,
-        )
+        TEXTS=fewest,
+    )
     return found(
-        f"{int(differs.sum())} of {n} texts have another score when the batch comes in reverse: "
-        f"{first[worst]:.4f} becomes {back[worst]:.4f}",
+        f"{int(differs.sum())} of {len(texts)} texts have another score when the batch comes in "
+        f"reverse: {first[worst]:.4f} becomes {back[worst]:.4f}",
         size=_far(first, back),
         script=script,
     )
@@ -232,7 +188,12 @@ sys.exit(0 if all(abs(a - b) <= {tolerance!r} for a, b in zip(there, back)) else
 
 def _other_side(subject: Subject) -> Outcome | None:
     local = _local(subject)
+    if (outcome := _unpadded(local)) is not None:
+        return outcome
     side = "right" if local.side == "left" else "left"
+    texts = texts_of(local)
+    if local.differ(texts, local.alone(texts), local.call(Batch(texts))).any():
+        return not_asked("a batch changes scores on the tokenizer's own side already")
     return _padded(
         local,
         side,
@@ -245,6 +206,8 @@ def _absolute(subject: Subject) -> Outcome | None:
     local = _local(subject)
     if not has_absolute_positions(local.model):
         return None
+    if (outcome := _unpadded(local)) is not None:
+        return outcome
     if local.side == "right":
         return sound("positions come from a table, and the tokenizer pads right, which is right")
     return _padded(
@@ -265,7 +228,7 @@ def _padded(local: LocalSubject, side: str, how: str, what: str) -> Outcome:
     differs = local.differ(texts, want, scores)
     if not differs.any():
         return sound(f"{len(texts)} texts {how} have their scores (up to {_far(want, scores):.2g})")
-    worst = int(np.argmax(np.where(differs, np.abs(np.nan_to_num(want - scores, nan=np.inf)), 0)))
+    worst = _worst(differs, want, scores)
 
     def moves(text: Ids, width: int) -> bool:
         one = local.alone([text])
@@ -293,7 +256,7 @@ def _padded(local: LocalSubject, side: str, how: str, what: str) -> Outcome:
 
 
 def _pad_missing(subject: Subject) -> Outcome | None:
-    if subject.what == "endpoint" or subject.kind != "scalar":
+    if subject.kind != "scalar":
         return None
     pad, known = subject.tokenizer.pad_token_id, subject.config.get_text_config().pad_token_id
     if pad is not None and known is not None:
@@ -345,7 +308,7 @@ def _filled_differs(local: LocalSubject, text: Ids, pad: int) -> bool:
 
 
 def _pad_ids(subject: Subject) -> Outcome | None:
-    if subject.what == "endpoint" or subject.kind != "scalar":
+    if subject.kind != "scalar":
         return None
     pad, known = subject.tokenizer.pad_token_id, subject.config.get_text_config().pad_token_id
     if pad is None or known is None:
@@ -394,7 +357,7 @@ def _pad_ids(subject: Subject) -> Outcome | None:
 
 
 def _pad_is_eos(subject: Subject) -> Outcome | None:
-    if subject.what == "endpoint" or subject.kind != "scalar":
+    if subject.kind != "scalar":
         return None
     tokenizer = subject.tokenizer
     known, eos = subject.config.get_text_config().pad_token_id, tokenizer.eos_token_id
@@ -417,13 +380,15 @@ def _pad_is_eos(subject: Subject) -> Outcome | None:
     if local.differ([text], np.array([cut]), np.array([whole]))[0]:
         return sound("the pad token is the EOS, and the score is read there all the same")
     text = shrink(text, lambda fewer: _same_without(local, fewer, eos))
+    tolerance = float(local.tolerance([text])[0])
     script = local_script(
         local,
         "A finished text and one that was cut off have one score: the EOS is taken for padding.",
-        """
+        f"""
 cut, finished = scores([TEXT])[0], scores([[*TEXT, tokenizer.eos_token_id]])[0]
-print(f"cut off: {cut:.6f}; finished: {finished:.6f}")
-sys.exit(1 if cut == finished else 0)
+print(f"cut off: {{cut:.6f}}; finished: {{finished:.6f}}")
+# rounding explains {tolerance:.2g}
+sys.exit(1 if abs(cut - finished) <= {tolerance!r} else 0)
 """,
         TEXT=text,
     )
@@ -488,6 +453,8 @@ def _all_pad(subject: Subject) -> Outcome | None:
     if subject.kind != "scalar":
         return None
     local = _local(subject)
+    if (outcome := _unpadded(local)) is not None:
+        return outcome
     text = texts_of(local)[0]
     try:
         score = float(local.call(Batch([text, []]))[1])
@@ -510,17 +477,15 @@ sys.exit(1 if score == score else 0)
 
 
 def _positions(subject: Subject) -> Outcome | None:
-    if subject.what == "endpoint":
-        return None
     borders = length_borders(subject.config)
     if not borders:
         return None
-    if (outcome := _unpadded(subject)) is not None:
+    local = _local(subject)
+    if (outcome := _unpadded(local)) is not None:
         return outcome
     border, each = borders[0]
     lengths = [4, border + 1, border + 8] if each else [4, border + 1]
     cost = sum(lengths) + len(lengths) * lengths[-1]
-    local = _local(subject)
     kind = "dynamic NTK" if each else "LongRoPE"
     if local.max_tokens is not None and cost > local.max_tokens // 5:
         return not_asked(
@@ -564,30 +529,27 @@ def _positions(subject: Subject) -> Outcome | None:
 
 
 def _threads(subject: Subject) -> Outcome | None:
-    asked = _Asked(subject)
-    texts = asked.texts[:6]
-    want = asked.alone()[: len(texts)]
+    local = _local(subject)
+    texts = texts_of(local)[:6]
+    want = local.alone(texts)
 
     def work(start: int) -> np.ndarray:
-        order = [(start + i) % len(texts) for i in range(len(texts))]
         scores = np.empty(len(texts))
-        for i in order:
-            scores[i] = asked.together([texts[i]])[0]
+        for i in np.roll(np.arange(len(texts)), start):
+            scores[i] = local.call(Batch([texts[i]]))[0]
         return scores
 
     with ThreadPoolExecutor(_THREADS) as pool:
         seen = list(pool.map(work, range(_THREADS)))
-    differs = np.array([asked.differ(texts, want, scores) for scores in seen])
+    differs = np.array([local.differ(texts, want, scores) for scores in seen])
     if not differs.any():
         return sound(f"{_THREADS} threads at once got the same scores of {len(texts)} texts")
     far = max(_far(want, scores) for scores in seen)
-    script = None
-    if isinstance(asked.subject, LocalSubject):
-        tolerance = float(asked.subject.tolerance(texts).max())
-        script = local_script(
-            asked.subject,
-            "Threads that score at once get other scores.",
-            f"""
+    tolerance = float(local.tolerance(texts).max())
+    script = local_script(
+        local,
+        "Threads that score at once get other scores.",
+        f"""
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 
 want = [scores([text])[0] for text in TEXTS]
@@ -600,8 +562,8 @@ with ThreadPoolExecutor({_THREADS}) as pool:
             sys.exit(f"{{wrong}} of {{len(got)}} scores differ from those of one thread")
 print("all scores are those of one thread")
 """,
-            TEXTS=texts,
-        )
+        TEXTS=texts,
+    )
     return found(
         f"{_THREADS} threads that score at once got {int(differs.sum())} of {differs.size} scores "
         f"wrong, by up to {far:.3g}",
@@ -611,25 +573,21 @@ print("all scores are those of one thread")
 
 
 def _repeats(subject: Subject) -> Outcome | None:
-    asked = _Asked(subject)
-    texts = sorted(asked.texts, key=len)
-    before = asked.alone()
-    want = np.array([before[asked.texts.index(text)] for text in texts])
-    # after the longest, and once more: what a model keeps from one text to the next shows
-    again = np.array([[asked.together([text])[0] for text in texts[:4]] for _ in range(2)])
-    differs = np.array([asked.differ(texts[:4], want[:4], scores) for scores in again])
+    local = _local(subject)
+    texts = sorted(texts_of(local), key=len)
+    want = local.alone(texts)[:4]  # and the longest after them: what a model keeps shows
+    again = np.array([[local.call(Batch([text]))[0] for text in texts[:4]] for _ in range(2)])
+    differs = np.array([local.differ(texts[:4], want, scores) for scores in again])
     if not differs.any():
         return sound(
-            f"4 texts asked three times have one score each (up to {_far(want[:4], again):.2g})"
+            f"4 texts asked three times have one score each (up to {_far(want, again):.2g})"
         )
-    script = None
-    if isinstance(asked.subject, LocalSubject):
-        at = int(np.argmax(differs.any(axis=0)))
-        tolerance = float(asked.subject.tolerance([texts[at]])[0])
-        script = local_script(
-            asked.subject,
-            "The same text has another score when it is asked again.",
-            f"""
+    at = int(np.argmax(differs.any(axis=0)))
+    tolerance = float(local.tolerance([texts[at]])[0])
+    script = local_script(
+        local,
+        "The same text has another score when it is asked again.",
+        f"""
 first = scores([TEXT])[0]
 scores([OTHER])
 again = [scores([TEXT])[0] for _ in range(8)]
@@ -637,13 +595,13 @@ print("first:", first, "again:", again)
 # rounding explains {tolerance:.2g}
 sys.exit(0 if all(abs(first - score) <= {tolerance!r} for score in again) else 1)
 """,
-            TEXT=texts[at],
-            OTHER=texts[-1],
-        )
+        TEXT=texts[at],
+        OTHER=texts[-1],
+    )
     return found(
         f"of 4 texts asked again {int(differs.any(axis=0).sum())} have another score, by up to "
-        f"{_far(want[:4], again):.3g}",
-        size=_far(want[:4], again),
+        f"{_far(want, again):.3g}",
+        size=_far(want, again),
         script=script,
     )
 
@@ -661,11 +619,10 @@ def _far(one: Any, other: Any) -> float:
     return float(np.max(np.abs(np.nan_to_num(np.asarray(one) - other, nan=np.inf))))
 
 
-def _sizes(texts: Sequence[Any]) -> str:
-    if texts and isinstance(texts[0], list) and isinstance(texts[0][0], int):
-        lengths = [len(text) for text in texts]
-        return f"{min(lengths)} to {max(lengths)} tokens"
-    return "several lengths"
+def _worst(differs: np.ndarray, one: np.ndarray, other: np.ndarray) -> int:
+    """Of those that differ the one that is furthest."""
+    far = np.abs(np.nan_to_num(one - other, nan=np.inf))
+    return int(np.argmax(np.where(differs, far, -1)))
 
 
 def _first_line(error: BaseException) -> str:
@@ -674,6 +631,8 @@ def _first_line(error: BaseException) -> str:
 
 _HF: Final = "https://github.com/huggingface"
 _DEPENDS = "A score that depends on what else is in the batch cannot be compared with another: the "
+#: a model here: servers are asked by companion.audit.checks.endpoint
+_NEEDS: Final[frozenset[Ability]] = frozenset({"weights"})
 CHECKS: Final[tuple[Check, ...]] = (
     Check(
         "pad-missing",
@@ -685,7 +644,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         "Give the tokenizer a pad token of its own and set config.pad_token_id to its id; "
         "companion.models.load_base does both at the start of a training.",
         (f"{_HF}/trl/issues/422", "https://github.com/allenai/reward-bench/issues/115"),
-        frozenset({"tokenizer", "config"}),
+        _NEEDS,
         _pad_missing,
     ),
     Check(
@@ -697,7 +656,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         "id, that is a pad token.",
         "Set config.pad_token_id to the tokenizer's pad id and save the configuration.",
         (f"{_HF}/transformers/issues/29419", f"{_HF}/transformers/issues/35352"),
-        frozenset({"tokenizer", "config"}),
+        _NEEDS,
         _pad_ids,
     ),
     Check(
@@ -714,7 +673,7 @@ CHECKS: Final[tuple[Check, ...]] = (
             f"{_HF}/trl/issues/2778",
             "https://github.com/RLHFlow/RLHF-Reward-Modeling/issues/49",
         ),
-        frozenset({"tokenizer", "config"}),
+        _NEEDS,
         _pad_is_eos,
     ),
     Check(
@@ -729,7 +688,7 @@ CHECKS: Final[tuple[Check, ...]] = (
             "https://github.com/allenai/reward-bench/issues/137",
             f"{_HF}/transformers/issues/24265",
         ),
-        frozenset(),
+        _NEEDS,
         _batch,
     ),
     Check(
@@ -741,7 +700,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         "Find what passes from row to row: a forward of the model's own, or answers of a server "
         "that are put back in another order.",
         ("https://github.com/allenai/reward-bench/issues/137",),
-        frozenset(),
+        _NEEDS,
         _order,
     ),
     Check(
@@ -752,7 +711,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         "Servers and pipelines that pad on the other side get other scores.",
         "Pad as the model's tokenizer does; pass position_ids for a table of positions.",
         (f"{_HF}/transformers/issues/35909", f"{_HF}/trl/issues/469"),
-        frozenset({"padding"}),
+        _NEEDS,
         _other_side,
     ),
     Check(
@@ -764,7 +723,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         "the longest is scored as if it began later.",
         "Set tokenizer.padding_side = 'right' and save the tokenizer.",
         (f"{_HF}/trl/issues/469", f"{_HF}/transformers/issues/808"),
-        frozenset({"padding"}),
+        _NEEDS,
         _absolute,
     ),
     Check(
@@ -781,7 +740,7 @@ CHECKS: Final[tuple[Check, ...]] = (
             f"{_HF}/transformers/issues/25104",
             "https://github.com/ggml-org/llama.cpp/pull/24875",
         ),
-        frozenset({"config"}),
+        _NEEDS,
         _positions,
     ),
     Check(
@@ -793,7 +752,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         "alone gets the score of a hidden one.",
         "Fill what is hidden with the pad id, or read by the mask, as companion does.",
         (f"{_HF}/transformers/issues/35352",),
-        frozenset({"ids", "weights"}),
+        _NEEDS,
         _masked_tail,
     ),
     Check(
@@ -804,7 +763,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         "An empty text gets a number that looks like a score.",
         "Refuse empty texts before the model sees them.",
         (f"{_HF}/transformers/issues/35352",),
-        frozenset({"padding"}),
+        _NEEDS,
         _all_pad,
     ),
     Check(
@@ -816,7 +775,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         "Call model.eval(); look for dropout in the model's own code, and for what it keeps from "
         "one call to the next.",
         (f"{_HF}/transformers/issues/25306", "https://github.com/hiyouga/LlamaFactory/issues/761"),
-        frozenset(),
+        _NEEDS,
         _repeats,
     ),
     Check(
@@ -828,7 +787,7 @@ CHECKS: Final[tuple[Check, ...]] = (
         "Hold a lock around the model's forward (companion.RewardScorer does), or keep nothing in "
         "the module while it runs.",
         ("https://github.com/pytorch/pytorch/issues/51452",),
-        frozenset({"threads"}),
+        _NEEDS,
         _threads,
     ),
 )

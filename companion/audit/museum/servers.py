@@ -281,7 +281,6 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
         "A server applies a sigmoid to a reward, whatever the client asks for.",
         ("vllm-project/vllm/issues/11881",),
         _plant("vllm", sigmoid=True),
-        ("golden-moved",),
     ),
     _specimen(
         "softmax-of-one-logit",
@@ -322,7 +321,7 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
     ),
     _specimen(
         "end-taken-off",
-        "golden-moved",
+        "golden-texts-moved",
         "On the way to the reward model the token that ends a text is taken off, as verl's client "
         "does: finished and cut-off texts arrive as one.",
         ("allenai/reward-bench/issues/94",),
