@@ -208,13 +208,9 @@ def _check_tokens(args: argparse.Namespace, dataset: Dataset, found: DataReport)
     from companion.models import load_formatter
 
     formatter, _ = load_formatter(args.tokenizer)
-    if formatter.text is None:
-        formatter.decide_text(dataset.select(range(min(len(dataset), 256))))
-    limit = args.max_length or formatter.max_length or formatter.tokenizer.model_max_length
     with progress_bar("Tokenising", "rows", len(dataset)) as bar:
-        # (transformers says 1e30 for a tokenizer that knows no limit)
-        limit = limit if limit < 1e9 else None
-        check_tokens(dataset, formatter, found, max_length=limit, progress=bar["progress"])
+        moved = bar["progress"]
+        check_tokens(dataset, formatter, found, max_length=args.max_length, progress=moved)
 
 
 def _describe(args: argparse.Namespace) -> int:

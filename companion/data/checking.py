@@ -46,16 +46,15 @@ CURES: Final[dict[str, str]] = {
     "near-duplicate-prompts": "keep them together when you split (companion data split --by "
     "COLUMN), or leave all but one out",
     "leakage": "take the shared prompts out of the training rows",
-    "too-long": "raise --max_length, or leave such rows out",
-    "equal-after-cut": "raise --max_length, or cut the prompt from its left (--overlong "
+    "rows-too-long": "raise --max_length, or leave such rows out",
+    "equal-sides-after-cut": "raise --max_length, or cut the prompt from its left (--overlong "
     "truncate_prompt)",
-    "equal-tokens": "take a tokenizer that keeps the difference, or leave such pairs out",
-    "unknown-tokens": "take a tokenizer whose vocabulary covers the texts",
-    "template-changes": "take a chat template that writes everything (--chat_template_path of "
-    "companion train), or change the rows",
-    "special-tokens": "read them as letters (--split_special_tokens of companion train), or take them "
-    "out of the rows",
-    "template-refuses": "mend the rows, or take another chat template",
+    "equal-sides-as-tokens": "take a tokenizer that keeps the difference, or leave such pairs out",
+    "unknown-tokens-in-rows": "take a tokenizer whose vocabulary covers the texts",
+    "rows-changed-by-template": "take a chat template that writes everything, or change the rows",
+    "special-tokens-in-rows": "read them as letters (--split_special_tokens of companion train), "
+    "or take them out of the rows",
+    "rows-refused-by-template": "mend the rows, or take another chat template",
 }
 
 #: columns that say whose judgement a row is
@@ -479,18 +478,32 @@ def check_tokens(
     rows : Dataset or list of dict
         Canonical rows. Of steps the texts are looked at as one, without separators.
     formatter : RewardFormatter
-        Its own ``max_length`` is not used.
+        Of the model or tokenizer. Where it does not say how rows of text are read, they are read as
+        training on these rows would.
     report : DataReport
         Of :func:`check_rows`; it is added to.
     max_length : int, optional
-        Tokens that a text may have.
+        Tokens that a text may have; default: the formatter's, else the tokenizer's.
     progress : callable, optional
         Called with the number of rows done since the last call.
     """
     whole = formatter.changed()
+    if whole.text is None:
+        whole.decide_text(list(islice(iter(rows), _BATCH)))
+    limit = max_length or whole.max_length or whole.tokenizer.model_max_length
+    # (transformers says 1e30 for a tokenizer that knows no limit)
+    max_length = int(limit) if limit < 1e9 else None
     whole.max_length = None
     lengths, refused = array("Q"), Counter[str]()
-    counts = dict.fromkeys(("too-long", "equal-after-cut", "equal-tokens", "unknown-tokens"), 0)
+    counts = dict.fromkeys(
+        (
+            "rows-too-long",
+            "equal-sides-after-cut",
+            "equal-sides-as-tokens",
+            "unknown-tokens-in-rows",
+        ),
+        0,
+    )
     n_refused = 0
     unknown = whole.tokenizer.unk_token_id
     given = iter(rows)
@@ -507,11 +520,13 @@ def check_tokens(
                 continue
             ids = [item.input_ids for item in encoded if item is not None]
             lengths.extend(map(len, ids))
-            counts["unknown-tokens"] += unknown is not None and any(unknown in own for own in ids)
-            counts["too-long"] += max_length is not None and max(map(len, ids)) > max_length
+            counts["unknown-tokens-in-rows"] += unknown is not None and any(
+                unknown in own for own in ids
+            )
+            counts["rows-too-long"] += max_length is not None and max(map(len, ids)) > max_length
             if len(ids) == 2:
-                counts["equal-tokens"] += ids[0] == ids[1]
-                counts["equal-after-cut"] += (
+                counts["equal-sides-as-tokens"] += ids[0] == ids[1]
+                counts["equal-sides-after-cut"] += (
                     max_length is not None
                     and ids[0] != ids[1]
                     and ids[0][:max_length] == ids[1][:max_length]
@@ -524,12 +539,12 @@ def check_tokens(
         sizes = {"median": float(np.median(found)), "p90": p90, "p99": p99, "max": int(found.max())}
         report.tokens = {"n": len(found), **sizes, "max_length": max_length}
     words = {
-        "too-long": f"have a text of more than {max_length} tokens: the companion and TRL drop "
-        "such rows, a tokenizer that truncates takes the end of the answer",
-        "equal-after-cut": f"have the same first {max_length} tokens on both sides: what differs "
-        "is cut by a tokenizer that truncates",
-        "equal-tokens": "have the same tokens on both sides, which teach nothing",
-        "unknown-tokens": "hold words that the vocabulary lacks (the unknown token)",
+        "rows-too-long": f"have a text of more than {max_length} tokens: the companion and TRL "
+        "drop such rows, a tokenizer that truncates takes the end of the answer",
+        "equal-sides-after-cut": f"have the same first {max_length} tokens on both sides: what "
+        "differs is lost to a tokenizer that truncates",
+        "equal-sides-as-tokens": "have the same tokens on both sides, which teach nothing",
+        "unknown-tokens-in-rows": "hold words that the vocabulary lacks (the unknown token)",
     }
     for name, n in counts.items():
         if n:
@@ -542,14 +557,16 @@ def check_tokens(
             f"the chat template leaves out content of earlier turns ({said.earlier_left_out:,} "
             f"texts) or the tools ({said.tools_left_out:,} texts)"
         )
-        report.findings.append(Finding("template-changes", seen, left_out))
+        report.findings.append(Finding("rows-changed-by-template", seen, left_out))
     if said.special_in_text:
         seen = f"{said.special_in_text:,} texts hold special tokens, which are read as such tokens"
-        report.findings.append(Finding("special-tokens", seen, said.special_in_text))
+        report.findings.append(Finding("special-tokens-in-rows", seen, said.special_in_text))
     if refused:
         seen = f"{n_refused:,} of {report.duplicates.rows:,} rows cannot be made tokens"
         shown = [f"{n:,} × {what}" for what, n in refused.most_common(3)]
-        report.findings.append(Finding("template-refuses", seen, n_refused, shown, unusable=True))
+        report.findings.append(
+            Finding("rows-refused-by-template", seen, n_refused, shown, unusable=True)
+        )
     return report
 
 
