@@ -62,6 +62,8 @@ class Subject(ABC):
     tokenizer, config : Any or None
     model : Any or None
         The loaded module of a folder or a model; None of an endpoint.
+    kind : {"scalar", "outcome", "process"}
+        Of a model with a value for each token the score is that at the last one.
     manifest : RewardManifest or None
     formatter : RewardFormatter or None
         The recipe of the manifest; without one that of the tokenizer.
@@ -79,6 +81,7 @@ class Subject(ABC):
     tokenizer: Any = None
     config: Any = None
     model: Any = None
+    kind: str = "scalar"
     manifest: RewardManifest | None = None
     formatter: RewardFormatter | None = None
     dtype: str = "float32"
@@ -86,6 +89,11 @@ class Subject(ABC):
     requests: int = 0
     max_tokens: int | None = None
     max_requests: int | None = None
+
+    @property
+    def exact(self) -> Subject:
+        """The same target where rounding hides least: a model here in float32."""
+        return self
 
     @abstractmethod
     def call(self, batch: Batch) -> np.ndarray:
@@ -113,6 +121,18 @@ class Subject(ABC):
 
         It follows from the dtype, the depth and the size of what is summed; see the class.
         """
+
+    def differ(
+        self, ids: Sequence[Sequence[int]], one: np.ndarray, other: np.ndarray
+    ) -> np.ndarray:
+        """Of which texts two scores are further apart than rounding explains, ``[N]`` bool.
+
+        A score that is not finite differs from all.
+        """
+        return ~(np.abs(one - other) <= self.tolerance(ids))
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to put back)
+        """Leave the target as it was."""
 
     def encode(self, row: Row) -> list[int]:
         """Token ids of a row as the model's users would make them: by its formatter."""
