@@ -140,11 +140,11 @@ class EndpointSubject(Subject):
         return np.array([self._once(self.body_of_rows([row]), _words(row)) for row in rows])
 
     def tolerance(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """By :meth:`rounding`; where no ids can be asked, the most of all texts so far."""
+        """By :meth:`rounding`; where no ids can be asked, that of a typical text so far."""
         if "ids" in self.abilities:
             return self.rounding(self.alone(ids))
         seen = self.rounding(list(self._asked.values()))
-        return np.full(len(ids), seen.max(initial=0.0))
+        return np.full(len(ids), np.median(seen) if seen.size else 0.0)
 
     def rounding(self, scores: Any) -> np.ndarray:
         """Most that rounding may move each of these scores, ``[N]``.
@@ -153,14 +153,14 @@ class EndpointSubject(Subject):
         of float32's in sums of H terms, which are kept in float32. The roundings of all layers add
         up like a random walk, of which four standard deviations are allowed, for what is of the
         size of the scores and their spread. Depth and width are those of the configuration of
-        ``--model``; if they are not known, 100 and 8,192 are taken.
+        ``--model``; if they are not known, 32 and 4,096 are taken.
         """
         scores = np.asarray(scores, dtype=np.float64)
         finite = scores[np.isfinite(scores)]
         spread = float(finite.std()) if finite.size else 0.0
         decoder = None if self.config is None else self.config.get_text_config()
-        depth = getattr(decoder, "num_hidden_layers", None) or 100
-        width = getattr(decoder, "hidden_size", None) or 8192
+        depth = getattr(decoder, "num_hidden_layers", None) or 32
+        width = getattr(decoder, "hidden_size", None) or 4096
         unit = {"float32": 2.0**-24, "float16": 2.0**-11}.get(self.dtype, 2.0**-8)
         each = unit + 2.0**-24 * math.sqrt(width)
         return 4 * math.sqrt(8 * (depth + 1)) * each * (np.abs(scores) + spread)

@@ -190,22 +190,33 @@ class AuditReport:
 
     def table(self, *, details: bool = True) -> str:
         """The report as text: a table, then each thing that was found, with its cure."""
-        rows = [(r.check.name, r.check.room, r.verdict, _size(r.outcome)) for r in self.sorted()]
         lines = [
             f"{self.target} ({self.what}{f', {self.protocol}' if self.protocol else ''})",
             self.headline(),
             self.cost(),
             "",
-            format_table(("check", "room", "verdict", "size [95%]"), rows),
+            format_table(_COLUMNS, self._rows()),
         ]
         for result in self.sorted():
             if details and result.verdict not in ("bias", "sound", "not asked"):
                 lines += ["", *_told(result)]
-        asked = [r for r in self.sorted() if r.verdict == "not asked"]
-        if details and asked:
-            lines += ["", "not asked:"]
-            lines += [f"  {r.check.name}: {r.outcome.seen}" for r in asked]
+        silent: dict[str, list[str]] = {}
+        for result in self.results:
+            if result.verdict == "not asked":
+                silent.setdefault(result.outcome.seen, []).append(result.check.name)
+        if silent:
+            lines.append("")
+        for why, names in silent.items():
+            lines.append(_filled(f"not asked ({why}): {', '.join(names)}", "", "  "))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """Of what was asked."""
+        return [
+            (r.check.name, r.check.room, r.verdict, _size(r.outcome))
+            for r in self.sorted()
+            if r.verdict != "not asked"
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; ``version`` is that of its form."""
@@ -245,7 +256,8 @@ class AuditReport:
             style=(ASSETS / "report.css").read_text(encoding="utf-8"),
             headline=self.headline(),
             cost=self.cost(),
-            rows=[(r.check.name, r.check.room, r.verdict, _size(r.outcome)) for r in self.sorted()],
+            columns=_COLUMNS,
+            rows=self._rows(),
             told=[r for r in self.sorted() if r.verdict not in ("sound", "not asked")],
             quiet=[
                 (r.check.name, r.verdict, r.outcome.seen)
@@ -306,6 +318,9 @@ class AuditReport:
 _HEAD: Final = '<?xml version="1.0" encoding="UTF-8"?>'
 
 
+_COLUMNS: Final = ("check", "room", "verdict", "size [95%]")
+
+
 def _counted(n: int, verdict: Verdict) -> str:
     several = {"fault": "faults", "hazard": "hazards", "bias": "biases"}
     return f"{n} {several.get(verdict, verdict) if n > 1 else verdict}"
@@ -333,14 +348,18 @@ def _told(result: Result) -> Iterator[str]:
     ]
     for name, text in parts:
         if text:
-            yield fill(
-                text,
-                width=96,
-                initial_indent=f"  {name + ':':<9}",
-                subsequent_indent=" " * 11,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
+            yield _filled(text, f"  {name + ':':<9}", " " * 11)
+
+
+def _filled(text: str, first: str, later: str) -> str:
+    return fill(
+        text,
+        width=96,
+        initial_indent=first,
+        subsequent_indent=later,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _xml(text: str) -> str:

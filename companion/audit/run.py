@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from companion.audit.outcome import Check, Level, Outcome, not_asked
+from companion.audit.outcome import Check, Level, Outcome, Status, not_asked
 from companion.audit.subject import BudgetSpent, Subject
 from companion.errors import DataError
 from companion.scoring.servers import Refused
 
 #: Most tokens through the model.
 BUDGET: Final[dict[Level, int]] = {"quick": 30_000, "full": 300_000}
+_WEIGHT: Final[dict[Status, int]] = {"not asked": 0, "sound": 1, "measured": 2, "found": 3}
 
 
 def run_checks(
@@ -22,7 +23,8 @@ def run_checks(
 ) -> list[tuple[Check, Outcome]]:
     """Each check with what it saw, in order; those that have nothing to say of it are left out.
 
-    Of two checks of one name, for targets of two kinds, the one that could be asked is kept.
+    Of two checks of one name, one of the files and one of the endpoint say, the one that found more
+    is kept.
     `progress` is told the name of each check before it is asked.
     """
     results: dict[str, tuple[Check, Outcome]] = {}
@@ -47,6 +49,6 @@ def run_checks(
         if outcome is None:
             continue
         before = results.get(check.name)
-        if before is None or before[1].status == "not asked":
+        if before is None or _WEIGHT[outcome.status] > _WEIGHT[before[1].status]:
             results[check.name] = check, outcome
     return list(results.values())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
 from scipy.special import expit
 
-from companion.audit.endpoint import ROUTES, Answer, EndpointSubject
+from companion.audit.endpoint import Answer, EndpointSubject
 from companion.audit.outcome import Check, Kind, Outcome, Room, found, not_asked, sound
+from companion.audit.scripts import compare, endpoint_script
+from companion.audit.shrinking import shrink
 from companion.audit.subject import Ability, BudgetSpent, Subject
 from companion.models.golden import ROWS
 
@@ -28,191 +31,144 @@ _ENDS: Final = (
 _TEXTS: Final = tuple(f"{row['prompt']}\n{row['completion']}" for row in ROWS)
 
 
-# ---------------------------------------------------------------------- scripts
-
-_SCRIPT: Final = '''\
-"""{title}
-
-Exits with 1 while it is so, with 0 when it is mended.
-"""
-
-import json
-import os
-import sys
-import urllib.error
-import urllib.request
-
-URL = {url!r}
-HEADERS = {{"Content-Type": "application/json"}}
-if key := os.environ.get("COMPANION_REWARD_API_KEY"):
-    HEADERS["Authorization"] = "Bearer " + key
-
-
-def post(body):
-    """The status, and the scores by their index (None if there are none)."""
-    request = urllib.request.Request(URL, json.dumps(body).encode(), HEADERS)
-    try:
-        with urllib.request.urlopen(request, timeout=120) as response:
-            answer = json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, None
-    try:
-        {read}
-    except (KeyError, TypeError):
-        return 200, None
-
-
-{test}
-'''
-_READ: Final = {
-    "companion": 'found = sorted(answer["rewards"], key=lambda item: item["index"])\n'
-    '        return 200, [item["raw"] for item in found]',
-    "vllm": 'found = sorted(answer["data"], key=lambda item: item["index"])\n'
-    '        return 200, [item["probs"][0] for item in found]',
-    "openrlhf": 'return 200, answer["rewards"]',
-}
-
-
-def request_script(subject: EndpointSubject, title: str, test: str) -> str:
-    """A script that posts and tests, with the standard library alone.
-
-    `test` is Python that calls ``post(body)``, which gives the status and the scores, prints what
-    is wrong and ends with ``sys.exit(1)`` while it is.
-    """
-    return _SCRIPT.format(
-        title=title.replace("\\", "\\\\").replace('"""', "'''"),
-        url=subject.route,
-        read=_READ[subject.protocol],
-        test=test.strip(),
-    )
-
-
-def _same_script(
-    subject: EndpointSubject,
-    title: str,
-    first: Any,
-    second: Any,
-    places: tuple[int, int],
-    tolerance: float,
-    *,
-    differ: bool = True,
-) -> str:
-    """That two requests' scores of one text differ, or (`differ` false) of two texts do not."""
-    test = (
-        f"_, first = post({first!r})\n"
-        f"_, second = post({second!r})\n"
-        f"first, second = first[{places[0]}], second[{places[1]}]\n"
-        'print("scores:", first, second, "difference:", abs(first - second))\n'
-        f"sys.exit(int(abs(first - second) {'>' if differ else '<='} {tolerance!r}))"
-    )
-    return request_script(subject, title, test)
-
-
-# ---------------------------------------------------------------------- one text, one score
-
-
-def _by_rows(subject: Subject) -> EndpointSubject | None:
-    """The subject, where no token ids can be given; else the read-out's own checks are asked."""
-    own = _endpoint(subject)
-    return None if own is None or "ids" in own.abilities else own
+def _script(own: EndpointSubject, what: str, end: str, **bodies: Any) -> str:
+    return endpoint_script(own.route, own.protocol, what, end, **bodies)
 
 
 def _endpoint(subject: Subject) -> EndpointSubject | None:
     return subject if isinstance(subject, EndpointSubject) else None
 
 
+# ---------------------------------------------------------------------- one text, one score
+
+
 def _batch(subject: Subject) -> Outcome | None:
-    own = _by_rows(subject)
+    own = _endpoint(subject)
     if own is None:
         return None
     alone = own.rows_alone(_TEXTS)
-    return _together(own, list(_TEXTS), alone, "the other texts of its request")
+    allowed = own.rounding(alone)
+    by = np.abs(own.call_rows(_TEXTS) - alone)
+    worst = int(np.argmax(by - allowed))
+    if not by[worst] > allowed[worst]:
+        return sound(f"{len(_TEXTS)} texts, alone and in one request: {by.max():.2g} at most")
+    others = [i for i in range(len(_TEXTS)) if i != worst]
 
+    def gap(chosen: Sequence[int]) -> float:
+        there = own.call_rows([*(_TEXTS[i] for i in chosen), _TEXTS[worst]])
+        return float(abs(there[-1] - alone[worst]))
 
-def _order(subject: Subject) -> Outcome | None:
-    own = _by_rows(subject)
-    if own is None:
-        return None
-    forward = own.call_rows(_TEXTS)
-    back = own.call_rows(_TEXTS[::-1])[::-1]
-    by = np.abs(forward - back)
-    worst = int(np.argmax(by - own.rounding(forward)))
-    most, allowed = float(by[worst]), float(own.rounding(forward)[worst])
-    if not most > allowed:
-        return sound(f"{len(_TEXTS)} texts in two orders: {most:.2g} at most", most=most)
-    script = _same_script(
+    try:
+        others = shrink(others, lambda fewer: gap(fewer) > allowed[worst])
+        shown = gap(others) > allowed[worst]  # (not where it must stand in its own place)
+    except BudgetSpent:
+        shown = False
+    together = [*(_TEXTS[i] for i in others), _TEXTS[worst]] if shown else _TEXTS
+    place = len(together) - 1 if shown else worst
+    script = _script(
         own,
-        "A text's score depends on its place in the request.",
-        own.body_of_rows(_TEXTS),
-        own.body_of_rows(_TEXTS[::-1]),
-        (worst, len(_TEXTS) - 1 - worst),
-        allowed,
+        "A text has another score beside other texts.",
+        compare(
+            *("scores(ALONE)[0]", "alone", f"scores(TOGETHER)[{place}]", "beside others"),
+            float(allowed[worst]),
+        ),
+        ALONE=own.body_of_rows([_TEXTS[worst]]),
+        TOGETHER=own.body_of_rows(together),
     )
     return found(
-        f"the same {len(_TEXTS)} texts in the opposite order: one score moves by {most:.3g} "
-        f"(rounding: {allowed:.2g})",
-        size=most,
+        f"{int((by > allowed).sum())} of {len(_TEXTS)} texts have another score in one request "
+        f"than alone, by up to {by[worst]:.3g} (rounding explains {allowed[worst]:.2g})",
+        size=float(by[worst]),
         script=script,
     )
 
 
-def _together(own: EndpointSubject, texts: list[str], alone: np.ndarray, what: str) -> Outcome:
-    """Whether texts have in one request the scores that they have alone."""
-    allowed = own.rounding(alone)
-
-    def gap(chosen: Sequence[str], single: np.ndarray) -> np.ndarray:
-        return np.abs(own.call_rows(chosen) - single)
-
-    by = gap(texts, alone)
+def _order(subject: Subject) -> Outcome | None:
+    own = _endpoint(subject)
+    if own is None:
+        return None
+    first = own.call_rows(_TEXTS)
+    by = np.abs(first - own.call_rows(_TEXTS[::-1])[::-1])
+    allowed = own.rounding(first)
     worst = int(np.argmax(by - allowed))
-    most = float(by[worst])
-    if not most > allowed[worst]:
-        return sound(f"{len(texts)} texts, alone and in one request: {most:.2g} at most", most=most)
-    kept, place = list(texts), worst
-    for i, text in enumerate(texts):  # the pair that is enough, if one is
-        pair = [text, texts[worst]]
-        if i != worst and gap(pair, alone[[i, worst]])[1] > allowed[worst]:
-            kept, place = pair, 1
-            break
-    script = _same_script(
+    if not by[worst] > allowed[worst]:
+        return sound(f"{len(_TEXTS)} texts in two orders: {by.max():.2g} at most")
+    script = _script(
         own,
-        f"The score of a text depends on {what}.",
-        own.body_of_rows([kept[place]]),
-        own.body_of_rows(kept),
-        (0, place),
-        float(allowed[worst]),
+        "A text's score depends on its place in the request.",
+        compare(
+            *(f"scores(TEXTS)[{worst}]", "in this order"),
+            *(f"scores(REVERSE)[{len(_TEXTS) - 1 - worst}]", "in the opposite one"),
+            float(allowed[worst]),
+        ),
+        TEXTS=own.body_of_rows(_TEXTS),
+        REVERSE=own.body_of_rows(_TEXTS[::-1]),
     )
     return found(
-        f"{texts[worst]!r} scores {alone[worst]:.4g} alone and {most:.3g} away from that beside "
-        f"others (rounding: {allowed[worst]:.2g})",
-        size=most,
+        f"the same {len(_TEXTS)} texts in the opposite order: scores move by up to "
+        f"{by[worst]:.3g} (rounding explains {allowed[worst]:.2g})",
+        size=float(by[worst]),
         script=script,
     )
 
 
 def _repeats(subject: Subject) -> Outcome | None:
-    own = _by_rows(subject)
+    own = _endpoint(subject)
+    return None if own is None else _again(own, [own.call_rows(_TEXTS[5:6]) for _ in range(4)], "")
+
+
+def _threads(subject: Subject) -> Outcome | None:
+    own = _endpoint(subject)
     if own is None:
         return None
-    text = _TEXTS[5]
-    scores = np.concatenate([own.call_rows([text]) for _ in range(4)])
-    most = float(np.ptp(scores))
-    allowed = float(own.rounding(scores).max())
-    if not most > allowed:
-        return sound(f"one text four times: {most:.2g} at most", most=most)
-    body = own.body_of_rows([text])
-    script = request_script(
+    with ThreadPoolExecutor(4) as pool:
+        scores = list(pool.map(own.call_rows, [_TEXTS[5:6], _TEXTS[:1]] * 8))
+    return _again(own, scores[::2], " while others were asked")
+
+
+def _again(own: EndpointSubject, scores: Sequence[np.ndarray], how: str) -> Outcome:
+    """Whether one text had one score each time."""
+    before = own.rows_alone(_TEXTS[5:6])
+    seen = np.concatenate([before, *scores])
+    most, allowed = float(np.ptp(seen)), float(own.rounding(seen).max())
+    if most <= allowed:
+        return sound(f"a text {len(seen)} times{how}: {most:.2g} at most")
+    script = _script(
         own,
-        "The same request has another score each time.",
-        f"scores = [post({body!r})[1][0] for _ in range(8)]\n"
-        'print("scores:", scores)\n'
-        f"sys.exit(int(max(scores) - min(scores) > {allowed!r}))",
+        f"A text has another score when it is asked again{how}.",
+        "from concurrent.futures import ThreadPoolExecutor  # noqa: E402\n\n"
+        f"with ThreadPoolExecutor({4 if how else 1}) as pool:\n"
+        f"    seen = list(pool.map(scores, [TEXT, OTHER] * 8))[::2]\n"
+        'print("scores:", seen)\n'
+        f"# rounding explains {allowed:.2g}\n"
+        f"sys.exit(1 if max(seen)[0] - min(seen)[0] > {allowed!r} else 0)",
+        TEXT=own.body_of_rows(_TEXTS[5:6]),
+        OTHER=own.body_of_rows(_TEXTS[:1]),
     )
     return found(
-        f"the same request four times: scores from {scores.min():.4g} to {scores.max():.4g}",
+        f"one text, asked {len(seen)} times{how}: scores from {seen.min():.4g} to {seen.max():.4g}",
         size=most,
         script=script,
     )
+
+
+def _finite(subject: Subject) -> Outcome | None:
+    own = _endpoint(subject)
+    if own is None:
+        return None
+    scores = own.rows_alone(_TEXTS)
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if not bad.size:
+        return sound(f"{len(scores)} scores are finite")
+    script = _script(
+        own,
+        "A score is no finite number.",
+        "status, seen = post(BODY)\nprint(status, seen)\n"
+        'bad = seen is not None and (seen[0] is None or not abs(seen[0]) < float("inf"))\n'
+        "sys.exit(1 if bad else 0)",
+        BODY=own.body_of_rows([_TEXTS[bad[0]]]),
+    )
+    return found(f"{bad.size} of {len(scores)} scores are not finite", script=script)
 
 
 def _answers(subject: Subject) -> Outcome | None:
@@ -226,21 +182,24 @@ def _answers(subject: Subject) -> Outcome | None:
     moved = np.abs(together - alone) > allowed
     if not moved.any():
         return sound(f"{len(texts)} answers stand in the order of the texts")
-    apart = np.abs(np.sort(together) - np.sort(alone))
-    if (apart > allowed.max()).any() or np.abs(np.diff(np.sort(alone))).min() <= allowed.max():
+    # the same scores at other places; what moves scores does not make them each other's
+    apart = np.abs(np.sort(together) - np.sort(alone)).max()
+    if apart > np.abs(together - alone).max() / 100:
         return sound("the scores in one request are no other order of those alone")
     place = int(np.argmax(np.abs(together - alone)))
     came = int(np.argmin(np.abs(together - alone[place])))
     pair = [texts[place], texts[came]]
     scores = own.call_rows(pair)
     shown, at = (pair, 0) if abs(scores[0] - alone[place]) > allowed[place] else (texts, place)
-    script = _same_script(
+    script = _script(
         own,
         "Answers stand in another order than the texts they belong to.",
-        own.body_of_rows([shown[at]]),
-        own.body_of_rows(shown),
-        (0, at),
-        float(allowed[place]),
+        compare(
+            *("scores(ALONE)[0]", "alone", f"scores(TOGETHER)[{at}]", "at its place among others"),
+            float(allowed[place]),
+        ),
+        ALONE=own.body_of_rows([shown[at]]),
+        TOGETHER=own.body_of_rows(shown),
     )
     return found(
         f"{len(texts)} texts have in one request the scores that they have alone, in another "
@@ -276,13 +235,14 @@ def _activation(subject: Subject) -> Outcome | None:
             assert own.manifest is not None
             assert own.manifest.golden_texts is not None
             body = own.body_of_ids([own.manifest.golden_texts.input_ids[worst]])
-            script = request_script(
+            script = _script(
                 own,
                 "The server applies a sigmoid to the score, although raw scores were asked for.",
-                f"_, scores = post({body!r})\n"
-                f'print("score:", scores[0], "saved with the model:", {float(saved[worst])!r})\n'
-                f"sys.exit(int(abs(scores[0] - {float(saved[worst])!r}) > "
-                f"{float(allowed[worst])!r}))",
+                compare(
+                    *("scores(TEXT)[0]", "now", repr(float(saved[worst])), "saved with the model"),
+                    float(allowed[worst]),
+                ),
+                TEXT=body,
             )
             return found(
                 f"all {len(now)} golden texts have σ(score), not the score: {now[worst]:.4g} where "
@@ -295,18 +255,19 @@ def _activation(subject: Subject) -> Outcome | None:
     scores = own.rows_alone(_TEXTS)
     finite = scores[np.isfinite(scores)]
     if finite.size > 2 and np.ptp(finite) == 0:
-        body = own.body_of_rows(_TEXTS)
-        script = request_script(
+        bodies = [own.body_of_rows([text]) for text in _TEXTS]
+        script = _script(
             own,
             "All texts have the same score.",
-            f"_, scores = post({body!r})\n"
-            'print("scores:", scores)\nsys.exit(int(len(set(scores)) == 1))',
+            'seen = [score for body in BODIES for score in scores(body)]\nprint("scores:", seen)\n'
+            "sys.exit(1 if len(set(seen)) == 1 else 0)",
+            BODIES=bodies,
         )
         return found(
             f"{finite.size} quite different texts all have the score {finite[0]:g}: a softmax over "
             "one logit gives 1.0, whatever the logit",
             size=0.0,
-            script=script if own.protocol != "vllm" else None,
+            script=script,
         )
     inside = (finite > 0) & (finite < 1)
     reference = None if own.manifest is None else own.manifest.reference
@@ -372,13 +333,22 @@ def _ignored(subject: Subject) -> Outcome | None:
     if abs(plain - raw) <= allowed:
         return sound(f"{' and '.join(dropped)} are ignored, and the score is raw without them")
     body = _classify_body(own)
-    script = request_script(
+    script = _script(
         own,
         f"{dropped[0]}=false is dropped without a word: the score is no raw one.",
-        f"_, asked = post({ {**body, dropped[0]: False}!r})\n"
-        f"_, raw = post({ {**body, 'use_activation': False}!r})\n"
-        f'print("with {dropped[0]}=false:", asked[0], "raw:", raw[0])\n'
-        f"sys.exit(int(asked is not None and abs(asked[0] - raw[0]) > {allowed!r}))",
+        "status, asked = post(ASKED)\n"
+        "if status != 200:\n    sys.exit(0)  # it is refused\n"
+        + compare(
+            *(
+                "asked[0]",
+                f"with {dropped[0]}=false",
+                "scores(RAW)[0]",
+                "with use_activation=false",
+            ),
+            allowed,
+        ),
+        ASKED={**body, dropped[0]: False},
+        RAW={**body, "use_activation": False},
     )
     return found(
         f"{' and '.join(f'{name}=false' for name in dropped)} are accepted and change nothing: "
@@ -447,17 +417,19 @@ def _cut(subject: Subject) -> Outcome | None:
                 break
     except BudgetSpent:
         pass
-    script = request_script(
+    script = _script(
         own,
         "The end of a long text is not read: texts that end quite differently have one score.",
-        f"words = ({' '.join(_SENTENCE)!r}.split() * {least // len(_SENTENCE) + 1})[:{least}]\n"
-        "scores = []\n"
-        f"for end in {_ENDS[:2]!r}:\n"
-        f"    body = json.dumps({own.body_of_rows(['TEXT'])!r})\n"
-        "    body = json.loads(body.replace('TEXT', ' '.join([*words, end])))\n"
-        "    scores.append(post(body)[1])\n"
-        'print("scores:", scores)\n'
-        "sys.exit(int(None not in scores and scores[0] == scores[1]))",
+        f"words = (WORDS * {least // len(_SENTENCE) + 1})[:{least}]\n"
+        "seen = []\n"
+        "for end in ENDS:\n"
+        '    body = json.dumps(BODY).replace("TEXT", " ".join([*words, end]))\n'
+        "    seen.append(scores(json.loads(body)))\n"
+        'print("scores:", seen)\n'
+        "sys.exit(1 if None not in seen and seen[0] == seen[1] else 0)",
+        WORDS=_SENTENCE,
+        ENDS=_ENDS[:2],
+        BODY=own.body_of_rows(["TEXT"]),
     )
     return found(
         f"texts of about {wanted:,} tokens that end quite differently all have the score "
@@ -490,13 +462,15 @@ def _template(subject: Subject) -> Outcome | None:
     worst = int(np.argmax(by - allowed))
     if not by[worst] > allowed[worst]:
         return sound(f"{len(rows)} rows, as ids and as words: {by.max():.2g} at most")
-    script = _same_script(
+    script = _script(
         own,
         "The server writes a conversation in another way than the model's own formatter.",
-        own.body_of_ids([ids[worst]]),
-        own.body_of_rows([rows[worst]]),
-        (0, 0),
-        float(allowed[worst]),
+        compare(
+            *("scores(IDS)[0]", "as token ids", "scores(WORDS)[0]", "as words"),
+            float(allowed[worst]),
+        ),
+        IDS=own.body_of_ids([ids[worst]]),
+        WORDS=own.body_of_rows([rows[worst]]),
     )
     return found(
         f"{int((by > allowed).sum())} of {len(rows)} rows have another score as words, which the "
@@ -512,24 +486,24 @@ def _golden(subject: Subject) -> Outcome | None:
     pair = None if own is None else _ids_alone(own)
     if own is None or pair is None:
         return None
-    now, saved = pair
     assert own.manifest is not None
     assert own.manifest.golden_texts is not None
-    golden = own.manifest.golden_texts
+    golden, (now, saved) = own.manifest.golden_texts, pair
     by = np.abs(now - saved)
     allowed = np.maximum(own.rounding(saved), golden.tolerance)
     worst = int(np.argmax(by - allowed))
     if not by[worst] > allowed[worst]:
         return sound(f"{len(now)} golden texts: {by.max():.2g} away from their values at most")
-    if (np.abs(now - expit(saved)) <= allowed / 4).all():
+    if (np.abs(now - expit(saved)) <= own.rounding(saved) / 4).all():
         return None  # an activation, which its own check names
-    body = own.body_of_ids([golden.input_ids[worst]])
-    script = request_script(
+    script = _script(
         own,
         "A golden text has another score than was saved with the model.",
-        f"_, scores = post({body!r})\n"
-        f'print("score:", scores[0], "saved with the model:", {float(saved[worst])!r})\n'
-        f"sys.exit(int(abs(scores[0] - {float(saved[worst])!r}) > {float(allowed[worst])!r}))",
+        compare(
+            *("scores(TEXT)[0]", "now", repr(float(saved[worst])), "saved with the model"),
+            float(allowed[worst]),
+        ),
+        TEXT=own.body_of_ids([golden.input_ids[worst]]),
     )
     return found(
         f"{int((by > allowed).sum())} of {len(now)} golden texts have another score than was saved "
@@ -555,11 +529,12 @@ def _errors(subject: Subject) -> Outcome | None:
         said = ", ".join(map(str, dict.fromkeys(statuses)))
         return sound(f"{len(bodies)} requests that hold no text are refused ({said})")
     body = (hidden or taken)[0]
-    script = request_script(
+    script = _script(
         own,
         "A request that holds no text is not refused as a bad request (4xx).",
-        f"status, scores = post({body!r})\nprint(status, scores)\n"
-        "sys.exit(int(not 400 <= status < 500))",
+        "status, found = post(BODY)\nprint(status, found)\n"
+        "sys.exit(0 if 400 <= status < 500 else 1)",
+        BODY=body,
     )
     parts = [f"{len(hidden)} with 500 or more"] if hidden else []
     parts += [f"{len(taken)} with 200"] if taken else []
@@ -588,11 +563,12 @@ def _empty(subject: Subject) -> Outcome | None:
         return sound(f"{' and '.join(answers)} are refused, or have no score")
     what = next(iter(scored))
     body = own.body_of_rows(["" if what == "no text" else row])
-    script = request_script(
+    script = _script(
         own,
         "What is empty has a score.",
-        f"status, scores = post({body!r})\nprint(status, scores)\n"
-        "sys.exit(int(scores is not None and scores[0] is not None))",
+        "status, found = post(BODY)\nprint(status, found)\n"
+        "sys.exit(0 if found is None or found[0] is None else 1)",
+        BODY=body,
     )
     said = ", ".join(f"{what} scores {score:.4g}" for what, score in scored.items())
     return found(said, script=script)
@@ -646,10 +622,32 @@ CHECKS: Final[tuple[Check, ...]] = (
         _repeats,
         "repeats-differ",
         "fault",
-        "head",
+        "read-out",
         "Has the same request the same score again?",
         "A reward that is drawn anew is noise in RL, and two runs cannot be compared.",
         "Switch dropout off (model.eval()), and look for servers of two versions behind one URL.",
+        (_GITHUB + "hiyouga/LlamaFactory/issues/761",),
+    ),
+    _check(
+        _threads,
+        "threads",
+        "fault",
+        "read-out",
+        "Has a request the same score while others are served?",
+        "RL jobs ask with dozens of requests at once: some get scores of other texts.",
+        "Let one batch at a time run in a model, as companion serve does.",
+        needs=("rows", "threads"),
+    ),
+    _check(
+        _finite,
+        "not-finite",
+        "fault",
+        "head",
+        "Are all scores finite numbers?",
+        "A NaN makes each comparison false, and one in a batch of rewards spoils all advantages.",
+        "Serve the model in float32 or bfloat16; weights that are not finite come of a training "
+        "that diverged.",
+        (_GITHUB + "huggingface/trl/issues/3236",),
     ),
     _check(
         _answers,
@@ -772,4 +770,3 @@ CHECKS: Final[tuple[Check, ...]] = (
         (_GITHUB + "OpenRLHF/OpenRLHF/pull/1325",),
     ),
 )
-assert set(_READ) == set(ROUTES)

@@ -100,6 +100,11 @@ def _shift(subject: Subject, name: str) -> Outcome:
     spread = float(np.std(own, ddof=1))
     if not np.isfinite(own).all():
         return not_asked("a text has a score that is not finite")
+    rounding = 0.0  # (of an endpoint whose dtype nobody knows it would be said too large)
+    if subject.what != "endpoint":
+        rounding = float(subject.tolerance([subject.encode(probes[0].row())])[0])
+    if not spread > rounding:
+        return not_asked("all answers have the same score, within rounding")
     changed = changed_rows(_CHANGES[name], probes, each)
     try:
         scores = subject.score_rows([row for _, _, row in changed])
@@ -110,11 +115,6 @@ def _shift(subject: Subject, name: str) -> Outcome:
             return sound(f"an answer without content is refused: {error.what}")
         return not_asked(f"the target refuses a text: {error.what}")
     groups = np.array([at for at, _, _ in changed])
-    rounding = 0.0  # (of an endpoint whose dtype nobody knows it would be said too large)
-    if subject.what != "endpoint":
-        rounding = float(subject.tolerance([subject.encode(probes[0].row())])[0])
-    if not spread > rounding:
-        return not_asked("all answers have the same score, within rounding")
     moves = (scores - own[groups]) / spread
     if not np.isfinite(moves).all():
         return not_asked("a changed text has a score that is not finite")

@@ -42,8 +42,8 @@ class Sickness:
     ----------
     cut : int or None
         Tokens of a text that are read.
-    bos_again : bool
-        A BOS is put before a text that has one.
+    strips_end : bool
+        The token that ends a text is taken off.
     template : bool
         A row is written as ``Q: … A: …``.
     pads : bool
@@ -61,7 +61,7 @@ class Sickness:
     """
 
     cut: int | None = None
-    bos_again: bool = False
+    strips_end: bool = False
     template: bool = False
     pads: bool = False
     sorts: bool = False
@@ -146,7 +146,7 @@ class RewardServer(ThreadingHTTPServer):
         if self.sickness.template:
             said = row.get("messages")
             parts = [m["content"] for m in said] if said else [row["prompt"], row["completion"]]
-            return self._words(f"Q: {parts[0]} A: {parts[-1]}")
+            return self._words(f"Q: {parts[0]} A: {parts[-1]}") if parts[-1] else []
         encoded = self.scorer.formatter.encode_row(row)
         return [] if encoded is None else list(encoded.input_ids)
 
@@ -155,10 +155,7 @@ class RewardServer(ThreadingHTTPServer):
         if not text.strip():
             return []
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        bos = tokenizer.bos_token_id
-        if bos is not None and (self.sickness.bos_again or ids[0] != bos):
-            ids = [bos, *ids]
-        return ids
+        return ids[:-1] if self.sickness.strips_end and ids[-1] == tokenizer.eos_token_id else ids
 
     def _scored(self, texts: list[list[int]]) -> list[tuple[list[int], float]]:
         full = [ids for ids in texts if ids]
@@ -323,11 +320,12 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
         _plant("companion", template=True),
     ),
     _specimen(
-        "bos-added-by-server",
+        "end-taken-off",
         "golden-texts-moved",
-        "The server tokenises text that begins with BOS, and adds another.",
-        ("allenai/reward-bench/issues/164", "vllm-project/vllm/pull/16976"),
-        _plant("openrlhf", bos_again=True),
+        "On the way to the reward model the token that ends a text is taken off, as verl's client "
+        "does: finished and cut-off texts arrive as one.",
+        ("allenai/reward-bench/issues/94",),
+        _plant("openrlhf", strips_end=True),
     ),
     _specimen(
         "empty-text-scored",
