@@ -326,6 +326,7 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
         "does: finished and cut-off texts arrive as one.",
         ("allenai/reward-bench/issues/94",),
         _plant("openrlhf", strips_end=True),
+        ("eos-ignored",),
     ),
     _specimen(
         "empty-text-scored",
