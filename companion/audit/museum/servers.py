@@ -19,13 +19,10 @@ import numpy as np
 from scipy.special import expit
 
 from companion.audit.endpoint import ROUTES, Protocol
+from companion.audit.museum.healthy import save_with_manifest, tutor_reward
 from companion.audit.museum.specimen import Planted, Specimen
 from companion.errors import CompanionError
-from companion.models.loading import load_base
-from companion.models.saving import save_reward_model
-from companion.scoring.golden import add_golden_texts
 from companion.scoring.scorer import RewardScorer
-from companion.tutor import TUTOR_BASE
 
 _GITHUB: Final = "https://github.com/"
 
@@ -224,20 +221,12 @@ def sick_server(
         thread.join()
 
 
-def small_model(folder: Path) -> Path:
-    """A reward model of the tutor's base with a fresh head, and its golden texts."""
-    base = load_base(TUTOR_BASE, head_std=0.3)
-    base.model.eval()
-    save_reward_model(base, folder, describe=add_golden_texts)
-    return folder
-
-
 def _plant(
     protocol: Protocol, with_model: bool = True, **sickness: Any
 ) -> Callable[[Path], AbstractContextManager[Planted]]:
     @contextmanager
     def plant(folder: Path) -> Iterator[Planted]:
-        model = small_model(folder / "model")
+        model = save_with_manifest(tutor_reward(), folder / "model")
         with sick_server(model, protocol, Sickness(**sickness)) as server:
             yield Planted(server.url, protocol=protocol, model=model if with_model else None)
 
@@ -326,6 +315,7 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
         "does: finished and cut-off texts arrive as one.",
         ("allenai/reward-bench/issues/94",),
         _plant("openrlhf", strips_end=True),
+        ("eos-ignored",),
     ),
     _specimen(
         "empty-text-scored",
