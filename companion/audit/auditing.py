@@ -48,9 +48,10 @@ def all_checks(
     DataError
         For rows that are no pairs.
     """
+    # (a server's own first: requests may be few)
     found = [
-        *(*readout.CHECKS, *text.CHECKS, *head.CHECKS),
-        *(*endpoint.CHECKS, *meaning.CHECKS),
+        *(*endpoint.CHECKS, *readout.CHECKS),
+        *(*text.CHECKS, *head.CHECKS, *meaning.CHECKS),
     ]
     if data is not None:
         others = None if against is None else load_rows(against)

@@ -163,9 +163,9 @@ def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
         open_subject(url, device="cpu")
 
 
-def test_a_server_that_goes_ends_the_audit(model: Path) -> None:
+def test_a_server_that_goes_ends_the_audit() -> None:
     """And one whose route is closed: nothing more can be asked."""
-    with sick_server(model, "companion") as server:
+    with sick_server(tutor_reward(), "companion") as server:
         subject = open_subject(server.url)
     with pytest.raises(Unreachable):
         audit(subject)
@@ -279,8 +279,8 @@ def test_each_sick_server_is_caught_under_its_name(specimen: Specimen, tmp_path:
                 )
 
 
-def test_a_script_ends_with_0_once_it_is_mended(model: Path, tmp_path: Path) -> None:
-    with sick_server(model, "companion", Sickness(sorts=True)) as server:
+def test_a_script_ends_with_0_once_it_is_mended(tmp_path: Path) -> None:
+    with sick_server(tutor_reward(), "companion", Sickness(sorts=True)) as server:
         script = audit(server.url, checks=endpoint.CHECKS)["answers-out-of-order"].outcome.script
         assert script is not None
         (file := tmp_path / "script.py").write_text(script)
@@ -293,15 +293,15 @@ def test_the_command(server: Any, model: Path, tmp_path: Path, capfd: Any) -> No
     """All of the audit, by the real server: what it says it posts, what it writes, how it ends."""
     files = {name: tmp_path / f"audit.{name}" for name in ("json", "html", "junit")}
     flags = [word for name, file in files.items() for word in (f"--{name}", str(file))]
-    words = ["audit", server.url, "--model", str(model), *flags, "--max_requests", "120"]
+    words = ["audit", server.url, "--model", str(model), *flags, "--max_requests", "60"]
     assert main([*words, "--waive", "pad-is-eos=not so", "--at_most", "verbosity=100"]) == 0
     out, err = capfd.readouterr()
     assert "found by /openapi.json" in err
-    assert "at most 120 requests will be posted" in err
+    assert "at most 60 requests will be posted" in err
     assert out.splitlines()[1].startswith("sound: ")
     assert "note: the waiver of pad-is-eos was not needed (not so)" in out
     data = json.loads(files["json"].read_text())
-    assert data["requests"] <= 120
+    assert data["requests"] <= 60
     assert data["protocol"] == "companion"
     assert ElementTree.parse(files["junit"]).getroot()[0].get("failures") == "0"
     assert "<script" not in files["html"].read_text()
@@ -315,7 +315,7 @@ def test_the_command(server: Any, model: Path, tmp_path: Path, capfd: Any) -> No
         ["--api_key_env", "NO_SUCH_VARIABLE"],
     ):
         assert main(["audit", server.url, *bad]) == 2, bad
-    with sick_server(model, "vllm", Sickness(sigmoid=True)) as sick:
+    with sick_server(tutor_reward(), "vllm", Sickness(sigmoid=True)) as sick:
         words = ["audit", sick.url, "--model", str(model), "--max_requests", "60"]
         assert main(words) == 1
         assert "FAULT  activation-applied" in capfd.readouterr().out

@@ -22,6 +22,7 @@ from companion.audit.endpoint import ROUTES, Protocol
 from companion.audit.museum.healthy import save_with_manifest, tutor_reward
 from companion.audit.museum.specimen import Planted, Specimen
 from companion.errors import CompanionError
+from companion.models import RewardModel
 from companion.scoring.scorer import RewardScorer
 
 _GITHUB: Final = "https://github.com/"
@@ -173,6 +174,7 @@ class RewardServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet an answer: a second one waits 40 ms for the client's ACK
 
     def do_GET(self) -> None:
         route = ROUTES[self.server.protocol]
@@ -206,11 +208,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def sick_server(
-    folder: Path, protocol: Protocol, sickness: Sickness | None = None
+    model: RewardModel, protocol: Protocol, sickness: Sickness | None = None
 ) -> Iterator[RewardServer]:
-    """A server with the reward model in `folder`, until the block ends."""
-    scorer = RewardScorer.from_pretrained(folder, device="cpu", packing="off")
-    server = RewardServer(scorer, protocol, sickness or Sickness())
+    """A server with a reward model, until the block ends."""
+    server = RewardServer(RewardScorer(model), protocol, sickness or Sickness())
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
@@ -226,9 +227,10 @@ def _plant(
 ) -> Callable[[Path], AbstractContextManager[Planted]]:
     @contextmanager
     def plant(folder: Path) -> Iterator[Planted]:
-        model = save_with_manifest(tutor_reward(), folder / "model")
+        model = tutor_reward()
+        saved = save_with_manifest(model, folder / "model") if with_model else None
         with sick_server(model, protocol, Sickness(**sickness)) as server:
-            yield Planted(server.url, protocol=protocol, model=model if with_model else None)
+            yield Planted(server.url, protocol=protocol, model=saved)
 
     return plant
 
