@@ -84,7 +84,11 @@ def _ids(tokenizer: Any, text: str, **flags: bool) -> list[int]:
     return list(tokenizer(text, verbose=False, **flags)["input_ids"])
 
 
-def _ends(subject: Subject) -> Iterator[tuple[str, list[int], list[int]]]:
+#: who makes ids, the ids of a finished answer, and those of the same cut off
+_End = tuple[str, list[int], list[int]]
+
+
+def _ends(subject: Subject) -> Iterator[_End]:
     """Of some answers the ids finished and cut off, by whoever makes ids; and who that is."""
     tokenizer, formatter = subject.tokenizer, subject.formatter
     for row in _FINISHED:
@@ -232,7 +236,7 @@ def _eos_not_added(subject: Subject) -> Outcome | None:
 
 def _eos_ignored(subject: Subject) -> Outcome | None:
     if subject.abilities >= WITH_IDS:
-        ends = list(_ends(subject))
+        ends = _within(list(_ends(subject)), subject)
         if not ends or all(whole == begun for _, whole, begun in ends):
             return None  # eos-missing says so
         eos, pad = subject.tokenizer.eos_token_id, getattr(subject.config, "pad_token_id", None)
@@ -253,7 +257,7 @@ def _eos_ignored(subject: Subject) -> Outcome | None:
             raise
         except CompanionError as error:
             return not_asked(f"the target cannot be told that an answer was cut: {error.what}")
-        rounding = float(subject.rounding(done).max())
+        rounding = float(subject.tolerance([()] * len(_FINISHED)).max())
     if not (np.isfinite(done).all() and np.isfinite(cut).all()):
         return not_asked("a score is not finite")
     spread, apart = float(np.std(done, ddof=1)), np.abs(done - cut)
@@ -271,6 +275,14 @@ def _eos_ignored(subject: Subject) -> Outcome | None:
         size=float(apart.max()),
         script=_end_script(subject),
     )
+
+
+def _within(ends: list[_End], subject: Subject) -> list[_End]:
+    """The shortest of them, for an eighth of the budget; two at least."""
+    ends.sort(key=lambda end: len(end[1]))
+    spent = np.cumsum([2 * len(whole) for _, whole, _ in ends])
+    most = (subject.max_tokens or BUDGET["full"]) / 8
+    return ends[: max(2, int(np.searchsorted(spent, most, side="right")))]
 
 
 def _end_script(subject: Subject) -> str | None:
