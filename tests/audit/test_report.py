@@ -157,6 +157,8 @@ def test_waivers(tmp_path: Path) -> None:
     file = tmp_path / "waivers.yaml"
     file.write_text("pad-is-eos: served alone\ndropout: >\n  two\n  lines\n")
     assert read_waivers(file) == {"pad-is-eos": "served alone", "dropout": "two lines"}
+    file.write_text("# none\n")
+    assert read_waivers(file) == {}
     for text, what in (("- a", "no list"), ("a:", "without a reason"), ("{", "no YAML")):
         file.write_text(text)
         with pytest.raises(DataError, match=what):
