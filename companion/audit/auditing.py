@@ -142,7 +142,10 @@ def audit(
     subject = target if isinstance(target, Subject) else None
     if subject is None:
         subject = open_subject(target, tokenizer, level=level, **opening)  # type: ignore[arg-type]
-    found = run_checks(subject, asked, level, progress)
+    try:
+        found = run_checks(subject, asked, level, progress)
+    finally:
+        subject.close()
     return _report(subject, level, found, waivers, at_most, at_least, time.monotonic() - began)
 
 
