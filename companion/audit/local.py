@@ -383,13 +383,16 @@ class LocalSubject(Subject):
     def _noise(self, key: tuple[int, ...]) -> float:
         """Root mean square of what rounding moves one score by, in units of its sum."""
         input_ids, mask = self.padded(Batch([key]))
+        self.alone([key])
         generator = torch.Generator(device=input_ids.device).manual_seed(len(key))
-        want = self.alone([key])[0]
-        moved = []
-        for _ in range(_DRAWS):
+        scores = []
+        for rounds in (False, *[True] * _DRAWS):
             self.spend(input_ids.numel())
-            with _rounding(self.model, generator):
-                moved.append(self._scores(input_ids, mask)[0] - want)
+            # the same draws each time, in case that the model draws: only rounding is to differ
+            with torch.random.fork_rng(), _rounding(self.model, generator, rounds):
+                torch.manual_seed(0)
+                scores.append(self._scores(input_ids, mask)[0])
+        moved = np.array(scores[1:]) - scores[0]
         # two scores that are compared are rounded each by itself
         noise = math.sqrt(2 * float(np.mean(np.square(moved)))) / self._sums[key]
         self._noises[key] = noise
@@ -423,8 +426,8 @@ def _quantile(texts: int) -> float:
 
 
 @contextlib.contextmanager
-def _rounding(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """Put one more rounding error into what each layer gives."""
+def _rounding(model: nn.Module, generator: torch.Generator, rounds: bool) -> Iterator[None]:
+    """Put one more rounding error into what each layer gives, if so."""
 
     def disturb(module: nn.Module, given: Any, out: Any) -> Any:
         if not isinstance(out, Tensor) or out.dtype not in _UNIT:
@@ -440,7 +443,7 @@ def _rounding(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
         for module in model.modules()
         if not list(module.children()) and not isinstance(module, (nn.Embedding, nn.Dropout))
     ]
-    handles = [module.register_forward_hook(disturb) for module in leaves]
+    handles = [module.register_forward_hook(disturb) for module in leaves if rounds]
     try:
         yield
     finally:

@@ -5,7 +5,11 @@ Each prints what is wrong and exits with 1 while it is, 0 once it is mended. Cha
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from companion.scoring.remote import KEY_VARIABLE
 
 if TYPE_CHECKING:
     from companion.audit.local import LocalSubject
@@ -95,3 +99,72 @@ sys.exit(0 if abs(one - other) <= {tolerance!r} else 1)
 def compare(one: str, first: str, other: str, second: str, tolerance: float) -> str:
     """The end of a script: two expressions that should be one number, and what each is."""
     return COMPARE.format(one=one, other=other, first=first, second=second, tolerance=tolerance)
+
+
+_ENDPOINT = '''\
+"""{what}
+
+Needs nothing but Python: exits with 1 while it is so.
+"""
+
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+
+HEADERS = {{"Content-Type": "application/json"}}
+if key := os.environ.get({variable!r}):
+    HEADERS["Authorization"] = "Bearer " + key
+
+
+def post(body):
+    """The status, and the scores in the order of the texts, or None."""
+    request = urllib.request.Request({url!r}, json.dumps(body).encode(), HEADERS)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            answer = json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, None
+    try:
+{read}
+    except (KeyError, TypeError):
+        return 200, None
+
+
+def scores(body):
+    return post(body)[1]
+
+
+'''
+#: protocol -> how its answer is read
+_ANSWERS = {
+    "companion": '        items = sorted(answer["rewards"], key=lambda item: item["index"])\n'
+    '        return 200, [item["raw"] for item in items]',
+    "vllm": '        items = sorted(answer["data"], key=lambda item: item["index"])\n'
+    '        return 200, [item["probs"][0] for item in items]',
+    "openrlhf": '        return 200, answer["rewards"]',
+}
+
+
+def endpoint_script(
+    url: str, protocol: str, what: str, body: str, **bodies: Mapping[str, Any] | Sequence[Any]
+) -> str:
+    """A script for an endpoint.
+
+    Parameters
+    ----------
+    url : str
+        With the route.
+    protocol : {"companion", "vllm", "openrlhf"}
+    what, body
+        As for :func:`local_script`; ``scores(body)`` gives a list, ``post(body)`` also the status.
+    **bodies
+        Constants: what is posted, and plain data.
+    """
+    constants = "".join(
+        f"{name} = json.loads({json.dumps(value, ensure_ascii=False)!r})\n"
+        for name, value in bodies.items()
+    )
+    head = _ENDPOINT.format(what=what, url=url, read=_ANSWERS[protocol], variable=KEY_VARIABLE)
+    return f"{head}{constants}{body.strip()}\n"

@@ -208,7 +208,7 @@ def _golden(subject: Subject) -> Outcome | None:
     body = f"""
 score = scores([TEXT])[0]
 print(f"now {{score:.6f}}; {want[worst]:.6f} when it was saved")
-sys.exit(0 if abs(score - {want[worst]!r}) <= {golden.tolerance!r} else 1)
+sys.exit(0 if abs(score - {float(want[worst])!r}) <= {golden.tolerance!r} else 1)
 """
     what = "A golden text has another score than when the model was saved."
     return found(

@@ -191,6 +191,9 @@ def _other_side(subject: Subject) -> Outcome | None:
     if (outcome := _unpadded(local)) is not None:
         return outcome
     side = "right" if local.side == "left" else "left"
+    texts = texts_of(local)
+    if local.differ(texts, local.alone(texts), local.call(Batch(texts))).any():
+        return not_asked("a batch changes scores on the tokenizer's own side already")
     return _padded(
         local,
         side,
@@ -377,13 +380,15 @@ def _pad_is_eos(subject: Subject) -> Outcome | None:
     if local.differ([text], np.array([cut]), np.array([whole]))[0]:
         return sound("the pad token is the EOS, and the score is read there all the same")
     text = shrink(text, lambda fewer: _same_without(local, fewer, eos))
+    tolerance = float(local.tolerance([text])[0])
     script = local_script(
         local,
         "A finished text and one that was cut off have one score: the EOS is taken for padding.",
-        """
+        f"""
 cut, finished = scores([TEXT])[0], scores([[*TEXT, tokenizer.eos_token_id]])[0]
-print(f"cut off: {cut:.6f}; finished: {finished:.6f}")
-sys.exit(1 if cut == finished else 0)
+print(f"cut off: {{cut:.6f}}; finished: {{finished:.6f}}")
+# rounding explains {tolerance:.2g}
+sys.exit(1 if abs(cut - finished) <= {tolerance!r} else 0)
 """,
         TEXT=text,
     )
