@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.audit.auditing import (
+        all_checks as all_checks,
+        audit as audit,
+        open_subject as open_subject,
+    )
+    from companion.audit.endpoint import EndpointSubject as EndpointSubject
+    from companion.audit.local import LocalSubject as LocalSubject
     from companion.audit.outcome import Check as Check, Outcome as Outcome
+    from companion.audit.report import (
+        AuditDifference as AuditDifference,
+        AuditReport as AuditReport,
+        Result as Result,
+        compare_audits as compare_audits,
+        read_audit as read_audit,
+    )
     from companion.audit.run import run_checks as run_checks
     from companion.audit.subject import Batch as Batch, Subject as Subject
 else:

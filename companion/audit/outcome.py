@@ -14,7 +14,7 @@ A check looks for one thing. Its kind says what its answer means:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,6 +83,8 @@ class Check:
         (left padding of a model that is never padded, say).
     level : {"quick", "full"}
         From which level on it is asked.
+    instead : frozenset of str or None
+        What will do where what it needs is not there, for a check that has another way.
     """
 
     name: str
@@ -95,6 +97,14 @@ class Check:
     needs: frozenset[Ability]
     run: Callable[[Subject], Outcome | None]
     level: Level = "quick"
+    instead: frozenset[Ability] | None = None
+
+    def lacks(self, abilities: Set[Ability]) -> list[Ability]:
+        """What a target of these abilities lacks for it; empty if it can be asked."""
+        lacking = self.needs - abilities
+        if lacking and self.instead is not None and self.instead <= abilities:
+            return []
+        return sorted(lacking)
 
 
 def sound(seen: str, **figures: Any) -> Outcome:

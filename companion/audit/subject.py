@@ -10,11 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
-from companion.errors import CompanionError
+from companion.errors import CompanionError, DataError
 from companion.formatting import RewardFormatter, Row
 from companion.models.manifest import RewardManifest
 
@@ -22,6 +22,8 @@ from companion.models.manifest import RewardManifest
 #: ``tokenizer``, ``config``, ``weights``: the files behind it; ``padding``: a batch is padded as
 #: the asker says (side, pad id, mask); ``threads``: one model object for several threads
 Ability = Literal["ids", "rows", "tokenizer", "config", "weights", "padding", "threads"]
+#: with these, rows are encoded here
+WITH_IDS: Final[frozenset[Ability]] = frozenset({"ids", "tokenizer"})
 
 
 class BudgetSpent(CompanionError):
@@ -62,6 +64,8 @@ class Subject(ABC):
     tokenizer, config : Any or None
     model : Any or None
         The loaded module of a folder or a model; None of an endpoint.
+    kind : {"scalar", "outcome", "process"}
+        Of a model with a value for each token the score is that at the last one.
     manifest : RewardManifest or None
     formatter : RewardFormatter or None
         The recipe of the manifest; without one that of the tokenizer.
@@ -79,6 +83,7 @@ class Subject(ABC):
     tokenizer: Any = None
     config: Any = None
     model: Any = None
+    kind: str = "scalar"
     manifest: RewardManifest | None = None
     formatter: RewardFormatter | None = None
     dtype: str = "float32"
@@ -86,6 +91,11 @@ class Subject(ABC):
     requests: int = 0
     max_tokens: int | None = None
     max_requests: int | None = None
+
+    @property
+    def exact(self) -> Subject:
+        """The same target where rounding hides least: a model here in float32."""
+        return self
 
     @abstractmethod
     def call(self, batch: Batch) -> np.ndarray:
@@ -107,12 +117,56 @@ class Subject(ABC):
     def alone(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Scores ``[N]`` of each text in a call of its own; a text is asked once in an audit."""
 
+    def rows_alone(self, rows: Sequence[Row]) -> np.ndarray:
+        """Scores ``[N]`` of rows that the target formats, each in a call of its own."""
+        return np.array([self.call_rows([row])[0] for row in rows], dtype=np.float64)
+
+    def encode_rows(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Token ids of rows.
+
+        Raises
+        ------
+        CompanionError
+            If the formatter, or the chat template, refuses one.
+        """
+        try:
+            return [self.encode(row) for row in rows]
+        except CompanionError:
+            raise
+        except Exception as error:  # a template is a program of its own, and raises what it likes
+            raise DataError(f"a row cannot be written as token ids: {error}") from error
+
+    def score_rows(self, rows: Sequence[Row]) -> np.ndarray:
+        """Scores ``[N]`` of rows: by their ids where those can be made here, else as rows.
+
+        Raises
+        ------
+        CompanionError
+            If the target, the formatter, or the chat template refuses a row.
+        """
+        if self.abilities >= WITH_IDS:
+            return self.alone(self.encode_rows(rows))
+        return self.rows_alone(rows)
+
     @abstractmethod
     def tolerance(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Most that rounding may move the score of each text, ``[N]``.
 
         It follows from the dtype, the depth and the size of what is summed; see the class.
         """
+
+    def differ(
+        self, ids: Sequence[Sequence[int]], one: np.ndarray, other: np.ndarray
+    ) -> np.ndarray:
+        """Of which texts two scores are further apart than rounding explains, ``[N]`` bool.
+
+        A score that is not finite differs from one that is.
+        """
+        same = (one == other) | (np.isnan(one) & np.isnan(other))
+        return ~(same | (np.abs(one - other) <= self.tolerance(ids)))
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to put back)
+        """Leave the target as it was."""
 
     def encode(self, row: Row) -> list[int]:
         """Token ids of a row as the model's users would make them: by its formatter."""

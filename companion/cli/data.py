@@ -20,6 +20,7 @@ from companion.layouts import columns_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from companion.data.checking import DataReport
     from companion.data.problems import LoadReport
 
 
@@ -66,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = action(_check, "check every row; exit code 2 if any is bad")
     _source_arguments(check)
     check.add_argument("--max_errors", type=int, default=20, help="how many bad rows to show")
+    text = "rows that must share no prompt with these: a held-out set, a benchmark"
+    check.add_argument("--against", metavar="FILE", help=text)
+    text = "folder or hub id of a model or tokenizer: which rows does it cut, change or refuse?"
+    check.add_argument("--tokenizer", metavar="DIR", help=text)
+    add_flags(check, "max_length", max_length="in tokens, with --tokenizer; default: its own")
+    check.add_argument("--json", action="store_true", help="print JSON")
 
     describe = action(_describe, "counts, lengths, labels, and how often the longer one wins")
     _source_arguments(describe, on_error=True)
@@ -166,18 +173,44 @@ def _load(args: argparse.Namespace, on_error: str, shown: int = 5) -> tuple[Data
 def _check(args: argparse.Namespace) -> int:
     import logging
 
-    from companion.data.splits import dataset_fingerprint, duplicate_report
+    from companion.data.checking import check_rows
+    from companion.data.loading import load_rows
+    from companion.data.splits import dataset_fingerprint
 
+    if args.max_length is not None and args.tokenizer is None:
+        raise DataError("--max_length counts tokens", "give --tokenizer too")
     logging.getLogger("companion.data.loading").setLevel(logging.ERROR)  # it is printed below
     dataset, report = _load(args, "skip", args.max_errors)
-    print(report.summary())
-    print(duplicate_report(dataset))
-    if report.bad:
-        cures = "\n    ".join(report.cures())
-        print(f"error: {report.bad:,} bad rows\n  Cure: {cures}", file=sys.stderr)
+    against = args.against and load_rows(args.against, kind="auto", on_error="skip")
+    found = check_rows(dataset, against=against)
+    if args.tokenizer is not None:
+        _check_tokens(args, dataset, found)
+    sha256 = dataset_fingerprint(dataset)
+    if args.json:
+        parts = {"load": report.as_dict(), **found.as_dict(), "sha256": sha256}
+        print(json.dumps(parts, ensure_ascii=False, indent=2))
+    else:
+        print(f"{report.summary()}\n{found}")
+    unusable = [finding for finding in found.findings if finding.unusable]
+    if report.bad or unusable:
+        bad = report.bad + sum(finding.rows for finding in unusable)
+        cures = "\n    ".join([*report.cures(), *(finding.cure for finding in unusable)])
+        print(f"error: {bad:,} bad rows\n  Cure: {cures}", file=sys.stderr)
         return 2
-    print(f"all rows are good; sha256 {dataset_fingerprint(dataset)}")
+    if not args.json:
+        print(f"all rows are good; sha256 {sha256}")
     return 0
+
+
+def _check_tokens(args: argparse.Namespace, dataset: Dataset, found: DataReport) -> None:
+    from companion.cli.shared import progress_bar
+    from companion.data.checking import check_tokens
+    from companion.models import load_formatter
+
+    formatter, _ = load_formatter(args.tokenizer)
+    with progress_bar("Tokenising", "rows", len(dataset)) as bar:
+        moved = bar["progress"]
+        check_tokens(dataset, formatter, found, max_length=args.max_length, progress=moved)
 
 
 def _describe(args: argparse.Namespace) -> int:

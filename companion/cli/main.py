@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("companion.cli.evaluate", "measure a reward model of any kind on held-out rows"),
     "score": ("companion.cli.score", "score a JSONL file of texts, messages or completions"),
     "serve": ("companion.cli.serve", "serve a reward model over HTTP, for RL jobs and people"),
+    "audit": ("companion.cli.audit", "find the silent bugs in a reward model or an endpoint"),
     "compare": ("companion.cli.compare", "how scores, ranks and decisions move between two models"),
     "retrain": (
         "companion.cli.retrain",

@@ -150,7 +150,7 @@ def _take(dataset: Any, indices: list[int]) -> Any:
     return [dataset[i] for i in indices]
 
 
-def _texts(row: Mapping[str, Any]) -> tuple[str, ...]:
+def completion_texts(row: Mapping[str, Any]) -> tuple[str, ...]:
     """The normalised completions of a row, in their order."""
     values = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
     values += row.get("completions") or []
@@ -165,12 +165,13 @@ def _said(value: Any) -> str:
     return text + json.dumps(calls, sort_keys=True, default=str) if calls else text
 
 
-def _hash(text: str) -> int:
+def text_hash(text: str) -> int:
     """Eight bytes in place of a text: of a hundred million, two alike are one chance in 3,000."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _shown(row: Mapping[str, Any]) -> str:
+def short_prompt(row: Mapping[str, Any]) -> str:
+    """The prompt on one line, for showing."""
     text = " ".join(plain(row["prompt"] if row.get("prompt") else row.get("chosen", "")).split())
     return text if len(text) <= 80 else text[:79] + "…"
 
@@ -235,32 +236,50 @@ class DuplicateReport(_Printable):
         return "\n".join(lines)
 
 
+class RowHashes:
+    """Of each row its prompt, its whole, and the whole turned round, as hashes of eight bytes."""
+
+    def __init__(self) -> None:
+        self.hashes, self.without_prompt = array("Q"), 0
+
+    def add(self, row: Mapping[str, Any], key: str) -> list[int]:
+        """Add a row with its :func:`prompt_key`; the hashes of its texts."""
+        texts = [text_hash(text) for text in completion_texts(row)]
+        turned = texts[::-1] if "chosen" in row else texts
+        self.hashes.extend(
+            (text_hash(key), text_hash(f"{key} {texts}"), text_hash(f"{key} {turned}"))
+        )
+        self.without_prompt += row.get("prompt") is None
+        return texts
+
+    def duplicates(self, rows: Any, n_examples: int = 3) -> DuplicateReport:
+        """What repeats; `rows` are looked at for the examples alone."""
+        prompts, whole, turned_round = np.array(self.hashes, np.uint64).reshape(-1, 3).T
+        _, begins, counts = np.unique(prompts, return_index=True, return_counts=True)
+        distinct, first = np.unique(whole, return_index=True)
+        # where the other way round of each new row stands first, if it does
+        found = np.searchsorted(distinct, turned_round[first]).clip(max=max(len(distinct) - 1, 0))
+        contradicts = (distinct[found] == turned_round[first]) & (first[found] < first)
+        most = np.lexsort((begins, -counts))[:n_examples].tolist()
+        return DuplicateReport(
+            rows=len(whole),
+            prompts=len(counts),
+            largest=int(counts.max(initial=0)),
+            repeated_rows=len(whole) - len(distinct),
+            contradictions=int(contradicts.sum()),
+            without_prompt=self.without_prompt,
+            examples=[(short_prompt(rows[int(begins[i])]), int(counts[i])) for i in most],
+        )
+
+
 def duplicate_report(rows: Iterable[Mapping[str, Any]], *, n_examples: int = 3) -> DuplicateReport:
     """Count prompts and rows that repeat, and pairs that contradict each other."""
     if n_examples and not isinstance(rows, Sequence) and not hasattr(rows, "select"):
         rows = list(rows)
-    hashes, without = array("Q"), 0  # of each row the prompt, the row, and the row turned round
+    hashes = RowHashes()
     for row in rows:
-        key, texts = prompt_key(row), [_hash(text) for text in _texts(row)]
-        turned = texts[::-1] if "chosen" in row else texts
-        hashes.extend((_hash(key), _hash(f"{key} {texts}"), _hash(f"{key} {turned}")))
-        without += row.get("prompt") is None
-    prompts, whole, turned_round = np.array(hashes, np.uint64).reshape(-1, 3).T
-    _, begins, counts = np.unique(prompts, return_index=True, return_counts=True)
-    distinct, first = np.unique(whole, return_index=True)
-    # where the other way round of each new row stands first, if it does
-    found = np.searchsorted(distinct, turned_round[first]).clip(max=max(len(distinct) - 1, 0))
-    contradicts = (distinct[found] == turned_round[first]) & (first[found] < first)
-    most = np.lexsort((begins, -counts))[:n_examples].tolist()
-    return DuplicateReport(
-        rows=len(whole),
-        prompts=len(counts),
-        largest=int(counts.max(initial=0)),
-        repeated_rows=len(whole) - len(distinct),
-        contradictions=int(contradicts.sum()),
-        without_prompt=without,
-        examples=[(_shown(cast(Any, rows)[int(begins[i])]), int(counts[i])) for i in most],
-    )
+        hashes.add(row, prompt_key(row))
+    return hashes.duplicates(rows, n_examples)
 
 
 @dataclass
@@ -322,18 +341,18 @@ def overlap_report(
     without = 0
     for row in test:
         key = prompt_key(row)
-        tested.append((key, _hash(f"{key} {sorted(_texts(row))}")))
-        shown.setdefault(key, _shown(row))
+        tested.append((key, text_hash(f"{key} {sorted(completion_texts(row))}")))
+        shown.setdefault(key, short_prompt(row))
         without += row.get("prompt") is None
     test_counts, counts = Counter(key for key, _ in tested), Counter[str]()
     rows, prompts, bodies = {body for _, body in tested}, array("Q"), set[int]()
     for row in train:
         key = prompt_key(row)
-        prompts.append(_hash(key))
+        prompts.append(text_hash(key))
         without += row.get("prompt") is None
         if key in shown:
             counts[key] += 1
-            if (body := _hash(f"{key} {sorted(_texts(row))}")) in rows:
+            if (body := text_hash(f"{key} {sorted(completion_texts(row))}")) in rows:
                 bodies.add(body)
     return OverlapReport(
         train_rows=len(prompts),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import binomtest, pearsonr, spearmanr
+from scipy.stats import pearsonr, spearmanr
 
 from companion.errors import DataError, ShapeError
 from companion.functional.calibration import (
@@ -24,7 +24,7 @@ from companion.functional.calibration import (
     expected_calibration_error,
 )
 from companion.functional.losses import bradley_terry_loss
-from companion.functional.resampling import Array, Interval, Values, bootstrap_interval
+from companion.functional.resampling import Array, Values, accuracy_interval
 
 N_BINS = 10
 NO_SCORE = "no score"
@@ -43,25 +43,6 @@ def _array(name: str, values: Any, size: int | None = None) -> Array:
 
 def _loss(margins: Array) -> Array:
     return bradley_terry_loss(torch.tensor(margins), torch.zeros(margins.size).double()).numpy()
-
-
-def accuracy_interval(correct: Array, groups: Sequence[Any] | None, seed: int = 0) -> Interval:
-    """95% interval of a share: bootstrap over prompts, or Wilson's where all items are alike.
-
-    The bootstrap has nothing to go by if nothing is wrong, and would answer [1, 1].
-
-    Parameters
-    ----------
-    correct : array ``[n]``
-        1 or 0.
-    groups : sequence ``[n]``, optional
-        Prompt of each item.
-    """
-    if correct.min() == correct.max():
-        n = correct.size if groups is None else len(set(groups))
-        low, high = binomtest(round(n * correct[0]), n).proportion_ci(method="wilson")
-        return Interval(float(low), float(high))
-    return bootstrap_interval(correct, groups, seed=seed)
 
 
 def _correlation(scores: Array, lengths: Array) -> dict[str, float | None]:

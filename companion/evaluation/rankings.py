@@ -18,10 +18,9 @@ import torch
 from companion.data.formats import ranking_pairs
 from companion.data.splits import prompt_key
 from companion.errors import DataError
-from companion.evaluation.metrics import accuracy_interval
 from companion.evaluation.pairs import PairEvaluation
 from companion.functional.rankings import best_is_best
-from companion.functional.resampling import Array
+from companion.functional.resampling import Array, accuracy_interval
 
 if TYPE_CHECKING:
     from companion.scoring import Scorer

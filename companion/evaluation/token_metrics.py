@@ -13,13 +13,19 @@ import numpy as np
 from scipy.stats import rankdata
 
 from companion.errors import DataError, ShapeError
-from companion.evaluation.metrics import N_BINS, accuracy_interval
+from companion.evaluation.metrics import N_BINS
 from companion.functional.calibration import (
     brier_score,
     calibrated_band,
     expected_calibration_error,
 )
-from companion.functional.resampling import Array, Values, bootstrap_interval, vector
+from companion.functional.resampling import (
+    Array,
+    Values,
+    accuracy_interval,
+    bootstrap_interval,
+    vector,
+)
 
 
 def roc_auc(scores: Values, labels: Values) -> float:

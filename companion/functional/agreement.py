@@ -8,7 +8,7 @@ of them at most, so agreement bounds accuracy. Codes are integers, one column an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from typing import Any
 
@@ -184,7 +184,19 @@ def annotator_agreement(codes: Any, groups: Sequence[Any] | None = None) -> dict
     ShapeError, DtypeError, DataError
         As :func:`item_agreement`, and if there are not as many groups as items.
     """
-    counts = _counts(codes)
+    return agreement_of_counts(_counts(codes), groups)
+
+
+def agreement_of_counts(counts: Any, groups: Sequence[Any] | None = None) -> dict[str, Any]:
+    """As :func:`annotator_agreement`, from how many gave each item each code.
+
+    Parameters
+    ----------
+    counts : array ``[n, 3]``
+        How many said a, b and tie.
+    groups : sequence ``[n]``, optional
+    """
+    counts = np.asarray(counts, dtype=np.float64)
     names = range(len(counts)) if groups is None else groups
     if len(names) != len(counts):
         raise ShapeError(f"{len(counts)} items but {len(names)} groups")
@@ -215,3 +227,23 @@ def annotator_agreement(codes: Any, groups: Sequence[Any] | None = None) -> dict
         "ceiling_unequal": None if decided is None else max(decided, 0.5),
         "ceiling_unequal_interval": decided_ends and tuple(max(end, 0.5) for end in decided_ends),
     }
+
+
+def ceiling_sentence(figures: Mapping[str, Any]) -> str | None:
+    """What :func:`annotator_agreement` found of the ceiling, in words; None if it has none."""
+    if figures["ceiling"] is None:
+        return None
+    return (
+        f"On {figures['n_decided']:,} pairs at least two took a side, the same one on "
+        f"{share_of(figures, 'agreement_decided')}. Measured against one person's labels, a "
+        f"model's accuracy can be {share_of(figures, 'ceiling')} at most, if all pairs are equally "
+        "hard and people err independently; if some are clear and the others a coin, "
+        f"{figures['ceiling_unequal']:.1%} at most."
+    )
+
+
+def share_of(figures: Mapping[str, Any], name: str) -> str:
+    """A share with its interval, in percent."""
+    ends = figures[f"{name}_interval"]
+    text = f"{figures[name]:.1%}"
+    return text + (f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else "")

@@ -121,6 +121,27 @@ def bootstrap_interval(
     return middle(results, level)
 
 
+def accuracy_interval(
+    correct: Array, groups: Sequence[Any] | npt.NDArray[Any] | None, seed: int = 0
+) -> Interval:
+    """95% interval of a share: bootstrap over prompts, or Wilson's where all items are alike.
+
+    The bootstrap has nothing to go by if nothing is wrong, and would answer [1, 1].
+
+    Parameters
+    ----------
+    correct : array ``[n]``
+        1 or 0.
+    groups : sequence ``[n]``, optional
+        Prompt of each item.
+    """
+    if correct.min() == correct.max():
+        n = correct.size if groups is None else len(set(groups))
+        low, high = stats.binomtest(round(n * correct[0]), n).proportion_ci(method="wilson")
+        return Interval(float(low), float(high))
+    return bootstrap_interval(correct, groups, seed=seed)
+
+
 def bootstrap_runs(
     values: Values | npt.NDArray[Any],
     *,

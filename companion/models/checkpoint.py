@@ -34,7 +34,7 @@ LANGUAGE_HEAD = r"(lm_head|embed_out|output_projection)\."
 #: Heads that a fresh one replaces; what a run of PPO leaves among them.
 OLD_HEADS = rf"({LANGUAGE_HEAD}|score\.|classifier\.|v_head\.)"
 #: Constants that older checkpoints stored beside the weights; the models of today compute them.
-_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(bias|masked_bias)$")
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(bias|masked_bias)$")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 #: dtypes by their names in safetensors files
@@ -160,7 +160,7 @@ def read_tensor(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' load report: what it would warn of is checked here."""
     logger = logging.getLogger("transformers")
     before = logger.level
@@ -197,7 +197,7 @@ def load_tokenizer(name: str, **shared: Any) -> Any:
     ):
         raise ModelError(f"{name}: holds no tokenizer", "save the tokenizer beside the model")
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(name, **shared)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
@@ -237,7 +237,7 @@ def load_weights(
         **shared,
     )
     try:
-        with _quiet():
+        with quiet():
             model, info = read_once(read)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(
@@ -246,7 +246,7 @@ def load_weights(
         ) from error
     if auto_class != "AutoModelForCausalLM":
         find_head(model)  # an encoder has other faults than those of its weights
-    surplus = [key for key in sorted(info["unexpected_keys"]) if not _BUFFERS.search(key)]
+    surplus = [key for key in sorted(info["unexpected_keys"]) if not BUFFERS.search(key)]
     known = [key for key in surplus if left_out is not None and re.match(left_out, key)]
     if known and notes is not None:
         notes.append(f"the checkpoint's {listed(known)} have no part in a score: left out")
@@ -347,7 +347,7 @@ def disable_dropout(config: Any) -> list[str]:
 def add_rows(model: Any, rows: int) -> None:
     """Grow the embeddings; the new rows are zeros (the pad token, which nothing attends to)."""
     old = model.get_input_embeddings().weight.shape[0]
-    with _quiet():
+    with quiet():
         model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
         model.get_input_embeddings().weight[old:].zero_()

@@ -249,6 +249,8 @@ def label_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def figure_lines(figures: Mapping[str, Any]) -> list[str]:
     """The figures in words, one sentence a line."""
+    from companion.functional.agreement import ceiling_sentence, share_of
+
     lines = []
     for name, count in figures["annotators"].items():
         n = sum(count[label] for label in LABELS)
@@ -266,23 +268,9 @@ def figure_lines(figures: Mapping[str, Any]) -> list[str]:
         alpha += " (0 is chance, 1 is perfect)"
     lines.append(
         f"{both['n']:,} pairs were judged by several people. They agree on "
-        f"{_share(both, 'agreement')}, ties counted; Krippendorff's α {alpha}."
+        f"{share_of(both, 'agreement')}, ties counted; Krippendorff's α {alpha}."
     )
-    if both["ceiling"] is not None:
-        lines.append(
-            f"On {both['n_decided']:,} of these pairs at least two took a side, the same one on "
-            f"{_share(both, 'agreement_decided')}. Measured against one person's labels, a model's "
-            f"accuracy can be {_share(both, 'ceiling')} at most, if all pairs are equally hard and "
-            "people err independently; if some are clear and the others a coin, "
-            f"{both['ceiling_unequal']:.1%} at most."
-        )
-    return lines
-
-
-def _share(figures: Mapping[str, Any], name: str) -> str:
-    ends = figures[f"{name}_interval"]
-    text = f"{figures[name]:.1%}"
-    return text + (f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else "")
+    return lines + ([said] if (said := ceiling_sentence(both)) else [])
 
 
 # ---------------------------------------------------------------------- the file

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from scipy import sparse, stats
 
 from companion.errors import DataError
+from companion.functional.similarity import ALIKE, shingles
 
 if TYPE_CHECKING:
     from companion.models.manifest import ReferenceStats
@@ -45,12 +46,7 @@ OUTSIDE_BOUND: Final = 0.1
 #: Near-duplicates are looked for among this many texts at a time, in their order: the share of
 #: texts that repeat another grows with their number, and so weeks of two sizes can be compared.
 BLOCK: Final = 500
-#: Jaccard similarity of the sets of three words (or tokens) in a row from which a text repeats
-#: another (Broder, 1997, 'On the resemblance and containment of documents').
-ALIKE: Final = 0.8
-_SHINGLE: Final = 3
 _GRID: Final = np.linspace(0.0, 1.0, 101)
-_MULTIPLIERS: Final = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
 
 #: The shares of a summary, in words.
 SHARES: Final[Mapping[str, str]] = {
@@ -383,9 +379,10 @@ def compare_traffic(
     Distributions are compared by the population stability index over the baseline's deciles,
     ``PSI = sum((p - q) * ln(p / q))``. Under no change it is distributed about as
     ``(1/n + 1/m) * chi2(bins - 1)`` (Yurdakul and Naranjo, 2020, 'Statistical properties of the
-    population stability index', Journal of Risk Model Validation 14), so its bound falls with
-    the size of both samples, down to :data:`PSI_BOUND`. Shares are compared by Fisher's exact test.
-    ``n`` and ``m`` are the numbers of prompts, not of texts: completions of one prompt go together.
+    population stability index', Journal of Risk Model Validation, doi 10.21314/JRMV.2020.227), so
+    its bound falls with the size of both samples, down to :data:`PSI_BOUND`. Shares are compared
+    by Fisher's exact test. ``n`` and ``m`` are the numbers of prompts, not of texts: completions of
+    one prompt go together.
 
     Parameters
     ----------
@@ -693,14 +690,9 @@ def _repeats(texts: Sequence[_Text]) -> tuple[int, int]:
     numbers: dict[Any, int] = {}
     rows, columns = [], []
     for i, text in enumerate(texts):
-        ids = [numbers.setdefault(unit, len(numbers)) for unit in text.units]
-        units = np.array(ids or [-1], dtype=np.int64).astype(np.uint64)
-        size = min(_SHINGLE, len(units))
-        windows = np.lib.stride_tricks.sliding_window_view(units + np.uint64(1), size)
-        mixed = windows * np.array(_MULTIPLIERS[:size], dtype=np.uint64)
-        shingles = np.unique(mixed.sum(axis=1, dtype=np.uint64))
-        rows.append(np.full(len(shingles), i))
-        columns.append(shingles)
+        own = shingles([numbers.setdefault(unit, len(numbers)) for unit in text.units])
+        rows.append(np.full(len(own), i))
+        columns.append(own)
     places, column = np.unique(np.concatenate(columns), return_inverse=True)
     row = np.concatenate(rows)
     ones = np.ones(len(row), dtype=np.int64)

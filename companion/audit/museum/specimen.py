@@ -18,13 +18,19 @@ class Planted:
         A folder, or the URL of a server that runs.
     data : Path or None
         Pairs for ``--data``.
+    trust_remote_code : bool
+        The folder's own code is to run.
     protocol : str or None
         Of a server, where it is to be named.
+    model : Path or None
+        Of a server, the folder of what it runs, for ``--model``.
     """
 
     target: str
     data: Path | None = None
+    trust_remote_code: bool = False
     protocol: str | None = None
+    model: Path | None = None
 
 
 @dataclass(frozen=True)

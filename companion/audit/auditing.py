@@ -1,0 +1,199 @@
+"""The audit: open the target, ask the checks, hold what they saw against what the user said.
+
+Chapter 9.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from companion.audit.endpoint import EndpointSubject, Protocol, open_endpoint
+from companion.audit.outcome import Check, Level, Outcome
+from companion.audit.report import AuditReport, Result
+from companion.audit.run import BUDGET, run_checks
+from companion.audit.subject import Subject
+from companion.audit.waivers import check_names
+from companion.errors import DataError
+from companion.scoring.servers import is_url
+
+if TYPE_CHECKING:
+    import torch
+
+#: Most requests to an endpoint, where nothing else is said.
+REQUESTS: Final[dict[Level, int]] = {"quick": 1_000, "full": 10_000}
+_ROOMS: Final = ("readout", "text", "head", "endpoint", "meaning")
+
+
+def all_checks() -> tuple[Check, ...]:
+    """Each check that needs no data, in the order in which they are asked."""
+    found: list[Check] = []
+    for room in _ROOMS:
+        name = f"companion.audit.checks.{room}"
+        if importlib.util.find_spec(name):
+            found.extend(importlib.import_module(name).CHECKS)
+    return tuple(found)
+
+
+def open_subject(
+    target: str | os.PathLike[str] | torch.nn.Module,
+    tokenizer: Any = None,
+    *,
+    level: Level = "quick",
+    protocol: Protocol | None = None,
+    model: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    api_key: str | None = None,
+    timeout: float = 120.0,
+    max_requests: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Subject:
+    """The target as a subject; see :func:`audit`. Nothing is posted to an endpoint yet."""
+    hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if isinstance(target, str) and is_url(target):
+        if device is not None:
+            raise DataError("device is for a model that is loaded here", "leave it out")
+        return open_endpoint(
+            target,
+            protocol=protocol,
+            model=model,
+            dtype=dtype,
+            api_key=api_key,
+            timeout=timeout,
+            max_tokens=BUDGET[level],
+            max_requests=REQUESTS[level] if max_requests is None else max_requests,
+            **hub,
+        )
+    of_endpoints = {"protocol": protocol, "model": model, "max_requests": max_requests}
+    for name, value in of_endpoints.items():
+        if value is not None:
+            raise DataError(
+                f"{name} says something of an endpoint", "give its URL, or leave it out"
+            )
+    from companion.audit.local import LocalSubject
+
+    return LocalSubject(
+        target, tokenizer, dtype=dtype, device=device, max_tokens=BUDGET[level], **hub
+    )
+
+
+def audit(
+    target: str | os.PathLike[str] | torch.nn.Module | Subject,
+    tokenizer: Any = None,
+    *,
+    level: Level = "quick",
+    checks: Sequence[Check] | None = None,
+    waivers: Mapping[str, str] | None = None,
+    at_most: Mapping[str, float] | None = None,
+    at_least: Mapping[str, float] | None = None,
+    progress: Callable[[str], None] | None = None,
+    **opening: Any,
+) -> AuditReport:
+    """Look for silent bugs in a reward model or an endpoint. Chapter 9.
+
+    Parameters
+    ----------
+    target : str, path, PreTrainedModel or Subject
+        A folder, a hub id, a model in memory, the URL of an endpoint, or what :func:`open_subject`
+        gave.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Of a model in memory.
+    level : {"quick", "full"}
+        At most 30,000 tokens through the model, or 300,000.
+    checks : sequence of Check, optional
+        Default: :func:`all_checks`.
+    waivers : mapping, optional
+        For the name of a check the reason why its fault is lived with.
+    at_most, at_least : mapping, optional
+        For the name of a check of a bias the most, in either direction, or the least that its size
+        may be. It fails if its whole 95% interval is beyond.
+    progress : callable, optional
+        Is told the name of each check before it is asked.
+    **opening
+        Those of :func:`open_subject`: ``protocol``, ``model``, ``dtype``, ``device``, ``api_key``,
+        ``timeout``, ``max_requests``, ``revision``, ``trust_remote_code``.
+
+    Returns
+    -------
+    AuditReport
+
+    Raises
+    ------
+    DataError
+        For a name that no check has, or settings that do not fit the target.
+    ModelError
+        If the model cannot be loaded.
+    ServiceError
+        If an endpoint cannot be asked.
+    """
+    asked = all_checks() if checks is None else tuple(checks)
+    waivers, at_most, at_least = waivers or {}, at_most or {}, at_least or {}
+    names = {check.name for check in asked}
+    for what, given in (("waivers", waivers), ("at_most", at_most), ("at_least", at_least)):
+        check_names(given, names, what)
+    _check_limits(asked, {**at_most, **at_least})
+    began = time.monotonic()
+    subject = target if isinstance(target, Subject) else None
+    if subject is None:
+        subject = open_subject(target, tokenizer, level=level, **opening)  # type: ignore[arg-type]
+    found = run_checks(subject, asked, level, progress)
+    return _report(subject, level, found, waivers, at_most, at_least, time.monotonic() - began)
+
+
+def _check_limits(checks: Sequence[Check], limits: Mapping[str, float]) -> None:
+    for name in limits:
+        if not any(check.kind == "bias" for check in checks if check.name == name):
+            raise DataError(
+                f"{name} is no bias, so it has no limit",
+                "a fault fails as it is; leave a fault out by a waiver",
+            )
+
+
+def _report(
+    subject: Subject,
+    level: Level,
+    found: Sequence[tuple[Check, Outcome]],
+    waivers: Mapping[str, str],
+    at_most: Mapping[str, float],
+    at_least: Mapping[str, float],
+    seconds: float,
+) -> AuditReport:
+    results = tuple(
+        Result(
+            check,
+            outcome,
+            waivers.get(check.name),
+            at_most.get(check.name),
+            at_least.get(check.name),
+        )
+        for check, outcome in found
+    )
+    used = {result.check.name for result in results if result.verdict == "waived"}
+    notes = [*getattr(subject, "notes", ())]
+    notes += [
+        f"the waiver of {name} was not needed ({reason})"
+        for name, reason in waivers.items()
+        if name not in used
+    ]
+    unlimited = {**at_most, **at_least}.keys() - {
+        result.check.name for result in results if result.outcome.status == "measured"
+    }
+    notes += [f"the limit of {name} was held against nothing" for name in sorted(unlimited)]
+    return AuditReport(
+        target=str(subject.name),
+        what=subject.what,
+        level=level,
+        abilities=tuple(sorted(subject.abilities)),
+        results=results,
+        tokens=subject.tokens,
+        requests=subject.requests,
+        seconds=seconds,
+        notes=tuple(notes),
+        protocol=subject.protocol if isinstance(subject, EndpointSubject) else None,
+    )
