@@ -495,3 +495,4 @@ def _add_files(subject: EndpointSubject, model: str | os.PathLike[str], hub: Any
         own = str(getattr(subject.config, "dtype", None) or "bfloat16")
         subject.dtype = own.removeprefix("torch.")
     subject.abilities |= {"ids", "tokenizer"}
+    subject.notes.append(f"what the files alone show is asked of them: companion audit {model}")

@@ -495,7 +495,7 @@ def _golden(subject: Subject) -> Outcome | None:
     if not by[worst] > allowed[worst]:
         return sound(f"{len(now)} golden texts: {by.max():.2g} away from their values at most")
     if (np.abs(now - expit(saved)) <= own.rounding(saved) / 4).all():
-        return None  # an activation, which its own check names
+        return not_asked("they have the sigmoid of their scores; see activation-applied")
     script = _script(
         own,
         "A golden text has another score than was saved with the model.",
