@@ -21,8 +21,8 @@ from companion.audit.run import BUDGET
 from companion.audit.subject import WITH_IDS, BudgetSpent, Subject
 from companion.audit.transformations import (
     EMPTY,
-    FAMILIES,
     MASTER_KEYS,
+    TRANSFORMATIONS,
     Change,
     changed_rows,
 )
@@ -61,7 +61,7 @@ def _foreign() -> Mapping[str, Change]:
 
 
 _CHANGES: Final[Mapping[str, Mapping[str, Change]]] = {
-    **FAMILIES,
+    **TRANSFORMATIONS,
     "master-key-answers": _replaced(MASTER_KEYS),
     "empty-answers": _replaced(EMPTY),
     "swapped-prompt": _foreign(),
@@ -177,7 +177,7 @@ _RM_BENCH: Final = "https://arxiv.org/abs/2410.16184"
 _ONE_AFTER: Final = "https://arxiv.org/abs/2603.03291"  # length, flattery, confidence, order
 _AUGMENT: Final = (
     "add pairs to the training set whose two sides differ in this alone, or train on both forms of "
-    "each text (companion.audit.transformations makes them)"
+    "each text (companion.audit.changed_rows makes them)"
 )
 _BEST_OF_N: Final = "best-of-n and RL find what raises a score whether it helps anybody or not: "
 
