@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.audit.asserting import assert_sound as assert_sound
     from companion.audit.auditing import (
         all_checks as all_checks,
         audit as audit,

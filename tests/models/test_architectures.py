@@ -26,6 +26,12 @@ from companion import (
     load_reward_model,
     save_reward_model,
 )
+from companion.audit.museum.healthy import (
+    ARCHITECTURES,
+    DYNAMIC,
+    LONGROPE,
+    random_classifier,
+)
 from companion.engine import BatchRunner, packed_scores, reward_scores
 from companion.engine.agreement import check_trainable, forward_of, packing_fault
 from companion.engine.forward import own_logits
@@ -35,102 +41,6 @@ from companion.errors import ModelError
 
 SEED = 11
 LENGTHS = (5, 40, 3, 17, 25, 9, 60, 33, 4, 16)
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 128,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "initializer_range": 0.3,
-}
-MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8}
-MLA |= {"qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
-HYBRID = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4}
-HYBRID |= {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-HYBRID |= {"initializer_range": 0.1}  # with more, its recurrence makes 1e-4 of rounding
-FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 5.0, 9.0]}
-LONGROPE = {
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "original_max_position_embeddings": 16,
-        "partial_rotary_factor": 1.0,
-        **FACTORS,
-    },
-    "original_max_position_embeddings": 16,
-}
-DYNAMIC = {
-    "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
-    "max_position_embeddings": 16,
-}
-WINDOW = {"sliding_window": 6}
-SWITCHED = {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}
-#: name of the case -> kind and what is set besides SIZES
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{
-        kind: (kind, {})
-        for kind in (
-            *("arcee", "biogpt", "bloom", "ctrl", "diffllama", "doge", "exaone4", "falcon"),
-            *("gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox"),
-            *("gpt_oss", "gptj", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jetmoe"),
-            *("llama", "minimax", "ministral", "ministral3", "mistral", "mixtral"),
-            *("modernbert-decoder", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "openai-gpt"),
-            *("opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3"),
-            *("qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"),
-        )
-    },
-    "falcon alibi": ("falcon", {"alibi": True}),
-    "gptj": ("gptj", {"rotary_dim": 4}),
-    "jamba": ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4}),
-    "qwen3_next": ("qwen3_next", HYBRID),
-    "qwen3_5_text": ("qwen3_5_text", HYBRID),
-    "deepseek_v2": ("deepseek_v2", MLA),
-    "deepseek_v3": ("deepseek_v3", MLA | {"n_group": 1, "topk_group": 1}),
-    "minicpm3": ("minicpm3", MLA),
-    "gpt_neo": ("gpt_neo", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}),
-    "mistral window": ("mistral", WINDOW),
-    "qwen3 window": ("qwen3", SWITCHED),
-    "gemma2 window": ("gemma2", WINDOW),
-    "gemma3 window": ("gemma3_text", WINDOW),
-    "olmo3 window": ("olmo3", WINDOW),
-    "gpt_neo window": (
-        "gpt_neo",
-        {"num_layers": 2, "attention_types": [[["local"], 2]], "window_size": 6},
-    ),
-    "phi3 longrope": ("phi3", LONGROPE),
-    "llama longrope": ("llama", LONGROPE),
-    "phimoe longrope": (
-        "phimoe",
-        {
-            "rope_parameters": LONGROPE["rope_parameters"]
-            | {"short_mscale": 1.1, "long_mscale": 1.4}
-        },
-    ),
-    "llama dynamic": ("llama", DYNAMIC),
-    "qwen3 dynamic": ("qwen3", DYNAMIC),
-    "llama yarn": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "factor": 4.0,
-                "rope_theta": 1e4,
-                "original_max_position_embeddings": 32,
-            }
-        },
-    ),
-}
 #: those of `make test`; two with code of their own are below
 FAST = ("llama", "gpt2", "gemma2", "phi3 longrope", "llama dynamic", "jamba")
 
@@ -144,30 +54,7 @@ def texts(vocabulary: int, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]
 
 def save_stock(case: str, folder: Path, tokenizer: Any) -> Any:
     """A random classifier of one label, made by transformers alone; the model, too."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    kind, extra = CASES[case]
-    blank = AutoConfig.for_model(kind)
-    unset = object()
-    sizes = {}
-    for name, value in SIZES.items():
-        own = getattr(type(blank), name, unset)
-        settable = not isinstance(own, property) or own.fset is not None
-        if settable and hasattr(blank, name):
-            sizes[name] = value
-    if kind == "gpt_neo":  # an alias, which would be set over what the case says
-        sizes.pop("num_hidden_layers", None)
-    config = AutoConfig.for_model(
-        kind,
-        **{**sizes, **extra},
-        num_labels=1,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(SEED)
-    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model = random_classifier(case, tokenizer, seed=SEED)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
@@ -198,7 +85,10 @@ def check_runs(model: Any, pad: int, ids: list[list[int]], want: np.ndarray) -> 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=[] if case in FAST else [pytest.mark.slow]) for case in CASES],
+    [
+        pytest.param(case, marks=[] if case in FAST else [pytest.mark.slow])
+        for case in ARCHITECTURES
+    ],
 )
 def test_a_text_in_any_batch_has_the_score_that_stock_gives_it_alone(
     case: str, tmp_path: Path, make_tokenizer: Callable[..., Any]
@@ -217,7 +107,7 @@ def test_a_text_in_any_batch_has_the_score_that_stock_gives_it_alone(
 
 
 def test_enough_architectures_are_swept() -> None:
-    assert len({kind for kind, _ in CASES.values()}) >= 40
+    assert len({kind for kind, _ in ARCHITECTURES.values()}) >= 40
 
 
 # ---------------------------------------------------------------------- positions and lengths

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from companion.audit.checks.readout import texts_of
+from companion.audit.checks.readout import BY_TOKEN, texts_of
 from companion.audit.local import LocalSubject
 from companion.audit.outcome import Check, Outcome, found, measured, not_asked, sound
 from companion.audit.scripts import local_script
@@ -260,7 +260,7 @@ sys.exit(1 if bad else 0)
 def _half_head(subject: Subject) -> Outcome | None:
     local = _local(subject)
     if local.head is None:
-        return None
+        return not_asked("the model has no linear head under a usual name")
     head = local.head
     dtype = str(head.weight.dtype).removeprefix("torch.")
     if dtype not in _HALF:
@@ -314,8 +314,10 @@ _ACTIVATIONS: Final[dict[str, Callable[[np.ndarray], np.ndarray]]] = {
 
 def _activation(subject: Subject) -> Outcome | None:
     local = _local(subject)
-    if local.head is None or local.kind != "scalar":
-        return None
+    if local.kind != "scalar":
+        return not_asked(BY_TOKEN)
+    if local.head is None:
+        return not_asked("the model has no linear head under a usual name")
     asked = local.exact
     texts = texts_of(asked)[:5]
     scores = asked.alone(texts)
@@ -352,8 +354,8 @@ sys.exit(0 if min(abs(score - value) for value in raw) <= {float(tolerance[1])!r
 
 
 def _problem_type(subject: Subject) -> Outcome | None:
-    if subject.kind != "scalar" or subject.what == "endpoint":
-        return None
+    if subject.kind != "scalar":
+        return not_asked(BY_TOKEN)
     kind = getattr(subject.config, "problem_type", None)
     if kind == "regression":
         return sound("config.problem_type is 'regression': engines give the raw score")

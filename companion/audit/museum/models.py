@@ -257,7 +257,6 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
         (f"{_HF}/trl/issues/2778", f"{_HF}/transformers/issues/35352"),
         "pad-is-eos",
         sick(_pad_is_eos),
-        also=("eos-ignored",),
     ),
     Specimen(
         "without-pad-token",
@@ -400,7 +399,6 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
         (),
         "head-missing",
         sick(_zero),
-        also=("eos-ignored",),
     ),
     Specimen(
         "head-never-trained",
