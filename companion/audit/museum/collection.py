@@ -39,12 +39,14 @@ def audit_specimen(specimen: Specimen, folder: Path, *, whole: bool = False) -> 
     with specimen.plant(folder) as planted:
         given: dict[str, Any] = {
             "data": planted.data,
+            "against": planted.against,
             "protocol": planted.protocol,
             "model": planted.model,
             "trust_remote_code": planted.trust_remote_code or None,
         }
+        checks = all_checks(planted.data, planted.against)
         return audit(
             planted.target,
-            checks=None if whole else [check for check in all_checks() if check.name in named],
+            checks=None if whole else [check for check in checks if check.name in named],
             **{name: value for name, value in given.items() if value is not None},
         )
