@@ -33,7 +33,7 @@ def audit_specimen(specimen: Specimen, folder: Path, *, whole: bool = False) -> 
     folder : Path
         Empty; what is planted lies there afterwards. A server has stopped.
     whole : bool
-        Ask all checks. Default: those that are to find it.
+        Ask all checks that can find a fault or a hazard. Default: those that are to find it.
     """
     named = {specimen.caught_by, *specimen.also}
     with specimen.plant(folder) as planted:
@@ -47,6 +47,6 @@ def audit_specimen(specimen: Specimen, folder: Path, *, whole: bool = False) -> 
         checks = all_checks(planted.data, planted.against)
         return audit(
             planted.target,
-            checks=None if whole else [check for check in checks if check.name in named],
+            checks=[c for c in checks if c.name in named or (whole and c.kind != "bias")],
             **{name: value for name, value in given.items() if value is not None},
         )
