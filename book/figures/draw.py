@@ -272,9 +272,60 @@ def draw_kinds(theme: str) -> str:
     return canvas.svg()
 
 
+def draw_failures(theme: str) -> str:
+    """From labels to use on the left; on the right what goes wrong there, and what shows it."""
+    rows = [
+        (("Labels", "people, or a judge"),
+         [("5  what the judge likes", "agreement with people", False)]),
+        (("Pairs", "and what is held out"),
+         [("2  a prompt's pairs apart", "accuracy, too high", False)]),
+        (("Training", "one epoch, many ranks"),
+         [("1  more than one epoch", "held-out loss", False),
+          ("7  a mean of means", "nothing", True)]),
+        (("Read-out", "one token of a text"),
+         [("6  padding is read", "nothing", True)]),
+        (("Scores", "differences, no more"),
+         [("3  the scale is free", "thresholds that move", False)]),
+        (("Use", "best-of-N, RL"),
+         [("4  the proxy is optimised", "gold alone", False)]),
+    ]  # fmt: skip
+    step = 88
+    height = step * sum(len(failures) for _, failures in rows) + 84
+    canvas = Canvas(
+        720, height, theme,
+        "Seven ways in which a reward model fails",
+        "The way of a reward model from its labels to its use, from top to bottom; to the right "
+        "of each stage the failures that come in there and the figure that shows them. Two of "
+        "them, padding that is read and a mean of means, show in no figure.",
+    )  # fmt: skip
+    canvas.text(146, 32, "where it comes in", 19, "soft")
+    canvas.text(514, 32, "what fails, and what shows it", 19, "soft")
+    top = 46
+    for place, (stage, failures) in enumerate(rows):
+        tall = step * len(failures) - 16
+        middle = top + tall / 2
+        canvas.box(12, top, 268, tall, "model_box", "model")
+        canvas.text(146, middle - 4, stage[0], 20, "model", weight=700)
+        canvas.text(146, middle + 22, stage[1], 17, "soft")
+        if place + 1 < len(rows):
+            canvas.arrow(146, top + tall, 146, top + tall + 15)
+        for number, (name, shown_by, silent) in enumerate(failures):
+            left = top + step * number
+            canvas.arrow(280, left + 36, 318, left + 36)
+            colours = ("rejected_box", "rejected") if silent else ("box", "edge")
+            canvas.box(320, left, 388, 72, *colours)
+            canvas.text(514, left + 31, name, 20, "rejected" if silent else "ink", weight=700)
+            canvas.text(514, left + 57, f"shown by: {shown_by}", 17, "soft")
+        top += step * len(failures)
+    canvas.text(360, height - 14, "the numbers are those of the chapter's sections", 18, "soft")
+    return canvas.svg()
+
+
 def drawings() -> dict[str, str]:
     """File name -> SVG, for both themes."""
-    makers = {"map": draw_map, "when": draw_when, "kinds": draw_kinds}
+    makers = {
+        "map": draw_map, "when": draw_when, "kinds": draw_kinds, "failures": draw_failures,
+    }  # fmt: skip
     return {f"{name}-{theme}.svg": make(theme) for name, make in makers.items() for theme in THEMES}
 
 

@@ -5,19 +5,21 @@ Chapter 9.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from companion.audit.checks import endpoint, head, meaning, readout, text
+from companion.audit.checks.data import data_checks
 from companion.audit.endpoint import EndpointSubject, Protocol, open_endpoint
+from companion.audit.local import LocalSubject
 from companion.audit.outcome import Check, Level, Outcome
 from companion.audit.report import AuditReport, Result
 from companion.audit.run import BUDGET, run_checks
 from companion.audit.subject import Subject
 from companion.audit.waivers import check_names
+from companion.data import load_rows
 from companion.errors import DataError
 from companion.scoring.servers import is_url
 
@@ -26,16 +28,36 @@ if TYPE_CHECKING:
 
 #: Most requests to an endpoint, where nothing else is said.
 REQUESTS: Final[dict[Level, int]] = {"quick": 1_000, "full": 10_000}
-_ROOMS: Final = ("readout", "text", "head", "endpoint", "meaning")
 
 
-def all_checks() -> tuple[Check, ...]:
-    """Each check that needs no data, in the order in which they are asked."""
-    found: list[Check] = []
-    for room in _ROOMS:
-        name = f"companion.audit.checks.{room}"
-        if importlib.util.find_spec(name):
-            found.extend(importlib.import_module(name).CHECKS)
+def all_checks(
+    data: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
+    against: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[Check, ...]:
+    """Each check, in the order in which they are asked.
+
+    Parameters
+    ----------
+    data : path or rows, optional
+        Labelled pairs: adds the checks of the model on them, and of the pairs themselves.
+    against : path or rows, optional
+        Rows that are to share no prompt with them, such as those of the training.
+
+    Raises
+    ------
+    DataError
+        For rows that are no pairs.
+    """
+    # (a server's own first: requests may be few)
+    found = [
+        *(*endpoint.CHECKS, *readout.CHECKS),
+        *(*text.CHECKS, *head.CHECKS, *meaning.CHECKS),
+    ]
+    if data is not None:
+        others = None if against is None else load_rows(against)
+        found.extend(data_checks(load_rows(data), against=others))
+    elif against is not None:
+        raise DataError("against was given without data", "give the pairs that are audited too")
     return tuple(found)
 
 
@@ -76,8 +98,6 @@ def open_subject(
             raise DataError(
                 f"{name} says something of an endpoint", "give its URL, or leave it out"
             )
-    from companion.audit.local import LocalSubject
-
     return LocalSubject(
         target, tokenizer, dtype=dtype, device=device, max_tokens=BUDGET[level], **hub
     )
@@ -87,6 +107,8 @@ def audit(
     target: str | os.PathLike[str] | torch.nn.Module | Subject,
     tokenizer: Any = None,
     *,
+    data: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
+    against: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
     level: Level = "quick",
     checks: Sequence[Check] | None = None,
     waivers: Mapping[str, str] | None = None,
@@ -104,6 +126,8 @@ def audit(
         gave.
     tokenizer : PreTrainedTokenizerBase, optional
         Of a model in memory.
+    data, against : path or rows, optional
+        See :func:`all_checks`.
     level : {"quick", "full"}
         At most 30,000 tokens through the model, or 300,000.
     checks : sequence of Check, optional
@@ -132,7 +156,7 @@ def audit(
     ServiceError
         If an endpoint cannot be asked.
     """
-    asked = all_checks() if checks is None else tuple(checks)
+    asked = all_checks(data, against) if checks is None else tuple(checks)
     waivers, at_most, at_least = waivers or {}, at_most or {}, at_least or {}
     names = {check.name for check in asked}
     for what, given in (("waivers", waivers), ("at_most", at_most), ("at_least", at_least)):

@@ -118,12 +118,8 @@ class Subject(ABC):
         """Scores ``[N]`` of each text in a call of its own; a text is asked once in an audit."""
 
     def rows_alone(self, rows: Sequence[Row]) -> np.ndarray:
-        """Scores ``[N]`` of rows, each in a call of its own."""
+        """Scores ``[N]`` of rows that the target formats, each in a call of its own."""
         return np.array([self.call_rows([row])[0] for row in rows], dtype=np.float64)
-
-    def rounding(self, scores: np.ndarray) -> np.ndarray:
-        """Most that rounding may move each of these scores of rows, ``[N]``."""
-        raise NotImplementedError
 
     def encode_rows(self, rows: Sequence[Row]) -> list[list[int]]:
         """Token ids of rows.

@@ -32,7 +32,7 @@ def split_waivers(given: Iterable[str]) -> dict[str, str]:
 
 
 def read_waivers(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read a YAML (or JSON) file: for each name its reason.
+    """Read a YAML (or JSON) file: for each name its reason; an empty one waives nothing.
 
     Raises
     ------
@@ -46,6 +46,8 @@ def read_waivers(path: str | os.PathLike[str]) -> dict[str, str]:
         raise DataError(f"{path}: {error.strerror}", "check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: no YAML: {error}", "write lines like 'dropout: why'") from error
+    if data is None:
+        return {}
     if not isinstance(data, Mapping):
         raise DataError(f"{path}: no list of waivers", "write lines like 'dropout: why'")
     found: dict[str, str] = {}

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("target", metavar="MODEL_OR_URL", help="folder, hub id, or http://host:port of a server")
     add("--data", metavar="FILE", help="labelled pairs: also accuracy, ties, calibration, leakage")
+    add("--against", metavar="FILE", help="rows that those of --data must not repeat: training")
     add(
         "--level",
         choices=("quick", "full"),
@@ -147,13 +148,14 @@ def _ask(args: argparse.Namespace, waivers: dict[str, str], limits: dict[str, An
             f"--api_key_env: the environment has no {args.api_key_env}", "set it to the key"
         )
     shared = ("level", "protocol", "model", "dtype", "device", "max_requests", "timeout")
+    # (before the model, which takes longer to load)
+    checks = all_checks(args.data, args.against)
     subject = open_subject(
         args.target, api_key=key, **picked(args, *shared, "revision", "trust_remote_code")
     )
     if isinstance(subject, EndpointSubject):
         for line in subject.posts(args.data):
             print(line, file=sys.stderr, flush=True)
-    checks = all_checks()
     with tqdm(desc="audit", total=len(checks), unit=" checks", file=sys.stderr) as bar:
 
         def moved(name: str) -> None:

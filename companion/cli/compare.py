@@ -1,8 +1,12 @@
-"""``companion compare``: how scores, ranks, thresholds and decisions move between two models."""
+"""``companion compare``: how scores, ranks, thresholds and decisions move between two models.
+
+With ``--audits``, two reports of ``companion audit`` side by side.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from itertools import islice
@@ -27,11 +31,16 @@ _OTHER_READING = ("max_length", "text")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
-    add("old", metavar="OLD", help="the model in use: folder or hub id")
-    add("new", metavar="NEW", help="the one that may take its place: folder or hub id")
+    add("old", metavar="OLD", nargs="?", help="the model in use: folder or hub id")
+    add("new", metavar="NEW", nargs="?", help="the one that may take its place: folder or hub id")
+    add(
+        "--audits",
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="in place of two models: two files of companion audit --json, check by check",
+    )
     add(
         "--data",
-        required=True,
         help="rows of prompt and completion, or messages; or labelled pairs, chosen and rejected: "
         "a file (.jsonl, .jsonl.gz, .parquet, .csv), a folder, or a hub id",
     )
@@ -69,13 +78,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "Example: companion compare reward-model reward-model-2 --data held-out.jsonl "
-        "--percentile 70 --write_reference"
+        "--percentile 70 --write_reference; companion compare --audits before.json after.json"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Score with both, compare, print, write; return 0."""
     check_target(args.json)
+    if args.audits is not None:
+        return _audits(args)
+    for name in ("old", "new", "data"):
+        if getattr(args, name) is None:
+            raise DataError(
+                f"no {'--data' if name == 'data' else name.upper()}",
+                "name OLD, NEW and --data, or two audits: --audits A.json B.json",
+            )
     if args.write_reference:
         _check_write(args)
     rows, names, label = _load(args)
@@ -110,6 +127,19 @@ def run(args: argparse.Namespace) -> int:
         _write_reference(args, result, new, label)
     if args.json is not None:
         print(f"\nfigures: {result.save(args.json)}")
+    return 0
+
+
+def _audits(args: argparse.Namespace) -> int:
+    from companion.audit.report import compare_audits, read_audit
+
+    if args.old is not None or args.data is not None:
+        raise DataError("--audits compares two files, no models", "leave out OLD, NEW and --data")
+    found = compare_audits(*map(read_audit, args.audits))
+    print(found.table())
+    if args.json is not None:
+        text = json.dumps(found.to_dict(), ensure_ascii=False, indent=1)
+        args.json.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

@@ -202,12 +202,21 @@ def _check(args: argparse.Namespace) -> int:
     return 0
 
 
+_OF_MODELS: Final = ("config.json", "adapter_config.json")
+
+
 def _check_tokens(args: argparse.Namespace, dataset: Dataset, found: DataReport) -> None:
     from companion.cli.shared import progress_bar
     from companion.data.checking import check_tokens
+    from companion.formatting import RewardFormatter
     from companion.models import load_formatter
+    from companion.models.checkpoint import load_tokenizer
 
-    formatter, _ = load_formatter(args.tokenizer)
+    folder = Path(args.tokenizer)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _OF_MODELS):
+        formatter = RewardFormatter(load_tokenizer(args.tokenizer))  # a tokenizer alone
+    else:
+        formatter, _ = load_formatter(args.tokenizer)
     with progress_bar("Tokenising", "rows", len(dataset)) as bar:
         moved = bar["progress"]
         check_tokens(dataset, formatter, found, max_length=args.max_length, progress=moved)

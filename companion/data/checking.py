@@ -370,7 +370,7 @@ class _Prompts:
     ) -> None:
         from companion.functional.similarity import sketch
 
-        self.places, sketches, self.hashes = array("Q"), [], array("Q")
+        self.places, self.hashes, sketches = array("Q"), array("Q"), array("Q")
         self._rows = rows.select_columns(["prompt"]) if _has_prompts(rows) else rows
         seen: set[int] = set()
         for place, row in enumerate(rows):
@@ -381,8 +381,8 @@ class _Prompts:
             seen.add(own)
             self.places.append(place)
             self.hashes.append(own)
-            sketches.append(sketch(_shingles(row["prompt"])))
-        self.sketches = np.array(sketches, np.uint64).reshape(len(sketches), -1)
+            sketches.frombytes(sketch(_shingles(row["prompt"])).tobytes())
+        self.sketches = np.array(sketches, np.uint64).reshape(len(self.places), -1)
         self.shingles = functools.lru_cache(4096)(lambda i: _shingles(self.prompt(i)["prompt"]))
 
     def prompt(self, number: int) -> Mapping[str, Any]:
@@ -396,9 +396,8 @@ class _Prompts:
 
         if not len(self.places) or not len(other.places):
             return []
-        pairs = likely_pairs(self.sketches, other.sketches)
+        pairs = likely_pairs(self.sketches, None if other is self else other.sketches)
         if other is self:
-            pairs = pairs[pairs[:, 0] != pairs[:, 1]]
             pairs = np.unique(np.sort(pairs, axis=1)[:, ::-1], axis=0)
         return [
             (i, j)

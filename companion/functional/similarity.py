@@ -39,9 +39,12 @@ def shingles(units: Sequence[int]) -> Hashes:
         Words or tokens as numbers from 0 on. Fewer than three are one shingle.
     """
     ids = np.array(units if len(units) else [-1], dtype=np.int64).astype(np.uint64)
+    ids += np.uint64(1)
     size = min(_SHINGLE, len(ids))
-    windows = np.lib.stride_tricks.sliding_window_view(ids + np.uint64(1), size)
-    return np.unique((windows * _MULTIPLIERS[:size]).sum(axis=1, dtype=np.uint64))
+    mixed = np.zeros(len(ids) - size + 1, np.uint64)
+    for place in range(size):
+        mixed += ids[place : len(mixed) + place] * _MULTIPLIERS[place]
+    return np.unique(mixed)
 
 
 def jaccard(a: Hashes, b: Hashes) -> float:
@@ -67,13 +70,14 @@ def sketch(hashes: Hashes) -> Hashes:
     return bands
 
 
-def likely_pairs(sketches: Hashes, others: Hashes) -> npt.NDArray[np.int64]:
+def likely_pairs(sketches: Hashes, others: Hashes | None = None) -> npt.NDArray[np.int64]:
     """Which texts to compare, by their sketches.
 
     Parameters
     ----------
     sketches : uint64 array ``[n, 16]``
-    others : uint64 array ``[m, 16]``
+    others : uint64 array ``[m, 16]``, optional
+        Default: `sketches` too; a text is then not compared with itself.
 
     Returns
     -------
@@ -81,13 +85,15 @@ def likely_pairs(sketches: Hashes, others: Hashes) -> npt.NDArray[np.int64]:
         Places in both, ascending; at most 32 for each of `sketches`: of those that share a band the
         first and the last, so that texts of one pattern do not make a square of comparisons.
     """
-    found = []
+    own = others is None
+    others = sketches if others is None else others
+    codes = np.empty(0, np.int64)
     for band, other in zip(sketches.T, others.T, strict=True):
         order = np.argsort(other, kind="stable")
         ordered = other[order]
         low, high = (np.searchsorted(ordered, band, side) for side in ("left", "right"))
         here = np.flatnonzero(low < high)
-        found += [np.column_stack([here, order[at[here]]]) for at in (low, high - 1)]
-    pairs = np.concatenate(found)
-    codes = np.unique(pairs[:, 0] * len(others) + pairs[:, 1])
-    return np.column_stack(np.divmod(codes, len(others))) if len(codes) else pairs
+        both = np.concatenate([here, here]), order[np.concatenate([low[here], high[here] - 1])]
+        new = (both[0] * len(others) + both[1])[both[0] != both[1] if own else ...]
+        codes = np.union1d(codes, new)
+    return np.column_stack(np.divmod(codes, len(others)))

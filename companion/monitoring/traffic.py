@@ -379,9 +379,10 @@ def compare_traffic(
     Distributions are compared by the population stability index over the baseline's deciles,
     ``PSI = sum((p - q) * ln(p / q))``. Under no change it is distributed about as
     ``(1/n + 1/m) * chi2(bins - 1)`` (Yurdakul and Naranjo, 2020, 'Statistical properties of the
-    population stability index', Journal of Risk Model Validation 14), so its bound falls with
-    the size of both samples, down to :data:`PSI_BOUND`. Shares are compared by Fisher's exact test.
-    ``n`` and ``m`` are the numbers of prompts, not of texts: completions of one prompt go together.
+    population stability index', Journal of Risk Model Validation, doi 10.21314/JRMV.2020.227), so
+    its bound falls with the size of both samples, down to :data:`PSI_BOUND`. Shares are compared
+    by Fisher's exact test. ``n`` and ``m`` are the numbers of prompts, not of texts: completions of
+    one prompt go together.
 
     Parameters
     ----------

@@ -84,7 +84,11 @@ def _ids(tokenizer: Any, text: str, **flags: bool) -> list[int]:
     return list(tokenizer(text, verbose=False, **flags)["input_ids"])
 
 
-def _ends(subject: Subject) -> Iterator[tuple[str, list[int], list[int]]]:
+#: who makes ids, the ids of a finished answer, and those of the same cut off
+_End = tuple[str, list[int], list[int]]
+
+
+def _ends(subject: Subject) -> Iterator[_End]:
     """Of some answers the ids finished and cut off, by whoever makes ids; and who that is."""
     tokenizer, formatter = subject.tokenizer, subject.formatter
     for row in _FINISHED:
@@ -232,7 +236,7 @@ def _eos_not_added(subject: Subject) -> Outcome | None:
 
 def _eos_ignored(subject: Subject) -> Outcome | None:
     if subject.abilities >= WITH_IDS:
-        ends = list(_ends(subject))
+        ends = _within(list(_ends(subject)), subject)
         if not ends or all(whole == begun for _, whole, begun in ends):
             return None  # eos-missing says so
         eos, pad = subject.tokenizer.eos_token_id, getattr(subject.config, "pad_token_id", None)
@@ -253,7 +257,7 @@ def _eos_ignored(subject: Subject) -> Outcome | None:
             raise
         except CompanionError as error:
             return not_asked(f"the target cannot be told that an answer was cut: {error.what}")
-        rounding = float(subject.rounding(done).max())
+        rounding = float(subject.tolerance([()] * len(_FINISHED)).max())
     if not (np.isfinite(done).all() and np.isfinite(cut).all()):
         return not_asked("a score is not finite")
     spread, apart = float(np.std(done, ddof=1)), np.abs(done - cut)
@@ -271,6 +275,14 @@ def _eos_ignored(subject: Subject) -> Outcome | None:
         size=float(apart.max()),
         script=_end_script(subject),
     )
+
+
+def _within(ends: list[_End], subject: Subject) -> list[_End]:
+    """The shortest of them, for an eighth of the budget; two at least."""
+    ends.sort(key=lambda end: len(end[1]))
+    spent = np.cumsum([2 * len(whole) for _, whole, _ in ends])
+    most = (subject.max_tokens or BUDGET["full"]) / 8
+    return ends[: max(2, int(np.searchsorted(spent, most, side="right")))]
 
 
 def _end_script(subject: Subject) -> str | None:
@@ -451,7 +463,7 @@ _CALL: Final[Message] = {
         {"type": "function", "function": {"name": "quorvexa", "arguments": {"at": "zelmitro"}}}
     ],
 }
-_TOOL: Final = {
+_TOOL: Final[dict[str, Any]] = {
     "type": "function",
     "function": {
         "name": "ombrasel",
@@ -493,22 +505,36 @@ def _template_drops_fields(subject: Subject) -> Outcome | None:
 
 
 def _null_fields(subject: Subject) -> Outcome | None:
+    """In tools and tool calls: of messages, transformers takes null fields out itself."""
     tokenizer = subject.tokenizer
-    plain = _render(tokenizer, _TALK)
-    if plain is None:
+    (call,) = _CALL["tool_calls"]
+    function, parameters = call["function"], _TOOL["function"]["parameters"]
+    more = {**function["arguments"], "of_another_row": None}
+    padded_call = {**call, "function": {**function, "arguments": more}}
+    others = {**parameters["properties"], "of_another_row": None}
+    padded_tool = {
+        **_TOOL,
+        "function": {**_TOOL["function"], "parameters": {**parameters, "properties": others}},
+    }
+    called = [_TALK[0], _CALL]
+    padded = [_TALK[0], {**_CALL, "tool_calls": [padded_call]}]
+    texts = {
+        "tools": (
+            _render(tokenizer, _TALK, tools=[_TOOL]),
+            _render(tokenizer, _TALK, tools=[padded_tool]),
+        ),
+        "tool calls": (_render(tokenizer, called), _render(tokenizer, padded)),
+    }
+    if texts["tools"][0] is None and texts["tool calls"][0] is None:
         return None
-    changed = []
-    for field in ("tool_calls", "reasoning_content", "name", "tool_call_id"):
-        text = _render(tokenizer, [{**message, field: None} for message in _TALK])
-        if text != plain:
-            changed.append(field)
+    changed = [what for what, (one, other) in texts.items() if one is not None and one != other]
     if not changed:
-        return sound("fields that are null are as if they were not there")
-    text = _render(tokenizer, [{**message, changed[0]: None} for message in _TALK])
-    gap = None if text is None else _gap(subject, _ids(tokenizer, plain), _ids(tokenizer, text))
+        return sound("fields of tools and tool calls that are null are as if they were not there")
+    one, other = texts[changed[0]]
+    gap = None if other is None else _gap(subject, *(_ids(tokenizer, str(t)) for t in (one, other)))
     return found(
-        f"a message whose {' or '.join(changed)} is null is "
-        + ("refused" if text is None else f"written as {text[-100:]!r}{_moves(gap)}"),
+        f"a field that is null in {' and '.join(changed)} "
+        + ("is refused" if other is None else f"is written into the text{_moves(gap)}"),
         size=gap,
         fields=changed,
     )
@@ -624,14 +650,17 @@ def _date(subject: Subject) -> Outcome | None:
 # ---------------------------------------------------------------------- what is lost or too much
 
 
-def _limits(subject: Subject) -> tuple[dict[str, Any] | None, int | None, int | None]:
-    """The truncation of tokenizer.json, model_max_length, and the positions of the model."""
-    backend = getattr(subject.tokenizer, "backend_tokenizer", None)
-    said = getattr(subject.tokenizer, "model_max_length", None)
-    positions = getattr(subject.config, "max_position_embeddings", None)
-    # (without a limit model_max_length is 1e30)
+def _limits(subject: Subject) -> tuple[int | None, int | None, int | None]:
+    """Where tokenizer.json cuts, model_max_length, and the positions of the model."""
+    tokenizer = subject.tokenizer
+    # (the first call of transformers switches the file's truncation off; this is kept)
+    known = getattr(tokenizer, "init_kwargs", {})
+    saved = known.get("max_length") if "truncation_strategy" in known else None
+    said = getattr(tokenizer, "model_max_length", None)
+    # (without a limit it is 1e30)
     limit = said if isinstance(said, int) and said < 10**9 else None
-    return None if backend is None else backend.truncation, limit, positions
+    decoder = None if subject.config is None else subject.config.get_text_config()
+    return saved, limit, getattr(decoder, "max_position_embeddings", None)
 
 
 def _silent_cut(subject: Subject) -> Outcome | None:
@@ -639,7 +668,7 @@ def _silent_cut(subject: Subject) -> Outcome | None:
         return None  # the endpoint's own check of this name
     tokenizer = subject.tokenizer
     saved, limit, _ = _limits(subject)
-    length = min(max(2048, limit or 0, (saved or {}).get("max_length", 0)), 50_000)
+    length = min(max(2048, limit or 0, saved or 0), 50_000)
     shown = {}
     for n in (length, 2 * length):
         text = "one two " * n + "quorvexa."
@@ -653,9 +682,14 @@ def _silent_cut(subject: Subject) -> Outcome | None:
         "tokens: the tokenizer cuts them and says nothing",
         script=_script(
             subject,
-            "short, long = (len(tokenizer('one two ' * n)['input_ids']) for n in (N, 2 * N))\n"
-            "print(short, long)\nsys.exit(short == long)\n",
+            "def length(n):\n"
+            "    if tokenizer.chat_template is None:\n"
+            "        return len(tokenizer('one two ' * n)['input_ids'])\n"
+            "    talk = [{**m, 'content': 'one two ' * n} for m in TALK]\n"
+            "    return len(tokenizer.apply_chat_template(talk, return_dict=False))\n\n\n"
+            "print(length(N), length(2 * N))\nsys.exit(length(N) == length(2 * N))\n",
             N=length,
+            TALK=_TALK,
         ),
         tokens=shown[length],
     )
@@ -672,7 +706,7 @@ def _cut_by_setting(subject: Subject) -> Outcome | None:
     said = []
     if saved is not None:
         said.append(
-            f"tokenizer.json cuts at {saved['max_length']} tokens, which transformers switches off "
+            f"tokenizer.json cuts at {saved} tokens, which transformers switches off "
             "and engines that read the file by themselves do not"
         )
     if limit is not None and positions is not None and limit < positions:
@@ -757,8 +791,7 @@ def _empty(subject: Subject) -> Outcome | None:
 
 
 def _very_long(subject: Subject) -> Outcome | None:
-    _, _, positions = _limits(subject) if subject.tokenizer is not None else (None, None, None)
-    positions = positions or getattr(subject.config, "max_position_embeddings", None)
+    positions = _limits(subject)[2]
     if not isinstance(positions, int):
         return None
     length = positions + 8
@@ -919,12 +952,14 @@ CHECKS: Final[tuple[Check, ...]] = (
         name="null-fields",
         room="text",
         kind="hazard",
-        asks="Does the template take a field that is null for one that is not there?",
+        asks="Is a field of a tool that is null taken for one that is not there?",
         why="Arrow gives every row the fields of all rows, and null where it had none: the same "
         "row has another text, and another score, alone and beside others.",
-        cure="take fields that are null out of the messages before they are rendered",
+        cure="take fields that are null out of tools and tool calls before they are rendered, or "
+        "keep those columns as JSON text",
         threads=(
             "https://github.com/modelscope/ms-swift/issues/6467",
+            "https://github.com/modelscope/ms-swift/pull/10125",
             "https://github.com/huggingface/datasets/issues/7617",
         ),
         needs=_TOKENIZER,

@@ -19,13 +19,11 @@ import numpy as np
 from scipy.special import expit
 
 from companion.audit.endpoint import ROUTES, Protocol
+from companion.audit.museum.healthy import save_with_manifest, tutor_reward
 from companion.audit.museum.specimen import Planted, Specimen
 from companion.errors import CompanionError
-from companion.models.loading import load_base
-from companion.models.saving import save_reward_model
-from companion.scoring.golden import add_golden_texts
+from companion.models import RewardModel
 from companion.scoring.scorer import RewardScorer
-from companion.tutor import TUTOR_BASE
 
 _GITHUB: Final = "https://github.com/"
 
@@ -176,6 +174,7 @@ class RewardServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet an answer: a second one waits 40 ms for the client's ACK
 
     def do_GET(self) -> None:
         route = ROUTES[self.server.protocol]
@@ -209,11 +208,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def sick_server(
-    folder: Path, protocol: Protocol, sickness: Sickness | None = None
+    model: RewardModel, protocol: Protocol, sickness: Sickness | None = None
 ) -> Iterator[RewardServer]:
-    """A server with the reward model in `folder`, until the block ends."""
-    scorer = RewardScorer.from_pretrained(folder, device="cpu", packing="off")
-    server = RewardServer(scorer, protocol, sickness or Sickness())
+    """A server with a reward model, until the block ends."""
+    server = RewardServer(RewardScorer(model), protocol, sickness or Sickness())
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
@@ -224,22 +222,15 @@ def sick_server(
         thread.join()
 
 
-def small_model(folder: Path) -> Path:
-    """A reward model of the tutor's base with a fresh head, and its golden texts."""
-    base = load_base(TUTOR_BASE, head_std=0.3)
-    base.model.eval()
-    save_reward_model(base, folder, describe=add_golden_texts)
-    return folder
-
-
 def _plant(
     protocol: Protocol, with_model: bool = True, **sickness: Any
 ) -> Callable[[Path], AbstractContextManager[Planted]]:
     @contextmanager
     def plant(folder: Path) -> Iterator[Planted]:
-        model = small_model(folder / "model")
+        model = tutor_reward()
+        saved = save_with_manifest(model, folder / "model") if with_model else None
         with sick_server(model, protocol, Sickness(**sickness)) as server:
-            yield Planted(server.url, protocol=protocol, model=model if with_model else None)
+            yield Planted(server.url, protocol=protocol, model=saved)
 
     return plant
 
@@ -326,6 +317,7 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
         "does: finished and cut-off texts arrive as one.",
         ("allenai/reward-bench/issues/94",),
         _plant("openrlhf", strips_end=True),
+        ("eos-ignored",),
     ),
     _specimen(
         "empty-text-scored",
