@@ -100,6 +100,7 @@ THREADS: Final[dict[str, tuple[str, ...]]] = {
     "trained-on-these-rows": ("https://github.com/OpenRLHF/OpenRLHF/issues/1089",),
     "equal-sides-after-cut": ("https://github.com/natolambert/rlhf-book/pull/504",),
     "special-tokens-in-rows": ("https://github.com/huggingface/transformers/issues/29279",),
+    "rows-refused-by-template": ("https://github.com/huggingface/trl/pull/6766",),
 }
 _OF_TOKENS: Final = frozenset(list(_OF_ROWS)[list(_OF_ROWS).index("rows-too-long") :])
 
