@@ -142,26 +142,6 @@ def test_with_the_exported_pooler_config_vllm_itself_answers_z(
         process.stop()
 
 
-def test_an_audit_of_vllm_finds_what_is_planted_and_nothing_else(
-    vllm: Any, vllm_python: Path, reward_model: Path, tmp_path: Path
-) -> None:
-    sound = audit(vllm.url, model=reward_model)
-    print(sound.table())
-    assert sound.protocol == "vllm"
-    assert sound.faults == ()
-    # the same weights behind another chat template: ids keep their scores, conversations do not
-    sick = shutil.copytree(reward_model, tmp_path / "sick")
-    file = sick / "chat_template.jinja"
-    file.write_text(file.read_text().replace("'<|assistant|>'", "''"))
-    process = start_vllm(vllm_python, sick)
-    try:
-        report = audit(process.url, model=reward_model)  # type: ignore[attr-defined]
-    finally:
-        process.stop()
-    print(report.table())
-    assert report.faults == ("template-mismatch",)
-
-
 def test_the_audit_of_a_real_vllm(
     vllm: Any, vllm_python: Path, reward_model: Path, tmp_path: Path
 ) -> None:
