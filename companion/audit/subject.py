@@ -155,15 +155,21 @@ class Subject(ABC):
         It follows from the dtype, the depth and the size of what is summed; see the class.
         """
 
-    def differ(
+    def beyond(
         self, ids: Sequence[Sequence[int]], one: np.ndarray, other: np.ndarray
     ) -> np.ndarray:
-        """Of which texts two scores are further apart than rounding explains, ``[N]`` bool.
+        """Of which texts two scores are further apart than :meth:`tolerance`, ``[N]`` bool.
 
         A score that is not finite differs from one that is.
         """
         same = (one == other) | (np.isnan(one) & np.isnan(other))
         return ~(same | (np.abs(one - other) <= self.tolerance(ids)))
+
+    def differ(
+        self, ids: Sequence[Sequence[int]], one: np.ndarray, other: np.ndarray
+    ) -> np.ndarray:
+        """The same, where each text that is :meth:`beyond` may be looked at once more."""
+        return self.beyond(ids, one, other)
 
     def close(self) -> None:  # noqa: B027 (most have nothing to put back)
         """Leave the target as it was."""

@@ -40,7 +40,7 @@ class Scorer(Subject):
         if self.max_requests is not None and self.requests + len(rows) > self.max_requests:
             raise BudgetSpent("no request is left")
         self.requests += len(rows)
-        return np.array([self.score(row["completion"]) for row in rows])  # type: ignore[call-overload]
+        return np.array([self.score(row["completion"]) for row in rows])  # type: ignore[call-overload,index]
 
 
 def asked(subject: Subject, rows: Any, **how: Any) -> dict[str, Outcome]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from companion.models.golden import ROWS
 from companion.models.guards import has_absolute_positions
 
 Ids = list[int]
+_MADE: WeakKeyDictionary[Subject, list[Ids]] = WeakKeyDictionary()
 #: Most tokens of a text, and how many texts.
 _LONGEST, _TEXTS = 64, 8
 _THREADS = 4
@@ -37,6 +39,12 @@ _REFUSALS = (ValueError, RuntimeError, IndexError, TypeError, AttributeError)
 
 def texts_of(subject: Subject) -> list[Ids]:
     """Made-up texts that end with EOS, do not, or hold it twice; and some of the golden texts."""
+    if subject not in _MADE:
+        _MADE[subject] = _make_texts(subject)
+    return _MADE[subject]
+
+
+def _make_texts(subject: Subject) -> list[Ids]:
     decoder = None if subject.config is None else subject.config.get_text_config()
     limit = min(_LONGEST, getattr(decoder, "max_position_embeddings", None) or _LONGEST)
     end = [i for i in [subject.tokenizer.eos_token_id] if i is not None]
@@ -118,7 +126,7 @@ def _batch_script(local: LocalSubject, texts: list[Ids], worst: int) -> str | No
     def moves(text: Ids, others: Sequence[tuple[bool, Ids]]) -> bool:
         before, after = _around(others)
         beside = local.call(Batch([*before, text, *after]))[len(before)]
-        return bool(local.differ([text], local.alone([text]), np.array([beside]))[0])
+        return bool(local.beyond([text], local.alone([text]), np.array([beside]))[0])
 
     others = [(i < worst, other) for i, other in enumerate(texts) if i != worst]
     others = shrink(others, lambda fewer: moves(text, fewer))
@@ -163,7 +171,7 @@ def _order(subject: Subject) -> Outcome | None:
 
     def wrong(fewer: list[Ids]) -> bool:
         one, other = local.call(Batch(fewer)), local.call(Batch(fewer[::-1]))[::-1]
-        return len(fewer) > 1 and bool(local.differ(fewer, one, other).any())
+        return len(fewer) > 1 and bool(local.beyond(fewer, one, other).any())
 
     fewest = shrink(texts, wrong)
     tolerance = float(local.tolerance(fewest).max())
@@ -236,7 +244,7 @@ def _padded(local: LocalSubject, side: str, how: str, what: str) -> Outcome:
     def moves(text: Ids, width: int) -> bool:
         one = local.alone([text])
         other = local.call(Batch([text, [text[0]] * width], side=side))[:1]  # type: ignore[arg-type]
-        return bool(local.differ([text], one, other)[0])
+        return bool(local.beyond([text], one, other)[0])
 
     text, width, script = texts[worst], max(map(len, texts)), None
     if moves(text, width):
@@ -307,7 +315,7 @@ print("a batch can be padded")
 
 def _filled_differs(local: LocalSubject, text: Ids, pad: int) -> bool:
     want, filled = local.alone([text]), local.call(Batch([text + [pad] * 3], masked=[3]))
-    return bool(local.differ([text], want, filled)[0])
+    return bool(local.beyond([text], want, filled)[0])
 
 
 def _pad_ids(subject: Subject) -> Outcome | None:
@@ -330,7 +338,7 @@ def _pad_ids(subject: Subject) -> Outcome | None:
 
     def moves(text: Ids) -> bool:
         both = local.call(Batch([text, [text[0]] * (len(text) + 2)]))[:1]
-        return bool(local.differ([text], local.alone([text]), both)[0])
+        return bool(local.beyond([text], local.alone([text]), both)[0])
 
     first = int(np.argmax(differs))
     text, script = texts[first], None
@@ -449,7 +457,7 @@ def _masked_tail(subject: Subject) -> Outcome | None:
 
 def _tail_moves(local: LocalSubject, text: Ids, tail: Ids) -> bool:
     hidden = local.call(Batch([text + tail], masked=[len(tail)]))
-    return bool(local.differ([text], local.alone([text]), hidden)[0])
+    return bool(local.beyond([text], local.alone([text]), hidden)[0])
 
 
 def _all_pad(subject: Subject) -> Outcome | None:
