@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
 from transformers import AutoTokenizer
 
 import companion
 from companion import RewardFormatter
+from companion.audit.museum.texts import trl_template
 from companion.errors import CompanionError
 from companion.formatting import template
 from companion.models import RewardModel, ScalarReadout
@@ -21,7 +21,6 @@ from companion.scoring import RewardFunction, Scorer
 from companion.search import rank_file
 from companion.training.pairwise import _pairs_to_ids
 
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 BASE = Path(companion.__file__).parent / "assets" / "tutor-base"
 FAMILIES = (
     *("cohere", "deepseek_r1_distill", "gemma3", "glm4moe", "gptoss", "idefics3", "llama3_2"),
@@ -119,8 +118,7 @@ def sweep(n: int, tmp_path: Path) -> dict[str, int]:
     maker, found = Maker(SEED), {"kept": 0, "refused": 0, "counted": 0}
     for family in FAMILIES:
         tokenizer = AutoTokenizer.from_pretrained(BASE)
-        jinja = (TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8")
-        formatter = RewardFormatter(tokenizer, chat_template=jinja, text="chat")
+        formatter = RewardFormatter(tokenizer, chat_template=trl_template(family), text="chat")
         scorer = Recorder(RewardModel(None, tokenizer, formatter), ScalarReadout(), None)
         reward = RewardFunction(scorer)
         for _ in range(n // len(FAMILIES) + 1):

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
 from datasets import Dataset
 from transformers import AutoTokenizer
 
 import companion
 from companion import RewardFormatter
+from companion.audit.museum.texts import DATED, REASONED, WITHOUT_REASONING, trl_template
 from companion.errors import DataError, ModelError
 from companion.training.pairwise import format_pairs
 from companion.training.trainer import decide_text
 
 BASE = Path(companion.__file__).parent / "assets" / "tutor-base"
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 ROW = {"prompt": "What is 2 + 2?", "completion": "4."}
 AS_CHAT = {
     "prompt": [{"role": "user", "content": "What is 2 + 2?"}],
@@ -35,10 +34,6 @@ def ids(formatter: RewardFormatter, row: Any) -> list[int]:
     encoded = formatter.encode_row(row)
     assert encoded is not None
     return encoded.input_ids
-
-
-def template(name: str) -> str:
-    return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------- chat or plain
@@ -64,7 +59,7 @@ def test_undecided_is_plain_with_one_note_that_names_the_switch() -> None:
 @pytest.mark.parametrize("name", ["qwen2_5", "llama3_2", "gemma3", "phi3", "deepseek_r1_distill"])
 def test_a_rendered_prompt_is_not_wrapped_twice(name: str) -> None:
     tokenizer = base()
-    tokenizer.chat_template = template(name)
+    tokenizer.chat_template = trl_template(name)
     prompt = tokenizer.apply_chat_template(
         AS_CHAT["prompt"], tokenize=False, add_generation_prompt=True
     )
@@ -164,7 +159,7 @@ def test_what_may_be_right_is_not_refused(row: Any) -> None:
 # ---------------------------------------------------------------------- the date
 
 
-@pytest.mark.parametrize("name", ["llama3_2", "gptoss"])
+@pytest.mark.parametrize("name", DATED)
 def test_one_text_has_one_sequence_of_ids_on_every_day(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,12 +168,12 @@ def test_one_text_has_one_sequence_of_ids_on_every_day(
         def today(cls) -> datetime.date:
             return datetime.date(2031, 5, 17)
 
-    formatter = RewardFormatter(base(), chat_template=template(name))
+    formatter = RewardFormatter(base(), chat_template=trl_template(name))
     before, recipe = ids(formatter, AS_CHAT), formatter.recipe()
     assert any("writes a date" in note for note in formatter.notes)
     monkeypatch.setattr("companion.formatting.formatter.Date", Later)
     assert ids(RewardFormatter.from_recipe(base(), recipe), AS_CHAT) == before
-    today = ids(RewardFormatter(base(), chat_template=template(name)), AS_CHAT)
+    today = ids(RewardFormatter(base(), chat_template=trl_template(name)), AS_CHAT)
     assert today != before
     assert "2031" in base().decode(today)
     # a recipe from before has no date, and keeps its fingerprint
@@ -190,7 +185,7 @@ def test_one_text_has_one_sequence_of_ids_on_every_day(
 
 
 def test_a_date_of_the_row_wins() -> None:
-    formatter = RewardFormatter(base(), chat_template=template("llama3_2"))
+    formatter = RewardFormatter(base(), chat_template=trl_template(DATED[0]))
     row = {**AS_CHAT, "chat_template_kwargs": {"date_string": "1 Feb 1999"}}
     assert "1 Feb 1999" in base().decode(ids(formatter, row))
 
@@ -263,16 +258,15 @@ def test_texts_without_special_tokens_are_the_same(make_tokenizer: Callable[...,
 
 
 def test_reasoning_that_is_cut_out_of_the_completion_is_refused() -> None:
-    formatter = RewardFormatter(base(), chat_template=template("deepseek_r1_distill"))
-    thought = "<think>\nwell\n</think>\nIt is 4."
-    row = {**AS_CHAT, "completion": thought}
+    formatter = RewardFormatter(base(), chat_template=trl_template(WITHOUT_REASONING))
+    row = {**AS_CHAT, "completion": REASONED}
     with pytest.raises(DataError, match="leaves out or changes the reasoning of the completion"):
         formatter.encode_row(row)
-    earlier = [*AS_CHAT["prompt"], {"role": "assistant", "content": thought}, *AS_CHAT["prompt"]]
+    earlier = [*AS_CHAT["prompt"], {"role": "assistant", "content": REASONED}, *AS_CHAT["prompt"]]
     encoded = formatter.encode_row({"prompt": earlier, "completion": "4."})
     assert encoded is not None
     assert encoded.remarks == ("earlier_left_out",)
-    direct = formatter.encode(AS_CHAT["prompt"], thought)
+    direct = formatter.encode(AS_CHAT["prompt"], REASONED)
     assert direct is not None
     assert direct.remarks == ("completion_left_out",)
 
@@ -280,7 +274,7 @@ def test_reasoning_that_is_cut_out_of_the_completion_is_refused() -> None:
 def test_a_template_of_blocks_gets_blocks_and_one_of_texts_texts() -> None:
     blocks = {**AS_CHAT, "prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}
     for name in ("idefics3", "qwen2_5"):
-        formatter = RewardFormatter(base(), chat_template=template(name))
+        formatter = RewardFormatter(base(), chat_template=trl_template(name))
         for row, word in ((AS_CHAT, "What is 2 + 2?"), (blocks, "Hi")):
             text = base().decode(ids(formatter, row))
             assert text.count(word) == 1

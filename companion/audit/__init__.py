@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     )
     from companion.audit.endpoint import EndpointSubject as EndpointSubject
     from companion.audit.local import LocalSubject as LocalSubject
+    from companion.audit.museum.collection import (
+        all_specimens as all_specimens,
+        audit_specimen as audit_specimen,
+    )
+    from companion.audit.museum.healthy import tutor_reward as tutor_reward
+    from companion.audit.museum.specimen import Planted as Planted, Specimen as Specimen
     from companion.audit.outcome import Check as Check, Outcome as Outcome
     from companion.audit.report import (
         AuditDifference as AuditDifference,

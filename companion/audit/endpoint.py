@@ -54,14 +54,11 @@ class Answer:
     said : tuple of str
         Warnings of the texts, the numbers of tokens that were cut, and reasons for no score; or
         what a refusal says.
-    order : tuple of int
-        The index that each answer has, as they came.
     """
 
     status: int
     scores: np.ndarray | None
     said: tuple[str, ...] = ()
-    order: tuple[int, ...] = ()
 
 
 @dataclass
@@ -289,7 +286,7 @@ def _read_answer(protocol: Protocol, body: Any, n: int) -> Answer:
     for item in items:
         if item["raw"] is not None:
             scores[item["index"]] = float(item["raw"])
-    return Answer(200, scores, tuple(said), order)
+    return Answer(200, scores, tuple(said))
 
 
 # ---------------------------------------------------------------------- rows
@@ -430,8 +427,8 @@ def open_endpoint(
             "allowed for"
         )
     if subject.kind != "scalar":
-        subject.abilities = frozenset({"rows"})
-        subject.notes.append(f"a {subject.kind} model: it is asked by rows only")
+        subject.abilities -= {"ids"}
+        subject.notes.append(f"the model is of the kind {subject.kind}: it is asked by rows only")
         if protocol != "companion":
             raise DataError(
                 f"{url}: runs a {subject.kind} model, of which {ROUTES[protocol]} has no scores",
@@ -495,3 +492,4 @@ def _add_files(subject: EndpointSubject, model: str | os.PathLike[str], hub: Any
         own = str(getattr(subject.config, "dtype", None) or "bfloat16")
         subject.dtype = own.removeprefix("torch.")
     subject.abilities |= {"ids", "tokenizer"}
+    subject.notes.append(f"what the files alone show is asked of them: companion audit {model}")

@@ -200,15 +200,20 @@ class AuditReport:
         for result in self.sorted():
             if details and result.verdict not in ("bias", "sound", "not asked"):
                 lines += ["", *_told(result)]
-        silent: dict[str, list[str]] = {}
-        for result in self.results:
-            if result.verdict == "not asked":
-                silent.setdefault(result.outcome.seen, []).append(result.check.name)
+        silent = self._silent()
         if silent:
             lines.append("")
         for why, names in silent.items():
             lines.append(_filled(f"not asked ({why}): {', '.join(names)}", "", "  "))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _silent(self) -> dict[str, list[str]]:
+        """For each reason the checks that were not asked."""
+        found: dict[str, list[str]] = {}
+        for result in self.results:
+            if result.verdict == "not asked":
+                found.setdefault(result.outcome.seen, []).append(result.check.name)
+        return found
 
     def _rows(self) -> list[tuple[str, ...]]:
         """Of what was asked."""
@@ -259,11 +264,8 @@ class AuditReport:
             columns=_COLUMNS,
             rows=self._rows(),
             told=[r for r in self.sorted() if r.verdict not in ("sound", "not asked")],
-            quiet=[
-                (r.check.name, r.verdict, r.outcome.seen)
-                for r in self.sorted()
-                if r.verdict in ("sound", "not asked")
-            ],
+            quiet=[(r.check.name, r.outcome.seen) for r in self.sorted() if r.verdict == "sound"],
+            silent=self._silent().items(),
             facts=[
                 ("target", f"{self.target} ({self.what})"),
                 *([("protocol", self.protocol)] if self.protocol else []),

@@ -64,7 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     action(_tutor, "make data of the tutor, whose truth is known").fill = _tutor_arguments
 
-    check = action(_check, "check every row; exit code 2 if any is bad")
+    check = action(
+        _check, "check every row, and what good rows hide together; exit code 2 if any is bad"
+    )
+    check.epilog = (
+        "example: companion data check pairs.jsonl --against held-out.jsonl "
+        "--tokenizer Qwen/Qwen3-0.6B --max_length 2048"
+    )
     _source_arguments(check)
     check.add_argument("--max_errors", type=int, default=20, help="how many bad rows to show")
     text = "rows that must share no prompt with these: a held-out set, a benchmark"
@@ -174,23 +180,32 @@ def _check(args: argparse.Namespace) -> int:
     import logging
 
     from companion.data.checking import check_rows
-    from companion.data.loading import load_rows
+    from companion.data.loading import load_rows_with_report
     from companion.data.splits import dataset_fingerprint
 
     if args.max_length is not None and args.tokenizer is None:
         raise DataError("--max_length counts tokens", "give --tokenizer too")
     logging.getLogger("companion.data.loading").setLevel(logging.ERROR)  # it is printed below
     dataset, report = _load(args, "skip", args.max_errors)
-    against = args.against and load_rows(args.against, kind="auto", on_error="skip")
+    against, other = None, None
+    if args.against is not None:
+        against, other = load_rows_with_report(args.against, kind="auto", on_error="skip")
     found = check_rows(dataset, against=against)
     if args.tokenizer is not None:
         _check_tokens(args, dataset, found)
     sha256 = dataset_fingerprint(dataset)
     if args.json:
-        parts = {"load": report.as_dict(), **found.as_dict(), "sha256": sha256}
+        parts = {
+            "load": report.as_dict(),
+            "against": other and other.as_dict(),
+            **found.as_dict(),
+            "sha256": sha256,
+        }
         print(json.dumps(parts, ensure_ascii=False, indent=2))
     else:
-        print(f"{report.summary()}\n{found}")
+        for load in filter(None, (report, other)):
+            print(load.summary())
+        print(found)
     unusable = [finding for finding in found.findings if finding.unusable]
     if report.bad or unusable:
         bad = report.bad + sum(finding.rows for finding in unusable)

@@ -7,6 +7,12 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.data.checking import (
+        DataReport as DataReport,
+        Finding as Finding,
+        check_rows as check_rows,
+        check_tokens as check_tokens,
+    )
     from companion.data.describe import describe_rows as describe_rows
     from companion.data.formats import KINDS as KINDS, detect_kind as detect_kind
     from companion.data.loading import (

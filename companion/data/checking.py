@@ -51,7 +51,8 @@ CURES: Final[dict[str, str]] = {
     "truncate_prompt)",
     "equal-sides-as-tokens": "take a tokenizer that keeps the difference, or leave such pairs out",
     "unknown-tokens-in-rows": "take a tokenizer whose vocabulary covers the texts",
-    "rows-changed-by-template": "take a chat template that writes everything, or change the rows",
+    "rows-changed-by-template": "take a chat template that writes everything "
+    "(--chat_template_path of companion train), or change the rows",
     "special-tokens-in-rows": "read them as letters (--split_special_tokens of companion train), "
     "or take them out of the rows",
     "rows-refused-by-template": "mend the rows, or take another chat template",
@@ -140,10 +141,11 @@ class DataReport:
         lines = [str(self.duplicates)]
         if self.length:
             low, high = self.length["interval"]
+            share = self.length["longer_wins"]
             lines.append(
-                f"the longer one is chosen in {self.length['longer_wins']:.1%} [{100 * low:.1f}, "
-                f"{100 * high:.1f}] of {self.length['n']:,} pairs of unequal length: a rule "
-                "that only counts characters is right as often"
+                f"the longer one is chosen in {share:.1%} [{100 * low:.1f}, {100 * high:.1f}] of "
+                f"{self.length['n']:,} pairs of unequal length: a rule that only counts characters "
+                f"is right in {max(share, 1 - share):.1%}"
             )
         if self.agreement:
             lines.append(agreement_sentence(self.agreement))

@@ -297,6 +297,7 @@ def test_check_needs_no_torch(tmp_path: Path) -> None:
     assert [finding["name"] for finding in found["findings"]] == ["leakage"]
     assert found["findings"][0]["cure"] == CURES["leakage"]
     assert found["overlap"]["shared_prompts"] == 7
+    assert found["against"]["rows_kept"] == 40
     assert (found["load"]["rows_read"], found["duplicates"]["prompts"]) == (40, 7)
     assert found["length"]["longer_wins"] == 1
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import requests
 from launched import Process
+from safetensors.torch import load_file, save_file
 
 from companion import RemoteScorer, RewardScorer
 from companion.audit import audit
@@ -141,21 +142,32 @@ def test_with_the_exported_pooler_config_vllm_itself_answers_z(
         process.stop()
 
 
-def test_an_audit_of_vllm_finds_what_is_planted_and_nothing_else(
+def test_the_audit_of_a_real_vllm(
     vllm: Any, vllm_python: Path, reward_model: Path, tmp_path: Path
 ) -> None:
-    sound = audit(vllm.url, model=reward_model)
-    print(sound.table())
-    assert sound.protocol == "vllm"
-    assert sound.faults == ()
-    # the same weights behind another chat template: ids keep their scores, conversations do not
+    """Sound is called sound; another template, another head and the default sigmoid are named."""
+    report = audit(vllm.url, model=reward_model)
+    print(report.table())
+    assert report.protocol == "vllm"
+    assert report.sound
+    for name in ("golden-texts-moved", "template-mismatch", "batch-changes-score", "errors-hidden"):
+        assert report[name].verdict == "sound", report[name].outcome.seen
     sick = shutil.copytree(reward_model, tmp_path / "sick")
-    file = sick / "chat_template.jinja"
-    file.write_text(file.read_text().replace("'<|assistant|>'", "''"))
+    config = json.loads((sick / "config.json").read_text())
+    del config["problem_type"]
+    (sick / "config.json").write_text(json.dumps(config))
+    template = (sick / "chat_template.jinja").read_text()
+    (sick / "chat_template.jinja").write_text("Answer well. " + template)
+    weights = load_file(sick / "model.safetensors")
+    weights["score.weight"] *= 1.5
+    save_file(weights, sick / "model.safetensors", metadata={"format": "pt"})
     process = start_vllm(vllm_python, sick)
     try:
-        report = audit(process.url, model=reward_model)  # type: ignore[attr-defined]
+        told = audit(process.url, model=reward_model)  # type: ignore[attr-defined]
     finally:
         process.stop()
-    print(report.table())
-    assert report.faults == ("template-mismatch",)
+    print(told.table())
+    assert set(told.faults) == {"golden-texts-moved", "template-mismatch"}
+    assert {"activation-by-default", "fields-ignored"} <= {
+        result.check.name for result in told.results if result.verdict == "hazard"
+    }

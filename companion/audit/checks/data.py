@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from companion.audit.outcome import Check, Kind, Outcome, found, measured, not_asked, sound
-from companion.audit.subject import Ability, BudgetSpent, Subject
+from companion.audit.subject import WITH_IDS, Ability, BudgetSpent, Subject
 from companion.data import dataset_fingerprint, prompt_key
 from companion.data.checking import (
     CURES,
@@ -25,12 +25,14 @@ from companion.data.checking import (
     check_rows,
     check_tokens,
 )
-from companion.errors import CompanionError, DataError
+from companion.data.messages import plain
+from companion.errors import DataError, ModelError
 from companion.evaluation import PairEvaluation
 from companion.evaluation.pairs import prompt_groups, scored_pairs
 from companion.functional import bootstrap_interval, inverse_temperature_limits
 from companion.functional.resampling import accuracy_interval
 from companion.scoring.results import PairScores
+from companion.scoring.servers import Refused
 
 #: Fewest scored pairs of which a figure is given.
 FEWEST: Final = 20
@@ -86,6 +88,17 @@ _OF_ROWS: Final[dict[str, tuple[str, str]]] = {
         "They cannot be scored as they are.",
     ),
 }
+#: where others met it
+THREADS: Final[dict[str, tuple[str, ...]]] = {
+    "worse-than-a-coin": ("https://github.com/llava-rlhf/LLaVA-RLHF/issues/35",),
+    "contradicting-labels": ("https://github.com/TIGER-AI-Lab/EditReward/issues/14",),
+    "cyclic-preferences": ("https://arxiv.org/abs/2510.15514",),
+    "near-duplicate-prompts": ("https://github.com/embeddings-benchmark/mteb/issues/1036",),
+    "leakage": ("https://gist.github.com/natolambert/1aed306000c13e0e8c5bc17c1a5dd300",),
+    "trained-on-these-rows": ("https://github.com/OpenRLHF/OpenRLHF/issues/1089",),
+    "equal-sides-after-cut": ("https://github.com/natolambert/rlhf-book/pull/504",),
+    "special-tokens-in-rows": ("https://github.com/huggingface/transformers/issues/29279",),
+}
 _OF_TOKENS: Final = frozenset(list(_OF_ROWS)[list(_OF_ROWS).index("rows-too-long") :])
 
 
@@ -125,9 +138,15 @@ def data_checks(
         _check(name, "bias", texts, functools.partial(measure, own))
         for name, (*texts, measure) in _ROW_FIGURES.items()
     ]
-    checks.append(
-        _check("trained-on-these-rows", "hazard", _TRAINED_ON, functools.partial(_trained_on, own))
-    )
+    checks += [
+        _check(
+            "worse-than-a-coin",
+            "hazard",
+            _WORSE,
+            functools.partial(_figure, own, _worse_than_a_coin),
+        ),
+        _check("trained-on-these-rows", "hazard", _TRAINED_ON, functools.partial(_trained_on, own)),
+    ]
     for name, (asks, why) in _OF_ROWS.items():
         if name != "leakage" or against is not None:
             needs: set[Ability] = {"tokenizer"} if name in _OF_TOKENS else set()
@@ -144,7 +163,8 @@ def _check(
     needs: Iterable[Ability] = (),
 ) -> Check:
     asks, why, cure = texts
-    return Check(name, "data", kind, asks, why, cure, (), frozenset(needs), run)
+    threads = THREADS.get(name, ())
+    return Check(name, "data", kind, asks, why, cure, threads, frozenset(needs), run)
 
 
 class _Pairs:
@@ -189,7 +209,7 @@ class _Pairs:
                 reason = None
             except BudgetSpent:
                 break
-            except CompanionError as error:
+            except (DataError, ModelError, Refused) as error:
                 pair, size, reason = (np.nan, np.nan), (0, 0), error.what
             taken.append(row)
             scores.append(pair)
@@ -218,10 +238,8 @@ def _score(subject: Subject, row: Mapping[str, Any], side: str) -> tuple[float, 
     ended = row.get(f"{side}_terminated", row.get("terminated"))
     if ended is not None:
         text |= {"terminated": ended}
-    if subject.abilities >= {"ids", "tokenizer"}:
-        ids = subject.encode(text)
-        return float(subject.alone([ids])[0]), len(ids)
-    return float(subject.call_rows([text])[0]), len(str(row[side]))
+    score = float(subject.score_rows([text])[0])
+    return score, len(subject.encode(text) if subject.abilities >= WITH_IDS else plain(row[side]))
 
 
 def _figure(
@@ -430,6 +448,23 @@ _FIGURES: Final[
         _subsets,
     ),
 }
+
+
+_WORSE: Final = (
+    "Is it wrong more often than a coin?",
+    "Then chosen and rejected are swapped in the rows, or the sign of the score is.",
+    "Look at a few pairs; swap the columns, or take the model that was trained with them right.",
+)
+
+
+def _worse_than_a_coin(own: _Pairs, evaluation: PairEvaluation, subject: Subject) -> Outcome:
+    figures = evaluation.metrics
+    half = figures["accuracy_ties_half"]
+    margins, _, groups = _scored(evaluation)
+    right = np.where(margins == 0, 0.5, margins > 0)
+    span = accuracy_interval(right, groups)
+    seen = f"right in {half:.1%} {_span(span)} of {figures['n']:,} pairs, ties counted half"
+    return found(seen) if span.high < 0.5 else sound(seen)
 
 
 def _imbalance(own: _Pairs, subject: Subject) -> Outcome | None:

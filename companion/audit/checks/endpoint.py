@@ -15,6 +15,7 @@ from companion.audit.outcome import Check, Kind, Outcome, Room, found, not_asked
 from companion.audit.scripts import compare, endpoint_script
 from companion.audit.shrinking import shrink
 from companion.audit.subject import Ability, BudgetSpent, Subject
+from companion.formatting import Row
 from companion.models.golden import ROWS
 
 #: Longer than what OpenRLHF's own server reads, of which it says nothing.
@@ -28,7 +29,13 @@ _ENDS: Final = (
     "no , that was wrong , I am sorry !",
     "Thank you for asking me this ?",
 )
-_TEXTS: Final = tuple(f"{row['prompt']}\n{row['completion']}" for row in ROWS)
+
+
+def _texts(own: EndpointSubject) -> list[Row]:
+    """The golden texts in a form of which one request takes several."""
+    if own.protocol == "companion":
+        return list(ROWS)
+    return [f"{row['prompt']}\n{row['completion']}" for row in ROWS]
 
 
 def _script(own: EndpointSubject, what: str, end: str, **bodies: Any) -> str:
@@ -46,16 +53,17 @@ def _batch(subject: Subject) -> Outcome | None:
     own = _endpoint(subject)
     if own is None:
         return None
-    alone = own.rows_alone(_TEXTS)
+    texts = _texts(own)
+    alone = own.rows_alone(texts)
     allowed = own.rounding(alone)
-    by = np.abs(own.call_rows(_TEXTS) - alone)
+    by = np.abs(own.call_rows(texts) - alone)
     worst = int(np.argmax(by - allowed))
     if not by[worst] > allowed[worst]:
-        return sound(f"{len(_TEXTS)} texts, alone and in one request: {by.max():.2g} at most")
-    others = [i for i in range(len(_TEXTS)) if i != worst]
+        return sound(f"{len(texts)} texts, alone and in one request: {by.max():.2g} at most")
+    others = [i for i in range(len(texts)) if i != worst]
 
     def gap(chosen: Sequence[int]) -> float:
-        there = own.call_rows([*(_TEXTS[i] for i in chosen), _TEXTS[worst]])
+        there = own.call_rows([*(texts[i] for i in chosen), texts[worst]])
         return float(abs(there[-1] - alone[worst]))
 
     try:
@@ -63,7 +71,7 @@ def _batch(subject: Subject) -> Outcome | None:
         shown = gap(others) > allowed[worst]  # (not where it must stand in its own place)
     except BudgetSpent:
         shown = False
-    together = [*(_TEXTS[i] for i in others), _TEXTS[worst]] if shown else _TEXTS
+    together = [*(texts[i] for i in others), texts[worst]] if shown else texts
     place = len(together) - 1 if shown else worst
     script = _script(
         own,
@@ -72,11 +80,11 @@ def _batch(subject: Subject) -> Outcome | None:
             *("scores(ALONE)[0]", "alone", f"scores(TOGETHER)[{place}]", "beside others"),
             float(allowed[worst]),
         ),
-        ALONE=own.body_of_rows([_TEXTS[worst]]),
+        ALONE=own.body_of_rows([texts[worst]]),
         TOGETHER=own.body_of_rows(together),
     )
     return found(
-        f"{int((by > allowed).sum())} of {len(_TEXTS)} texts have another score in one request "
+        f"{int((by > allowed).sum())} of {len(texts)} texts have another score in one request "
         f"than alone, by up to {by[worst]:.3g} (rounding explains {allowed[worst]:.2g})",
         size=float(by[worst]),
         script=script,
@@ -87,25 +95,26 @@ def _order(subject: Subject) -> Outcome | None:
     own = _endpoint(subject)
     if own is None:
         return None
-    first = own.call_rows(_TEXTS)
-    by = np.abs(first - own.call_rows(_TEXTS[::-1])[::-1])
+    texts = _texts(own)
+    first = own.call_rows(texts)
+    by = np.abs(first - own.call_rows(texts[::-1])[::-1])
     allowed = own.rounding(first)
     worst = int(np.argmax(by - allowed))
     if not by[worst] > allowed[worst]:
-        return sound(f"{len(_TEXTS)} texts in two orders: {by.max():.2g} at most")
+        return sound(f"{len(texts)} texts in two orders: {by.max():.2g} at most")
     script = _script(
         own,
         "A text's score depends on its place in the request.",
         compare(
             *(f"scores(TEXTS)[{worst}]", "in this order"),
-            *(f"scores(REVERSE)[{len(_TEXTS) - 1 - worst}]", "in the opposite one"),
+            *(f"scores(REVERSE)[{len(texts) - 1 - worst}]", "in the opposite one"),
             float(allowed[worst]),
         ),
-        TEXTS=own.body_of_rows(_TEXTS),
-        REVERSE=own.body_of_rows(_TEXTS[::-1]),
+        TEXTS=own.body_of_rows(texts),
+        REVERSE=own.body_of_rows(texts[::-1]),
     )
     return found(
-        f"the same {len(_TEXTS)} texts in the opposite order: scores move by up to "
+        f"the same {len(texts)} texts in the opposite order: scores move by up to "
         f"{by[worst]:.3g} (rounding explains {allowed[worst]:.2g})",
         size=float(by[worst]),
         script=script,
@@ -114,21 +123,25 @@ def _order(subject: Subject) -> Outcome | None:
 
 def _repeats(subject: Subject) -> Outcome | None:
     own = _endpoint(subject)
-    return None if own is None else _again(own, [own.call_rows(_TEXTS[5:6]) for _ in range(4)], "")
+    if own is None:
+        return None
+    return _again(own, [own.call_rows(_texts(own)[5:6]) for _ in range(4)], "")
 
 
 def _threads(subject: Subject) -> Outcome | None:
     own = _endpoint(subject)
     if own is None:
         return None
+    texts = _texts(own)
     with ThreadPoolExecutor(4) as pool:
-        scores = list(pool.map(own.call_rows, [_TEXTS[5:6], _TEXTS[:1]] * 8))
+        scores = list(pool.map(own.call_rows, [texts[5:6], texts[:1]] * 8))
     return _again(own, scores[::2], " while others were asked")
 
 
 def _again(own: EndpointSubject, scores: Sequence[np.ndarray], how: str) -> Outcome:
     """Whether one text had one score each time."""
-    before = own.rows_alone(_TEXTS[5:6])
+    texts = _texts(own)
+    before = own.rows_alone(texts[5:6])
     seen = np.concatenate([before, *scores])
     most, allowed = float(np.ptp(seen)), float(own.rounding(seen).max())
     if most <= allowed:
@@ -142,8 +155,8 @@ def _again(own: EndpointSubject, scores: Sequence[np.ndarray], how: str) -> Outc
         'print("scores:", seen)\n'
         f"# rounding explains {allowed:.2g}\n"
         f"sys.exit(1 if max(seen)[0] - min(seen)[0] > {allowed!r} else 0)",
-        TEXT=own.body_of_rows(_TEXTS[5:6]),
-        OTHER=own.body_of_rows(_TEXTS[:1]),
+        TEXT=own.body_of_rows(texts[5:6]),
+        OTHER=own.body_of_rows(texts[:1]),
     )
     return found(
         f"one text, asked {len(seen)} times{how}: scores from {seen.min():.4g} to {seen.max():.4g}",
@@ -156,7 +169,8 @@ def _finite(subject: Subject) -> Outcome | None:
     own = _endpoint(subject)
     if own is None:
         return None
-    scores = own.rows_alone(_TEXTS)
+    texts = _texts(own)
+    scores = own.rows_alone(texts)
     bad = np.flatnonzero(~np.isfinite(scores))
     if not bad.size:
         return sound(f"{len(scores)} scores are finite")
@@ -166,7 +180,7 @@ def _finite(subject: Subject) -> Outcome | None:
         "status, seen = post(BODY)\nprint(status, seen)\n"
         'bad = seen is not None and (seen[0] is None or not abs(seen[0]) < float("inf"))\n'
         "sys.exit(1 if bad else 0)",
-        BODY=own.body_of_rows([_TEXTS[bad[0]]]),
+        BODY=own.body_of_rows([texts[bad[0]]]),
     )
     return found(f"{bad.size} of {len(scores)} scores are not finite", script=script)
 
@@ -175,7 +189,7 @@ def _answers(subject: Subject) -> Outcome | None:
     own = _endpoint(subject)
     if own is None:
         return None
-    texts = list(_TEXTS)
+    texts = _texts(own)
     alone = own.rows_alone(texts)
     together = own.call_rows(texts)
     allowed = own.rounding(alone)
@@ -252,10 +266,11 @@ def _activation(subject: Subject) -> Outcome | None:
             )
         if not (np.abs(now - saved) > allowed).any():
             return sound(f"{len(now)} golden texts have the raw scores that were saved")
-    scores = own.rows_alone(_TEXTS)
+    texts = _texts(own)
+    scores = own.rows_alone(texts)
     finite = scores[np.isfinite(scores)]
     if finite.size > 2 and np.ptp(finite) == 0:
-        bodies = [own.body_of_rows([text]) for text in _TEXTS]
+        bodies = [own.body_of_rows([text]) for text in texts]
         script = _script(
             own,
             "All texts have the same score.",
@@ -288,7 +303,8 @@ def _probabilities(subject: Subject) -> Outcome | None:
     own = _endpoint(subject)
     if own is None or _ids_alone(own) is not None:
         return None
-    scores = own.rows_alone(_TEXTS)
+    texts = _texts(own)
+    scores = own.rows_alone(texts)
     finite = scores[np.isfinite(scores)]
     if finite.size and ((finite > 0) & (finite < 1)).all() and np.ptp(finite) > 0:
         return found(
@@ -359,7 +375,7 @@ def _ignored(subject: Subject) -> Outcome | None:
 
 
 def _classify_body(own: EndpointSubject) -> dict[str, Any]:
-    body = own.body_of_rows([_TEXTS[0]])
+    body = own.body_of_rows([_texts(own)[0]])
     body.pop("use_activation")
     return body
 
@@ -495,7 +511,7 @@ def _golden(subject: Subject) -> Outcome | None:
     if not by[worst] > allowed[worst]:
         return sound(f"{len(now)} golden texts: {by.max():.2g} away from their values at most")
     if (np.abs(now - expit(saved)) <= own.rounding(saved) / 4).all():
-        return None  # an activation, which its own check names
+        return not_asked("they have the sigmoid of their scores; see activation-applied")
     script = _script(
         own,
         "A golden text has another score than was saved with the model.",

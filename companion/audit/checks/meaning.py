@@ -111,9 +111,10 @@ def _shift(subject: Subject, name: str) -> Outcome:
     except BudgetSpent:
         raise
     except CompanionError as error:
+        said = error.what.splitlines()[0]
         if name == "empty-answers":
-            return sound(f"an answer without content is refused: {error.what}")
-        return not_asked(f"the target refuses a text: {error.what}")
+            return sound(f"an answer without content is refused: {said}")
+        return not_asked(f"the target refuses a text: {said}")
     groups = np.array([at for at, _, _ in changed])
     moves = (scores - own[groups]) / spread
     if not np.isfinite(moves).all():

@@ -15,8 +15,12 @@ from typing import Any, Final
 
 import numpy as np
 
+from companion.audit.endpoint import EndpointSubject
+from companion.audit.local import LocalSubject
 from companion.audit.outcome import Check, Outcome, found, not_asked, sound
 from companion.audit.run import BUDGET
+from companion.audit.scripts import endpoint_script, local_script
+from companion.audit.shrinking import shrink
 from companion.audit.subject import WITH_IDS, Ability, BudgetSpent, Subject
 from companion.errors import CompanionError, DataError
 from companion.formatting import Row
@@ -136,15 +140,38 @@ def _moves(gap: float | None) -> str:
 
 
 def _script(subject: Subject, body: str, **given: Any) -> str | None:
-    """A script that shows a fault of a folder's tokenizer; the values stand at its top."""
-    if subject.what != "folder":
+    """A script that shows a fault of the tokenizer of a model here; the values stand at its top."""
+    if not isinstance(subject, LocalSubject):
         return None
+    model = repr(subject.name) if subject.what == "folder" else "sys.argv[1]  # where it was saved"
     lines = "".join(f"{name} = {value!r}\n" for name, value in given.items())
+    trust = ", trust_remote_code=True" if subject.trusted else ""
     return (
         "import sys\n\nfrom transformers import AutoTokenizer\n\n"
-        f"MODEL = {subject.name!r}\n{lines}"
-        f"tokenizer = AutoTokenizer.from_pretrained(MODEL)\n{body}"
+        f"MODEL = {model}\n{lines}tokenizer = AutoTokenizer.from_pretrained(MODEL{trust})\n{body}"
     )
+
+
+_ALIKE: Final = """
+one, other = scores({one})[0], scores({other})[0]
+print(one, other)
+# rounding explains {rounding:.2g}
+sys.exit(1 if abs(one - other) <= {rounding!r} else 0)
+"""
+
+
+def _alike_script(
+    subject: Subject, what: str, one: Any, other: Any, rounding: float = 0.0
+) -> str | None:
+    """A script that scores two texts, rows for an endpoint or token ids, which are not to agree."""
+    body = _ALIKE.format(one="ONE", other="OTHER", rounding=rounding)
+    if isinstance(subject, LocalSubject):
+        return local_script(subject, what, body, ONE=[one], OTHER=[other])
+    if isinstance(subject, EndpointSubject):
+        made = subject.body_of_rows if isinstance(one, Mapping) else subject.body_of_ids
+        bodies = {"ONE": made([one]), "OTHER": made([other])}
+        return endpoint_script(subject.route, subject.protocol, what, body, **bodies)
+    return None
 
 
 # ---------------------------------------------------------------------- the begin and the end
@@ -235,6 +262,7 @@ def _eos_not_added(subject: Subject) -> Outcome | None:
 
 
 def _eos_ignored(subject: Subject) -> Outcome | None:
+    what = "A finished answer and the same one cut off have one score."
     if subject.abilities >= WITH_IDS:
         ends = _within(list(_ends(subject)), subject)
         if not ends or all(whole == begun for _, whole, begun in ends):
@@ -247,6 +275,10 @@ def _eos_ignored(subject: Subject) -> Outcome | None:
         cut = asked.alone([begun for _, _, begun in ends])
         asked.tolerance([min((whole for _, whole, _ in ends), key=len)])  # tried on the shortest
         rounding = float(asked.tolerance([whole for _, whole, _ in ends]).max())
+
+        def show() -> str | None:
+            return _alike_script(asked, what, *_shortest(asked, ends[0], rounding), rounding)
+
     elif getattr(subject, "protocol", "companion") != "companion":
         return not_asked("the protocol cannot say that an answer was cut off; token ids could")
     else:
@@ -258,6 +290,11 @@ def _eos_ignored(subject: Subject) -> Outcome | None:
         except CompanionError as error:
             return not_asked(f"the target cannot be told that an answer was cut: {error.what}")
         rounding = float(subject.tolerance([()] * len(_FINISHED)).max())
+
+        def show() -> str | None:
+            row = _FINISHED[0]
+            return _alike_script(subject, what, row, {**row, "terminated": False})
+
     if not (np.isfinite(done).all() and np.isfinite(cut).all()):
         return not_asked("a score is not finite")
     spread, apart = float(np.std(done, ddof=1)), np.abs(done - cut)
@@ -273,7 +310,7 @@ def _eos_ignored(subject: Subject) -> Outcome | None:
         f"{len(done)} answers have the same score finished and cut off (within "
         f"{apart.max():.2g}), where different answers differ by {spread:.3g}",
         size=float(apart.max()),
-        script=_end_script(subject),
+        script=show(),
     )
 
 
@@ -285,20 +322,14 @@ def _within(ends: list[_End], subject: Subject) -> list[_End]:
     return ends[: max(2, int(np.searchsorted(spent, most, side="right")))]
 
 
-def _end_script(subject: Subject) -> str | None:
-    if subject.what != "folder":
-        return None
-    _, whole, cut = min(_ends(subject), key=lambda end: len(end[1]))
-    return (
-        "import sys\n\nimport torch\n"
-        "from transformers import AutoModelForSequenceClassification\n\n"
-        f"MODEL = {subject.name!r}\nFINISHED = {whole!r}\nCUT = {cut!r}\n"
-        "model = AutoModelForSequenceClassification.from_pretrained(MODEL).eval()\n"
-        "with torch.no_grad():\n"
-        "    one, other = (model(torch.tensor([ids])).logits.item() for ids in (FINISHED, CUT))\n"
-        "print(one, other)\n"
-        "sys.exit(abs(one - other) <= 1e-6 * max(abs(one), abs(other)))\n"
-    )
+def _shortest(subject: Subject, end: _End, rounding: float) -> tuple[list[int], list[int]]:
+    """The shortest beginning of an answer that still scores alike with its end and without."""
+    _, whole, cut = end
+    tail = whole[len(cut) :]
+    if not isinstance(subject, LocalSubject) or whole[: len(cut)] != cut:
+        return whole, cut
+    short = shrink(cut, lambda ids: np.ptp(subject.alone([[*ids, *tail], ids])) <= rounding)
+    return [*short, *tail], short
 
 
 # ---------------------------------------------------------------------- the template
@@ -448,10 +479,9 @@ def _rows_without(subject: Subject) -> Outcome:
     for what, spread in spreads.items():
         if spread == 0:
             rows = variants[what]
+            said = f"texts that differ in {what} alone have one score"
             return found(
-                f"texts that differ in {what} alone have one score",
-                size=0.0,
-                rows=rows[:2],
+                said, size=0.0, script=_alike_script(subject, f"Two {said}.", rows[0], rows[1])
             )
     return sound("question, answer and reasoning each move the score")
 

@@ -18,6 +18,8 @@ class Planted:
         A folder, or the URL of a server that runs.
     data : Path or None
         Pairs for ``--data``.
+    against : Path or None
+        Rows for ``--against``.
     trust_remote_code : bool
         The folder's own code is to run.
     protocol : str or None
@@ -28,6 +30,7 @@ class Planted:
 
     target: str
     data: Path | None = None
+    against: Path | None = None
     trust_remote_code: bool = False
     protocol: str | None = None
     model: Path | None = None
