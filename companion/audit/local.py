@@ -150,9 +150,8 @@ class LocalSubject(Subject):
             "torch."
         )
         can: set[Ability] = {"ids", "tokenizer", "config", "weights", "threads"}
-        if self.pad_id is not None and (
-            self.kind != "scalar" or self.config.get_text_config().pad_token_id is not None
-        ):
+        rows = inner.get_input_embeddings().weight.shape[0]
+        if self.pad_id is not None and self.pad_id < rows:
             can.add("padding")
         self.abilities = frozenset(can)
         self._alone: dict[tuple[int, ...], float] = {}
@@ -192,7 +191,14 @@ class LocalSubject(Subject):
                 model, info = loader.from_pretrained(
                     self.name, config=config, output_loading_info=True, **shared
                 )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            KeyError,
+            AssertionError,
+            SafetensorError,
+        ) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(
                 f"{self.name}: transformers cannot load it: {first}",

@@ -28,6 +28,7 @@ def run_checks(
     `progress` is told the name of each check before it is asked.
     """
     results: dict[str, tuple[Check, Outcome]] = {}
+    lacking: set[str] = set()
     for check in checks:
         if check.level == "full" and level == "quick":
             continue
@@ -49,6 +50,8 @@ def run_checks(
         if outcome is None:
             continue
         before = results.get(check.name)
-        if before is None or _WEIGHT[outcome.status] > _WEIGHT[before[1].status]:
+        better = before is None or _WEIGHT[outcome.status] > _WEIGHT[before[1].status]
+        if better or (check.name in lacking and not lacks):  # the reason of the one for this target
             results[check.name] = check, outcome
+            lacking = lacking | {check.name} if lacks else lacking - {check.name}
     return list(results.values())

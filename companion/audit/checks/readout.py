@@ -46,7 +46,8 @@ def texts_of(subject: Subject) -> list[Ids]:
 
 def _make_texts(subject: Subject) -> list[Ids]:
     decoder = None if subject.config is None else subject.config.get_text_config()
-    limit = min(_LONGEST, getattr(decoder, "max_position_embeddings", None) or _LONGEST)
+    positions = getattr(decoder, "max_position_embeddings", None) or 0
+    limit = min(_LONGEST, positions) if positions > 2 else _LONGEST
     end = [i for i in [subject.tokenizer.eos_token_id] if i is not None]
     draw = _drawing(subject)
     made = [
@@ -83,7 +84,7 @@ def _drawing(subject: Subject) -> Callable[[int], Ids]:
 def _unpadded(local: LocalSubject) -> Outcome | None:
     """Why no batch is made, if so."""
     if "padding" not in local.abilities:
-        return not_asked("there is no pad token, so no batch can be made; see pad-missing")
+        return not_asked("no batch can be padded; see pad-missing")
     return None
 
 
@@ -203,8 +204,11 @@ def _other_side(subject: Subject) -> Outcome | None:
         return outcome
     side = "right" if local.side == "left" else "left"
     texts = texts_of(local)
-    if local.differ(texts, local.alone(texts), local.call(Batch(texts))).any():
-        return not_asked("a batch changes scores on the tokenizer's own side already")
+    try:
+        if local.differ(texts, local.alone(texts), local.call(Batch(texts))).any():
+            return not_asked("a batch changes scores on the tokenizer's own side already")
+    except _REFUSALS as error:
+        return not_asked(f"the model takes no batch: {_first_line(error)}")
     return _padded(
         local,
         side,
@@ -267,54 +271,79 @@ def _padded(local: LocalSubject, side: str, how: str, what: str) -> Outcome:
 
 
 def _pad_missing(subject: Subject) -> Outcome | None:
-    if subject.kind != "scalar":
-        return not_asked(BY_TOKEN)
-    pad, known = subject.tokenizer.pad_token_id, subject.config.get_text_config().pad_token_id
-    if pad is not None and known is not None:
-        return sound(f"the tokenizer pads with {pad}, the configuration has {known}")
     local = _local(subject)
+    pad, known = local.pad_id, local.config.get_text_config().pad_token_id
     if pad is None:
         where = "the tokenizer has no pad token"
         where += "" if known is not None else ", and the configuration none either"
         body = """
-from transformers import BatchEncoding  # noqa: E402
 try:
     tokenizer.pad({"input_ids": [[1, 2], [1]]})
 except ValueError as error:
     print("no batch can be padded:", error)
     sys.exit(1)
 print("a batch can be padded")
-""".replace("from transformers import BatchEncoding  # noqa: E402\n", "")
+"""
         what = "The tokenizer has no pad token: no batch can be made."
         return found(f"{where}: no batch can be made", script=local_script(local, what, body))
-    text = texts_of(local)[0]
+    rows = local.model.get_input_embeddings().weight.shape[0]
+    if pad >= rows:
+        body = """
+rows = model.get_input_embeddings().weight.shape[0]
+print("pad id:", tokenizer.pad_token_id, "embeddings:", rows)
+sys.exit(1 if tokenizer.pad_token_id >= rows else 0)
+"""
+        return found(
+            f"the pad id is {pad}, and the model has embeddings for {rows}: a padded batch fails",
+            script=local_script(local, "The pad token has no embedding.", body),
+        )
+    if known is not None or local.kind != "scalar":
+        return sound(f"the tokenizer pads with {pad}, the configuration has {known}")
+    return _pad_unknown(local, pad)
+
+
+def _pad_unknown(local: LocalSubject, pad: int) -> Outcome:
+    """The tokenizer pads, and the configuration does not know with what."""
+    texts = texts_of(local)
+    text = texts[0]
     want = float(local.alone([text])[0])
-    filled = float(local.call(Batch([text + [pad] * 3], masked=[3]))[0])
-    differs = bool(local.differ([text], np.array([want]), np.array([filled]))[0])
-    script = None
-    if differs:
-        text = shrink(text, lambda fewer: _filled_differs(local, fewer, pad))
-        tolerance = float(local.tolerance([text])[0])
-        end = compare(
-            "scores([TEXT])[0]",
-            "the text",
-            "scores([TEXT + [tokenizer.pad_token_id] * 3], hidden=3)[0]",
-            "padded by three tokens, which the mask hides",
-            tolerance,
-        )
-        script = local_script(
-            local, "The score of a padded text is that of its padding.", end, TEXT=text
-        )
+    try:
+        local.call(Batch(texts[:2]))
+        refused = ""
+    except _REFUSALS as error:
+        refused = f"a batch is refused ({_first_line(error)})"
+    if not _filled_differs(local, text, pad):
+        said = f"the tokenizer pads with {pad} and config.pad_token_id is None"
+        body = """
+try:
+    print(scores(TEXTS))
+except ValueError as error:
+    sys.exit(f"a batch is refused: {error}")
+"""
+        script = local_script(local, "A batch is refused.", body, TEXTS=texts[:2])
+        return found(f"{said}: {refused}", script=script) if refused else sound(said)
+    filled = float(local.call(Batch([text + [pad] * 3], side="right", masked=[3]))[0])
+    text = shrink(text, lambda fewer: _filled_differs(local, fewer, pad))
+    end = compare(
+        "scores([TEXT])[0]",
+        "the text",
+        "scores([TEXT + [tokenizer.pad_token_id] * 3], hidden=3)[0]",
+        "padded by three tokens, which the mask hides",
+        float(local.tolerance([text])[0]),
+    )
+    what = "The score of a padded text is that of its padding."
     return found(
-        f"the tokenizer pads with {pad} and config.pad_token_id is None: a batch is refused, and "
-        f"one text that is padded has the score of its padding ({filled:.4f}, not {want:.4f})",
+        f"the tokenizer pads with {pad} and config.pad_token_id is None: one text that is padded "
+        f"right has the score of its padding ({filled:.4f}, not {want:.4f})"
+        f"{', and ' * bool(refused)}{refused}",
         size=abs(filled - want),
-        script=script,
+        script=local_script(local, what, end, TEXT=text),
     )
 
 
 def _filled_differs(local: LocalSubject, text: Ids, pad: int) -> bool:
-    want, filled = local.alone([text]), local.call(Batch([text + [pad] * 3], masked=[3]))
+    filled = local.call(Batch([text + [pad] * 3], side="right", masked=[3]))
+    want = local.alone([text])
     return bool(local.beyond([text], want, filled)[0])
 
 
@@ -322,7 +351,7 @@ def _pad_ids(subject: Subject) -> Outcome | None:
     if subject.kind != "scalar":
         return not_asked(BY_TOKEN)
     pad, known = subject.tokenizer.pad_token_id, subject.config.get_text_config().pad_token_id
-    if pad is None or known is None:
+    if pad is None or known is None or "padding" not in subject.abilities:
         return None  # pad-missing says it
     if pad == known:
         return sound(f"tokenizer and configuration have the same pad id, {pad}")
@@ -650,11 +679,16 @@ CHECKS: Final[tuple[Check, ...]] = (
         "read-out",
         "fault",
         "Can a batch be padded?",
-        "Without a pad token no batch can be scored; with one that the configuration does not "
-        "know, a padded text has the score of its padding, without a word.",
-        "Give the tokenizer a pad token of its own and set config.pad_token_id to its id; "
+        "Without a pad token, or an embedding for it, no batch can be scored; with one that the "
+        "configuration does not know, a padded text has the score of its padding, without a word.",
+        "Give the tokenizer a pad token of its own, resize the embeddings if it is new, and set "
+        "config.pad_token_id to its id; "
         "companion.models.load_base does both at the start of a training.",
-        (f"{_HF}/trl/issues/422", "https://github.com/allenai/reward-bench/issues/115"),
+        (
+            f"{_HF}/trl/issues/422",
+            "https://github.com/allenai/reward-bench/issues/115",
+            "https://github.com/meta-llama/llama-cookbook/issues/199",
+        ),
         _NEEDS,
         _pad_missing,
     ),

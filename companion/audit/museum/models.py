@@ -142,6 +142,10 @@ def _pad_unknown(loaded: RewardModel) -> None:
     set_pad(loaded.model, None)  # type: ignore[arg-type]
 
 
+def _pad_beyond(loaded: RewardModel) -> None:
+    loaded.tokenizer.add_special_tokens({"pad_token": "<|fill|>"})
+
+
 def _other_pad(loaded: RewardModel) -> None:
     loaded.tokenizer.pad_token = "<|system|>"
 
@@ -273,6 +277,14 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
         ("https://github.com/allenai/reward-bench/issues/115",),
         "pad-missing",
         sick(_pad_unknown),
+    ),
+    Specimen(
+        "pad-without-embedding",
+        "A pad token was added to the tokenizer and the embeddings were not resized: one text "
+        "scores, a padded batch fails.",
+        ("https://github.com/meta-llama/llama-cookbook/issues/199",),
+        "pad-missing",
+        sick(_pad_beyond),
     ),
     Specimen(
         "two-pad-ids",
