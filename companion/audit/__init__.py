@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from companion.audit.museum.healthy import tutor_reward as tutor_reward
     from companion.audit.museum.specimen import Planted as Planted, Specimen as Specimen
     from companion.audit.outcome import Check as Check, Outcome as Outcome
+    from companion.audit.probes import PROBES as PROBES, Probe as Probe
     from companion.audit.report import (
         AuditDifference as AuditDifference,
         AuditReport as AuditReport,
@@ -31,5 +32,9 @@ if TYPE_CHECKING:
     )
     from companion.audit.run import run_checks as run_checks
     from companion.audit.subject import Batch as Batch, Subject as Subject
+    from companion.audit.transformations import (
+        TRANSFORMATIONS as TRANSFORMATIONS,
+        changed_rows as changed_rows,
+    )
 else:
     __getattr__, __dir__, __all__ = exports(__name__, __file__)

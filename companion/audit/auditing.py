@@ -154,7 +154,7 @@ def audit(
     ModelError
         If the model cannot be loaded.
     ServiceError
-        If an endpoint cannot be asked.
+        If an endpoint cannot be asked, or answers an ordinary text with anything but a score.
     """
     asked = all_checks(data, against) if checks is None else tuple(checks)
     waivers, at_most, at_least = waivers or {}, at_most or {}, at_least or {}
@@ -167,6 +167,8 @@ def audit(
     if subject is None:
         subject = open_subject(target, tokenizer, level=level, **opening)  # type: ignore[arg-type]
     try:
+        if isinstance(subject, EndpointSubject):
+            subject.check_answers()
         found = run_checks(subject, asked, level, progress)
     finally:
         subject.close()

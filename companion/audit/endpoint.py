@@ -22,6 +22,7 @@ from companion.audit.subject import Ability, Batch, BudgetSpent, Subject
 from companion.errors import DataError, ServiceError
 from companion.formatting import Row
 from companion.models.checkpoint import is_adapter, load_config, resolve
+from companion.models.golden import ROWS
 from companion.models.loading import load_formatter
 from companion.scoring.remote import KEY_VARIABLE
 from companion.scoring.servers import Refused, Unreachable, is_url, refusal
@@ -168,6 +169,23 @@ class EndpointSubject(Subject):
         if encoded is None:
             raise DataError("a text is longer than the model takes", "leave it out")
         return list(encoded.input_ids)
+
+    def check_answers(self) -> None:
+        """Ask for the score of one ordinary text; without it nothing else need be asked.
+
+        Raises
+        ------
+        ServiceError
+            If it is refused, or answered with something else.
+        """
+        row: Row = dict(ROWS[0]) if self.protocol == "companion" else str(ROWS[0]["completion"])
+        try:
+            self.rows_alone([row])
+        except Refused as refused:
+            raise ServiceError(
+                f"an ordinary text has no score: {refused.what}",
+                f"check --protocol, which is {self.protocol} ({self.found_by}), and what it serves",
+            ) from refused
 
     # ------------------------------------------------------------------ bodies and answers
 

@@ -82,7 +82,7 @@ def _reversed(text: str) -> str:
 
 #: check -> transformation -> change. What replaces the answer, or the prompt, is in
 #: :mod:`companion.audit.checks.meaning`.
-FAMILIES: Final[Mapping[str, Mapping[str, Change]]] = {
+TRANSFORMATIONS: Final[Mapping[str, Mapping[str, Change]]] = {
     "spacing": {
         "a space at the end": _answer(lambda text: text + " "),
         "two spaces between words": _answer(lambda text: text.replace(" ", "  ")),
@@ -161,10 +161,24 @@ EMPTY: Final = ("", " ", "...")
 def changed_rows(
     changes: Mapping[str, Change], probes: Sequence[Probe], each: int, seed: int = 0
 ) -> list[tuple[int, str, Row]]:
-    """Rows with a change: the number of the probe, the name of the change, the row.
+    """Rows with a change.
 
-    Each probe gets `each` of the changes that fit it, in turn, so that all are seen about equally
-    often.
+    Parameters
+    ----------
+    changes : mapping
+        Those of one check: ``TRANSFORMATIONS["markdown"]``, say.
+    probes : sequence of Probe
+        Questions with their answers, the built-in ones or your own.
+    each : int
+        Most changes of a probe. It gets of those that fit it some in turn, so that all are seen
+        about equally often.
+    seed : int
+        Of the typos.
+
+    Returns
+    -------
+    list of (int, str, Row)
+        The number of the probe, the name of the change, the row.
     """
     out: list[tuple[int, str, Row]] = []
     names = list(changes)

@@ -309,7 +309,8 @@ class _Votes:
         _, self._first, item = np.unique(code, return_index=True, return_inverse=True)
         last = np.arange(len(item))
         if people is not None:  # one vote each: the last that they cast
-            _, last = np.unique(np.column_stack([item, people])[::-1], axis=0, return_index=True)
+            names, person = np.unique(people, return_inverse=True)
+            _, last = np.unique((item * len(names) + person)[::-1], return_index=True)
             last = len(item) - 1 - last
         self.items = len(self._first)
         self._n_texts = len(texts)
@@ -370,7 +371,7 @@ class _Prompts:
     def __init__(
         self, rows: Rows, add: Callable[[Mapping[str, Any], str], None] = lambda row, key: None
     ) -> None:
-        from companion.functional.similarity import sketch
+        from companion.functional.similarity import BANDS, sketch
 
         self.places, self.hashes, sketches = array("Q"), array("Q"), array("Q")
         self._rows = rows.select_columns(["prompt"]) if _has_prompts(rows) else rows
@@ -384,7 +385,7 @@ class _Prompts:
             self.places.append(place)
             self.hashes.append(own)
             sketches.frombytes(sketch(_shingles(row["prompt"])).tobytes())
-        self.sketches = np.array(sketches, np.uint64).reshape(len(self.places), -1)
+        self.sketches = np.array(sketches, np.uint64).reshape(-1, BANDS)
         self.shingles = functools.lru_cache(4096)(lambda i: _shingles(self.prompt(i)["prompt"]))
 
     def prompt(self, number: int) -> Mapping[str, Any]:
@@ -456,8 +457,9 @@ def _add_leakage(prompts: _Prompts, rows: Rows, against: Rows, report: DataRepor
     near = len({i for i, _ in pairs})
     if near or not report.overlap.clean:
         seen = (
-            f"of {report.overlap.test_prompts:,} prompts of the other set "
-            f"{report.overlap.shared_prompts:,} stand in these rows, and {near:,} nearly do"
+            f"{report.overlap.shared_prompts:,} prompts stand both in these rows, of "
+            f"{report.overlap.train_prompts:,}, and in the other set, of "
+            f"{report.overlap.test_prompts:,}; {near:,} more of the other set nearly do"
         )
         examples = report.overlap.examples + _both(others, prompts, pairs)
         found = Finding("leakage", seen, report.overlap.shared_prompts + near, examples)
@@ -549,7 +551,7 @@ def check_tokens(
     }
     for name, n in counts.items():
         if n:
-            seen = f"{n:,} of {report.duplicates.rows:,} rows {words[name]}"
+            seen = f"{n:,} of {len(rows):,} rows {words[name]}"
             report.findings.append(Finding(name, seen, n))
     said = whole.counts
     left_out = said.earlier_left_out + said.tools_left_out
@@ -563,7 +565,7 @@ def check_tokens(
         seen = f"{said.special_in_text:,} texts hold special tokens, which are read as such tokens"
         report.findings.append(Finding("special-tokens-in-rows", seen, said.special_in_text))
     if refused:
-        seen = f"{n_refused:,} of {report.duplicates.rows:,} rows cannot be made tokens"
+        seen = f"{n_refused:,} of {len(rows):,} rows cannot be made tokens"
         shown = [f"{n:,} × {what}" for what, n in refused.most_common(3)]
         report.findings.append(
             Finding("rows-refused-by-template", seen, n_refused, shown, unusable=True)

@@ -203,3 +203,15 @@ def test_nothing_ails_the_sound_set(tmp_path: Path) -> None:
     assert [name for name, outcome in found.items() if outcome.status == "found"] == []
     assert subject.tokens <= 30_000
     assert size(found["accuracy"]) > 0.6
+
+
+def test_each_hazard_has_a_specimen() -> None:
+    hazards = {
+        check.name
+        for check in data_checks(sound_rows()[:1], against=sound_rows())
+        if check.kind == "hazard"
+    }
+    caught = {name for each in SPECIMENS for name in (each.caught_by, *each.also)}
+    # (the tutor's vocabulary lacks nothing; see tests/data/test_checking.py)
+    assert hazards - caught == {"unknown-tokens-in-rows"}
+    assert len({each.name for each in SPECIMENS}) == len(SPECIMENS)

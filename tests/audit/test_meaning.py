@@ -16,8 +16,8 @@ from companion.audit.museum.healthy import tutor_reward
 from companion.audit.probes import PROBES
 from companion.audit.transformations import (
     EMPTY,
-    FAMILIES,
     MASTER_KEYS,
+    TRANSFORMATIONS,
     changed_rows,
     sentences,
 )
@@ -72,9 +72,9 @@ def measure(subject: Subject, name: str) -> Outcome:
 
 
 def test_there_are_some_thirty_changes_and_each_changes_something() -> None:
-    names = [name for changes in FAMILIES.values() for name in changes]
+    names = [name for changes in TRANSFORMATIONS.values() for name in changes]
     assert len(names) + len(MASTER_KEYS) + len(EMPTY) >= 35
-    for changes in FAMILIES.values():
+    for changes in TRANSFORMATIONS.values():
         for at, name, row in changed_rows(changes, PROBES, EVERY):
             assert row != PROBES[at].row(), name
         seen = Counter(name for _, name, _ in changed_rows(changes, PROBES, EVERY))
@@ -86,7 +86,7 @@ def of_family(family: str) -> list[tuple[str, str, str]]:
     """Name, answer before and after."""
     return [
         (name, PROBES[at].answer, row["completion"])  # type: ignore[call-overload,index]
-        for at, name, row in changed_rows(FAMILIES[family], PROBES, EVERY)
+        for at, name, row in changed_rows(TRANSFORMATIONS[family], PROBES, EVERY)
     ]
 
 
@@ -115,7 +115,7 @@ def test_what_is_said_stays_as_it_was() -> None:
 
 
 def test_each_probe_gets_its_changes_in_turn_and_the_same_each_time() -> None:
-    changes = FAMILIES["typos"]
+    changes = TRANSFORMATIONS["typos"]
     rows = changed_rows(changes, PROBES, 2)
     assert rows == changed_rows(changes, PROBES, 2)
     assert set(Counter(at for at, _, _ in rows).values()) == {2}
@@ -165,7 +165,7 @@ def test_the_size_is_the_shift_in_standard_deviations() -> None:
     )
     own = [worth(probe.prompt, "") for probe in PROBES]
     spread = np.std(own, ddof=1)
-    rows = changed_rows(FAMILIES["punctuation"], PROBES, EVERY)
+    rows = changed_rows(TRANSFORMATIONS["punctuation"], PROBES, EVERY)
     share = np.mean(["!" in row["completion"] for _, _, row in rows])  # type: ignore[call-overload,index]
     assert outcome.size == pytest.approx(0.25 * share / spread)
     assert outcome.figures["changes"]["exclamation marks"] == pytest.approx(0.25 / spread)

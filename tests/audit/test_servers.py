@@ -19,7 +19,8 @@ from served import ASSETS
 
 from companion.audit import EndpointSubject, audit, open_subject
 from companion.audit.checks import endpoint
-from companion.audit.endpoint import ROUTES
+from companion.audit.endpoint import ROUTES, Protocol
+from companion.audit.museum.collection import audit_specimen
 from companion.audit.museum.healthy import save_with_manifest, tutor_reward
 from companion.audit.museum.servers import SPECIMENS, Sickness, sick_server
 from companion.audit.museum.specimen import Specimen
@@ -175,6 +176,29 @@ def test_a_server_that_goes_ends_the_audit() -> None:
     assert main(["audit", server2.url, "--protocol", "companion"]) == 3
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, {"rewards": "none"}),
+        (200, {"rewards": []}),
+        (200, {"rewards": [{"index": 0}]}),
+        (200, {"rewards": [{"index": 1, "raw": 1.0}]}),
+        (200, {"rewards": [{"index": 0, "raw": "high"}]}),
+        (200, [1.0]),
+        (200, None),
+        (400, {"error": {"message": "no such model"}}),
+        (500, "<html>"),
+    ],
+)
+def test_an_answer_without_a_score_is_no_sound_one(answer: tuple[int, Any]) -> None:
+    """Nothing was asked then, so nothing may be called sound."""
+    with scripted(v1__models=OURS, v1__rewards=answer) as server:
+        with pytest.raises(ServiceError, match="an ordinary text has no score"):
+            audit(server.url)
+        assert main(["audit", server.url]) == 3
+        assert server.asked.count(("POST", "/v1/rewards")) == 2
+
+
 # ---------------------------------------------------------------------- asking
 
 
@@ -238,8 +262,10 @@ def test_the_rounding_follows_dtype_depth_and_size(server: Any) -> None:
 # ---------------------------------------------------------------------- sound and sick
 
 
-@pytest.mark.parametrize("protocol", list(ROUTES))
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    ("protocol", "named"),
+    [("companion", True), ("companion", False), ("vllm", True), ("openrlhf", False)],
+)
 def test_the_companions_own_server_is_sound(
     server: Any, model: Path, protocol: str, named: bool
 ) -> None:
@@ -268,44 +294,49 @@ def test_a_model_with_values_of_steps_is_asked_by_rows() -> None:
 
 @pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda one: one.name)
 def test_each_sick_server_is_caught_under_its_name(specimen: Specimen, tmp_path: Path) -> None:
-    """And its script, which needs nothing of ours, shows it too."""
-    names = {specimen.caught_by, *specimen.also}
-    with specimen.plant(tmp_path) as planted:
-        report = audit(
-            planted.target,
-            model=planted.model,
-            protocol=planted.protocol,
-            checks=[check for check in endpoint.CHECKS if check.name in names],
-        )
-        caught = report[specimen.caught_by].outcome
-        assert caught.status == "found", report.table()
-        assert caught.script is not None
-        assert "import companion" not in caught.script
-        (file := tmp_path / "script.py").write_text(caught.script, encoding="utf-8")
-        run = subprocess.run(
-            [sys.executable, "-I", str(file)], capture_output=True, text=True, timeout=60
-        )
-        assert run.returncode == 1, (run.stdout, run.stderr)
+    report = audit_specimen(specimen, tmp_path)
+    caught = report[specimen.caught_by].outcome
+    assert caught.status == "found", report.table()
+    assert caught.script is not None
+    assert "import companion" not in caught.script
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda one: one.name)
 def test_a_sick_server_has_no_other_fault(specimen: Specimen, tmp_path: Path) -> None:
-    with specimen.plant(tmp_path) as planted:
-        report = audit(planted.target, model=planted.model, protocol=planted.protocol)
+    report = audit_specimen(specimen, tmp_path, whole=True)
     print(report.table())
     assert report[specimen.caught_by].outcome.status == "found"
     assert set(report.faults) <= {specimen.caught_by, *specimen.also}
 
 
-def test_a_script_ends_with_0_once_it_is_mended(tmp_path: Path) -> None:
-    with sick_server(tutor_reward(), "companion", Sickness(sorts=True)) as server:
-        script = audit(server.url, checks=endpoint.CHECKS)["answers-out-of-order"].outcome.script
+@pytest.mark.parametrize(
+    ("protocol", "name", "sickness"),
+    [
+        ("companion", "answers-out-of-order", Sickness(sorts=True)),
+        ("openrlhf", "batch-changes-score", Sickness(pads=True)),
+        ("vllm", "fields-ignored", Sickness(by_default=True)),
+        ("openrlhf", "silent-cut", Sickness(cut=256)),
+        ("vllm", "errors-hidden", Sickness(hides=True)),
+        ("companion", "empty-input", Sickness(scores_nothing=True)),
+        ("companion", "activation-applied", Sickness(softmax=True)),
+    ],
+)
+def test_a_script_ends_with_1_until_it_is_mended(
+    protocol: Protocol, name: str, sickness: Sickness, tmp_path: Path
+) -> None:
+    """It needs nothing of ours, and does not cry wolf when the server is sound."""
+    with sick_server(tutor_reward(), protocol, sickness) as server:
+        checks = [check for check in endpoint.CHECKS if check.name == name]
+        script = audit(server.url, checks=checks)[name].outcome.script
         assert script is not None
-        (file := tmp_path / "script.py").write_text(script)
-        assert subprocess.run([sys.executable, str(file)], timeout=60).returncode == 1
-        server.sickness = Sickness()
-        assert subprocess.run([sys.executable, str(file)], timeout=60).returncode == 0
+        (file := tmp_path / "script.py").write_text(script, encoding="utf-8")
+        for now, code in ((sickness, 1), (Sickness(), 0)):
+            server.sickness = now
+            run = subprocess.run(
+                [sys.executable, "-I", str(file)], capture_output=True, text=True, timeout=60
+            )
+            assert run.returncode == code, (run.stdout, run.stderr)
 
 
 def test_the_command(server: Any, model: Path, tmp_path: Path, capfd: Any) -> None:

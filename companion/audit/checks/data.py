@@ -36,6 +36,8 @@ from companion.scoring.servers import Refused
 
 #: Fewest scored pairs of which a figure is given.
 FEWEST: Final = 20
+#: Most pairs that are tokenised to see what is cut or changed; ``companion data check`` takes all.
+MOST_TOKENISED: Final = 2_000
 
 #: of the rows -> what is asked, and why it matters; the cures are those of companion data check
 _OF_ROWS: Final[dict[str, tuple[str, str]]] = {
@@ -98,6 +100,7 @@ THREADS: Final[dict[str, tuple[str, ...]]] = {
     "trained-on-these-rows": ("https://github.com/OpenRLHF/OpenRLHF/issues/1089",),
     "equal-sides-after-cut": ("https://github.com/natolambert/rlhf-book/pull/504",),
     "special-tokens-in-rows": ("https://github.com/huggingface/transformers/issues/29279",),
+    "rows-refused-by-template": ("https://github.com/huggingface/trl/pull/6766",),
 }
 _OF_TOKENS: Final = frozenset(list(_OF_ROWS)[list(_OF_ROWS).index("rows-too-long") :])
 
@@ -183,8 +186,13 @@ class _Pairs:
 
     @functools.lru_cache(1)  # noqa: B019 (it lives as long as the audit)
     def report_with(self, formatter: Any) -> DataReport:
-        """The same, and what a formatter makes of them."""
-        return check_tokens(self.rows, formatter, DataReport(self.report.duplicates))
+        """What a formatter makes of them, or of a draw of them."""
+        rows = self.rows
+        if len(rows) > MOST_TOKENISED:
+            rng = np.random.default_rng(self._seed)
+            drawn = rng.choice(len(rows), MOST_TOKENISED, replace=False)
+            rows = [rows[i] for i in sorted(drawn.tolist())]
+        return check_tokens(rows, formatter, DataReport(self.report.duplicates))
 
     def evaluation(self, subject: Subject) -> PairEvaluation | str:
         """The pairs that the budget allowed for, with their figures; or why there are none."""
@@ -507,17 +515,17 @@ _ROW_FIGURES: Final[
 
 
 def _of_rows(own: _Pairs, name: str, subject: Subject) -> Outcome:
+    n = len(own.rows)
     if name not in _OF_TOKENS:
         report = own.report
     elif subject.formatter is None:
         return not_asked("the target has no formatter")
     else:
-        report = own.report_with(subject.formatter)
+        report, n = own.report_with(subject.formatter), min(n, MOST_TOKENISED)
     finding = report.find(name)
     if finding is None:
-        return sound(f"none of {report.duplicates.rows:,} rows")
-    seen = "; ".join([finding.seen, *finding.examples])
-    return found(seen, rows=finding.rows)
+        return sound(f"none of {n:,} rows")
+    return found("; ".join([finding.seen, *finding.examples]), rows=finding.rows)
 
 
 _TRAINED_ON: Final = (

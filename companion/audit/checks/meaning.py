@@ -9,6 +9,7 @@ the standard deviation taken as it is. A number of its own for each change is in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, Final
 
@@ -20,12 +21,13 @@ from companion.audit.run import BUDGET
 from companion.audit.subject import WITH_IDS, BudgetSpent, Subject
 from companion.audit.transformations import (
     EMPTY,
-    FAMILIES,
     MASTER_KEYS,
+    TRANSFORMATIONS,
     Change,
     changed_rows,
 )
 from companion.errors import CompanionError
+from companion.formatting import Row
 from companion.functional.resampling import bootstrap_interval
 
 #: Of the tokens of an audit these checks take at most this share.
@@ -34,6 +36,8 @@ SHARE: Final = 14 / 30
 FEWEST: Final = 4
 #: Characters of a token, where nobody tells.
 _CHARACTERS: Final = 3
+#: Requests to an endpoint at one time.
+_AT_ONCE: Final = 8
 
 
 def _replaced(answers: Sequence[str]) -> Mapping[str, Change]:
@@ -57,7 +61,7 @@ def _foreign() -> Mapping[str, Change]:
 
 
 _CHANGES: Final[Mapping[str, Mapping[str, Change]]] = {
-    **FAMILIES,
+    **TRANSFORMATIONS,
     "master-key-answers": _replaced(MASTER_KEYS),
     "empty-answers": _replaced(EMPTY),
     "swapped-prompt": _foreign(),
@@ -91,12 +95,20 @@ def _affordable(subject: Subject) -> tuple[Sequence[Probe], int]:
     return PROBES[:n], each
 
 
+def _scores(subject: Subject, rows: Sequence[Row]) -> np.ndarray:
+    """Scores ``[N]``; of an endpoint several at a time, each in a request of its own."""
+    if subject.what != "endpoint":
+        return subject.score_rows(rows)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return np.concatenate(list(pool.map(lambda row: subject.score_rows([row]), rows)))
+
+
 def _shift(subject: Subject, name: str) -> Outcome:
     """Measure what the changes of one check do to the score."""
     probes, each = _affordable(subject)
     if len(probes) < FEWEST:
         return not_asked(f"the budget is too small for {FEWEST} texts with their changes")
-    own = subject.score_rows([probe.row() for probe in probes])
+    own = _scores(subject, [probe.row() for probe in probes])
     spread = float(np.std(own, ddof=1))
     if not np.isfinite(own).all():
         return not_asked("a text has a score that is not finite")
@@ -107,7 +119,7 @@ def _shift(subject: Subject, name: str) -> Outcome:
         return not_asked("all answers have the same score, within rounding")
     changed = changed_rows(_CHANGES[name], probes, each)
     try:
-        scores = subject.score_rows([row for _, _, row in changed])
+        scores = _scores(subject, [row for _, _, row in changed])
     except BudgetSpent:
         raise
     except CompanionError as error:
@@ -165,7 +177,7 @@ _RM_BENCH: Final = "https://arxiv.org/abs/2410.16184"
 _ONE_AFTER: Final = "https://arxiv.org/abs/2603.03291"  # length, flattery, confidence, order
 _AUGMENT: Final = (
     "add pairs to the training set whose two sides differ in this alone, or train on both forms of "
-    "each text (companion.audit.transformations makes them)"
+    "each text (companion.audit.changed_rows makes them)"
 )
 _BEST_OF_N: Final = "best-of-n and RL find what raises a score whether it helps anybody or not: "
 

@@ -34,13 +34,19 @@ def _answer(row: Mapping[str, Any], side: str = "chosen") -> str:
 
 
 def sick_rows(
-    change: Callable[[Rows], Rows], against: Callable[[Rows], Rows] | None = None
+    change: Callable[[Rows], Rows],
+    *,
+    against: Callable[[Rows], Rows] | None = None,
+    tokenizer: Callable[[Any], None] | None = None,
 ) -> Callable[[Path], Any]:
-    """A specimen's ``plant``: sound rows, changed, and another set made of them."""
+    """A specimen's ``plant``: sound rows, changed, another set made of them, another tokenizer."""
 
     @contextlib.contextmanager
     def plant(folder: Path) -> Iterator[Planted]:
-        model = save_stock(tutor_reward(), folder / "model")
+        loaded = tutor_reward()
+        if tokenizer is not None:
+            tokenizer(loaded.tokenizer)
+        model = save_stock(loaded, folder / "model")
         write_rows(change(sound_rows()), folder / "pairs.jsonl")
         other = None
         if against is not None:
@@ -114,6 +120,54 @@ def _scraped(rows: Rows) -> Rows:
         {**row, "rejected": _said(f"{_answer(row, 'rejected')}<|end|> <|user|>Thanks!")}
         for row in rows[:5]
     ] + rows[5:]
+
+
+def _accented(rows: Rows) -> Rows:
+    """Pairs of which one side has an accent that the other lacks."""
+    return [
+        {
+            **row,
+            "chosen": _said(f"Voil\u00e0! {_answer(row)}"),
+            "rejected": _said(f"Voila! {_answer(row)}"),
+        }
+        for row in rows[:5]
+    ] + rows[5:]
+
+
+def _without_accents(tokenizer: Any) -> None:
+    from tokenizers import normalizers
+
+    strip = [normalizers.NFD(), normalizers.StripAccents()]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(strip)
+
+
+def _reasoned(rows: Rows) -> Rows:
+    return [
+        {**row, "chosen": _said(f"<think>Let me see.</think>{_answer(row)}")} for row in rows[:5]
+    ] + rows[5:]
+
+
+def _without_reasoning(tokenizer: Any) -> None:
+    """As templates of reasoning models do."""
+    content = "message['content']"
+    assert content in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        content, f"({content}).split('</think>')[-1]"
+    )
+
+
+def _of_several_turns(rows: Rows) -> Rows:
+    """A second question, whose answer is judged."""
+    return [
+        {**two, "prompt": [*one["prompt"], *one["chosen"], *two["prompt"]]}
+        for one, two in zip(rows[::2], rows[1::2], strict=True)
+    ]
+
+
+def _last_turn_alone(tokenizer: Any) -> None:
+    loop = "in messages"
+    assert loop in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(loop, f"{loop}[-2:]")
 
 
 @contextlib.contextmanager
@@ -193,5 +247,23 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
         "Scraped logs hold the template's own marks, which end the turn in the middle.",
         "special-tokens-in-rows",
         sick_rows(_scraped),
+    ),
+    _specimen(
+        "accents-stripped",
+        "The tokenizer strips accents, and they are all that differs.",
+        "equal-sides-as-tokens",
+        sick_rows(_accented, tokenizer=_without_accents),
+    ),
+    _specimen(
+        "reasoning-dropped-from-rows",
+        "The chat template drops the reasoning that the annotators judged.",
+        "rows-refused-by-template",
+        sick_rows(_reasoned, tokenizer=_without_reasoning),
+    ),
+    _specimen(
+        "earlier-turns-dropped-from-rows",
+        "The chat template writes the last turn alone, and the answer hangs on an earlier one.",
+        "rows-changed-by-template",
+        sick_rows(_of_several_turns, tokenizer=_last_turn_alone),
     ),
 )
