@@ -9,10 +9,10 @@ head, with ``--vllm`` a real vLLM. It ends with 1 if a specimen is not caught un
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,16 +25,25 @@ from transformers.utils import logging as transformers_logging
 from trl import RewardConfig, RewardTrainer
 
 from benchmarks.measuring import table
+from benchmarks.overoptimization import once
 from benchmarks.results import add_arguments, save
 from benchmarks.serving import server, vllm_server
 from companion import save_reward_model
-from companion.audit import AuditReport, all_specimens, audit, audit_specimen, tutor_reward
+from companion.audit import (
+    AuditReport,
+    Specimen,
+    all_specimens,
+    audit,
+    audit_specimen,
+    tutor_reward,
+)
 from companion.scoring import add_golden_texts
 from companion.tutor import TUTOR_BASE, make_rows
 
 
-def kept(report: AuditReport) -> dict[str, Any]:
+def kept(ask: Callable[[], AuditReport]) -> dict[str, Any]:
     """What a page shows of a report."""
+    report = ask()
     return {
         "headline": report.headline(),
         "what": report.what,
@@ -54,27 +63,20 @@ def kept(report: AuditReport) -> dict[str, Any]:
     }
 
 
-def museum(few: bool) -> list[dict[str, Any]]:
-    """Each specimen: what was to find it, and what did."""
-    rows = []
-    for specimen in all_specimens()[: 2 if few else None]:
-        with TemporaryDirectory() as folder:
-            report = audit_specimen(specimen, Path(folder), whole=not few)
-        found = {r.check.name: r.verdict for r in report.results if r.outcome.status == "found"}
-        expected = {specimen.caught_by, *specimen.also}
-        faults = [name for name, verdict in found.items() if verdict == "fault"]
-        rows.append(
-            {
-                "specimen": specimen.name,
-                "caught by": specimen.caught_by,
-                "verdict": found.get(specimen.caught_by, "MISSED"),
-                "also": [name for name in faults if name in specimen.also],
-                "surplus": [name for name in faults if name not in expected],
-                "tokens": report.tokens,
-            }
-        )
-        print(f"{time.process_time():6.0f} s  {rows[-1]}", flush=True)
-    return rows
+def caught(specimen: Specimen, whole: bool) -> dict[str, Any]:
+    """What was to find a specimen, and what did."""
+    with TemporaryDirectory() as folder:
+        report = audit_specimen(specimen, Path(folder), whole=whole)
+    found = {r.check.name: r.verdict for r in report.results if r.outcome.status == "found"}
+    faults = [name for name, verdict in found.items() if verdict == "fault"]
+    return {
+        "specimen": specimen.name,
+        "caught by": specimen.caught_by,
+        "verdict": found.get(specimen.caught_by, "MISSED"),
+        "also": [name for name in faults if name in specimen.also],
+        "surplus": sorted({*faults} - {specimen.caught_by, *specimen.also}),
+        "tokens": report.tokens,
+    }
 
 
 def trained_by_trl(folder: Path, *, pad: bool) -> Path:
@@ -118,23 +120,37 @@ def fresh_head(base: Path, folder: Path) -> Path:
     return folder
 
 
-def subjects(args: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, AuditReport]]:
-    """Name and report of each model and server."""
+def subjects(
+    args: argparse.Namespace, scratch: Path
+) -> Iterator[tuple[str, Callable[[], AuditReport]]]:
+    """Name of each model and server, and what makes its report."""
     own = scratch / "own"
     save_reward_model(tutor_reward(), own, describe=add_golden_texts)
-    yield "the tutor's reward model", audit(own)
+    yield "the tutor's reward model", partial(audit, own)
     if args.quick:
         return
-    with server(str(own), exact=False, cores=range(torch.get_num_threads())) as address:
-        yield "its server", audit(f"http://{address}", model=own)
+
+    def trained(folder: Path, pad: bool) -> AuditReport:
+        return audit(trained_by_trl(folder, pad=pad))
+
+    def served() -> AuditReport:
+        with server(str(own), exact=False, cores=(0,)) as address:
+            return audit(f"http://{address}", model=own)
+
+    def by_vllm() -> AuditReport:
+        with vllm_server(args.vllm, str(own), (0, 1)) as address:
+            return audit(f"http://{address}", model=own, protocol="vllm")
+
+    yield "its server", served
     for name, pad in (("trained by TRL", True), ("trained by TRL, no pad token", False)):
-        yield name, audit(trained_by_trl(scratch / name, pad=pad))
+        yield name, partial(trained, scratch / f"trl-{pad}", pad)
     if args.stories:
-        yield "stories260k, a fresh head", audit(fresh_head(args.stories, scratch / "stories"))
+        yield (
+            "stories260k, a fresh head",
+            lambda: audit(fresh_head(args.stories, scratch / "stories")),
+        )
     if args.vllm:
-        with contextlib.ExitStack() as stack:
-            address = stack.enter_context(vllm_server(args.vllm, str(own), (0, 1)))
-            yield "the same, by vLLM", audit(f"http://{address}", model=own, protocol="vllm")
+        yield "the same, by vLLM", by_vllm
 
 
 def main() -> None:
@@ -143,18 +159,24 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--stories", type=Path, help="folder of the stories260k base")
     parser.add_argument("--vllm", help="the Python of an environment with vLLM")
-    parser.add_argument("--subjects_only", action="store_true", help="leave the museum out")
+    parser.add_argument("--work", type=Path, default=Path("runs/audits"), help="what is finished")
     args = parser.parse_args()
+    if args.quick:
+        args.work = args.work / "quick"
     torch.set_num_threads(args.threads or 1)
     disable_progress_bar()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    reports = {}
+    reports, rows = {}, []
     with TemporaryDirectory() as scratch:
-        for name, report in subjects(args, Path(scratch)):
-            reports[name] = kept(report)
-            print(f"{time.process_time():6.0f} s  {name}: {report.headline()}", flush=True)
-    rows = [] if args.subjects_only else museum(args.quick)
+        for name, ask in subjects(args, Path(scratch)):
+            file = args.work / f"{name.replace(' ', '_')}.json"
+            reports[name] = once(file, partial(kept, ask))
+            print(f"{time.process_time():6.0f} s  {name}: {reports[name]['headline']}", flush=True)
+    for specimen in all_specimens()[: 2 if args.quick else None]:
+        work = partial(caught, specimen, not args.quick)
+        rows.append(once(args.work / "museum" / f"{specimen.name}.json", work))
+        print(f"{time.process_time():6.0f} s  {rows[-1]}", flush=True)
     figures = {"reports": reports, "museum": rows}
     print(table([{key: str(value) for key, value in row.items()} for row in rows]))
     print(f"written: {save('audits', figures, args)}")

@@ -127,4 +127,7 @@ ALLOWED = {
     "companion.course.exercises.ch06._forms_that_stay": {"CHANGES", "draw", "forms"},
     "companion.course.exercises.ch07._what_it_shows": {"draw", "evidence", "plain_error"},
     "companion.course.exercises.ch08._what_ranks_see": {"by_accelerate", "by_ddp", "step_weights"},
+    "companion.course.exercises.ch09._sick_models": {"run", "ward"},
+    "companion.course.exercises.ch09._sick_rows": {"pairs"},
+    "companion.course.exercises.ch09._sick_server": {"address"},
 }

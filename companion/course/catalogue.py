@@ -59,6 +59,7 @@ CHAPTERS: dict[int, tuple[str, str]] = {
     6: ("Serving scores", "ch06_serving"),
     7: ("Watching it age", "ch07_monitoring"),
     8: ("Scaling out", "ch08_scaling"),
+    9: ("How reward models fail", "ch09_failures"),
 }
 
 #: every exercise, in the order of the course
@@ -112,6 +113,10 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("ch08.deal_rows", "Rows for ranks that stay in step", "write it", 20, 2),
     Entry("ch08.bytes_a_rank", "Bytes of a rank", "write it", 15, 2),
     Entry("ch08.agreed_step", "One step to save at", "find the bug", 20, 3),
+    Entry("ch09.visible_gap", "What no pair can show", "write it", 15, 2),
+    Entry("ch09.sick_rows", "A set of pairs that is sick", "predict, then run", 15, 1),
+    Entry("ch09.sick_server", "A server that is sick", "find the bug", 20, 2),
+    Entry("ch09.sick_models", "Six models that are sick", "find the bug", 30, 3),
 )
 
 BY_ID: dict[str, Entry] = {entry.id: entry for entry in CATALOGUE}

@@ -371,7 +371,7 @@ class _Prompts:
     def __init__(
         self, rows: Rows, add: Callable[[Mapping[str, Any], str], None] = lambda row, key: None
     ) -> None:
-        from companion.functional.similarity import sketch
+        from companion.functional.similarity import BANDS, sketch
 
         self.places, self.hashes, sketches = array("Q"), array("Q"), array("Q")
         self._rows = rows.select_columns(["prompt"]) if _has_prompts(rows) else rows
@@ -385,7 +385,7 @@ class _Prompts:
             self.places.append(place)
             self.hashes.append(own)
             sketches.frombytes(sketch(_shingles(row["prompt"])).tobytes())
-        self.sketches = np.array(sketches, np.uint64).reshape(len(self.places), -1)
+        self.sketches = np.array(sketches, np.uint64).reshape(-1, BANDS)
         self.shingles = functools.lru_cache(4096)(lambda i: _shingles(self.prompt(i)["prompt"]))
 
     def prompt(self, number: int) -> Mapping[str, Any]:

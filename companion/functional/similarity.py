@@ -21,12 +21,12 @@ _SHINGLE: Final = 3
 _MULTIPLIERS: Final = np.array(
     (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93), np.uint64
 )
-#: Two texts of similarity s share a band of four minima with 1 − (1 − s⁴)¹⁶: 99.98% at 0.8, one in
-#: 600 at 0.1.
-_BANDS: Final = 16
+#: Numbers in a sketch. Two texts of similarity s share a band of four minima with 1 − (1 − s⁴)¹⁶:
+#: 99.98% at 0.8, one in 600 at 0.1.
+BANDS: Final = 16
 _ROWS: Final = 4
 _SEEDS: Final = np.random.default_rng(1997).integers(
-    0, 2**64, _BANDS * _ROWS, dtype=np.uint64, endpoint=False
+    0, 2**64, BANDS * _ROWS, dtype=np.uint64, endpoint=False
 )
 
 
@@ -66,7 +66,7 @@ def sketch(hashes: Hashes) -> Hashes:
         mixed ^= mixed >> np.uint64(31)
         mixed *= multiplier
     minima = (mixed ^ (mixed >> np.uint64(31))).min(axis=0)
-    bands: Hashes = (minima.reshape(_BANDS, _ROWS) * _MULTIPLIERS).sum(axis=1, dtype=np.uint64)
+    bands: Hashes = (minima.reshape(BANDS, _ROWS) * _MULTIPLIERS).sum(axis=1, dtype=np.uint64)
     return bands
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from companion.audit import AuditReport, all_checks, audit
-from companion.audit.checks import head, readout
+from companion.audit.checks import head, readout, text
 from companion.audit.museum.healthy import (
     SOUND,
     draw_healthy,
@@ -27,7 +27,7 @@ from companion.tutor import make_rows
 OURS = (*readout.CHECKS, *head.CHECKS)
 #: those of `make test`: one of each way of planting, and those whose scripts differ most
 FAST = (
-    *("padded-with-eos", "longrope-in-a-mixed-batch", "first-come", "head-of-another-name"),
+    *("padded-with-eos", "longrope-in-a-mixed-batch", "first-come"),
     *("half-overwritten-checkpoint", "too-large-for-float16"),
 )
 #: of `make test`; three hundred of the slow run bound the share of false faults by 1% (95%)
@@ -132,13 +132,14 @@ def check_healthy(seeds: range, checks: Any) -> None:
 
 
 def test_of_healthy_models_no_fault_is_reported() -> None:
-    check_healthy(range(FEW), OURS)
+    check_healthy(range(FEW), [check for check in OURS if check.kind == "fault"])
 
 
 @pytest.mark.slow
 def test_of_hundreds_of_healthy_models_no_fault_is_reported() -> None:
     assert len(SOUND) >= 50
-    check_healthy(range(MANY), all_checks())
+    # the other rooms' checks measure biases, or need a server, or data
+    check_healthy(range(MANY), (*OURS, *text.CHECKS))
 
 
 def test_healthy_models_vary() -> None:

@@ -250,6 +250,18 @@ def test_texts_of_one_pattern_are_no_square_of_comparisons() -> None:
     assert len({int(own[0]) for own in short}) == 5
 
 
+def test_rows_without_a_prompt_have_none_that_repeats() -> None:
+    rows = [
+        {"chosen": f"Question {i}?\nlong answer", "rejected": f"Question {i}?\nno"}
+        for i in range(4)
+    ]
+    report = check_rows(rows, against=rows[2:])
+    assert [finding.name for finding in report.findings] == ["leakage"]
+    assert report.duplicates.without_prompt == 4
+    assert check_rows([*rows, *rows]).duplicates.repeated_rows == 4
+    assert check_rows(rows[:1], against=[{"prompt": "another"}]).findings == []
+
+
 # ---------------------------------------------------------------------- memory, torch
 
 

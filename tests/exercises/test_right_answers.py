@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import defaultdict
 
@@ -298,6 +299,15 @@ def step_by_arithmetic(arrivals, n_steps, every):
         return [None for _ in arrivals]
     step = max(math.ceil(first / every), 1) * every
     return [step if step < n_steps else None for _ in arrivals]
+
+
+@right("ch09.visible_gap")
+def gap_over_pairs(first, second, prompts):
+    found = [0.0]
+    for i, j in itertools.combinations(range(len(prompts)), 2):
+        if prompts[i] == prompts[j]:
+            found.append(abs((first[i] - first[j]) - (second[i] - second[j])))
+    return np.float64(max(found))
 
 
 @pytest.mark.parametrize(("name", "function"), ROWS, ids=[f.__name__ for _, f in ROWS])

@@ -799,6 +799,20 @@ def step_alone(arrivals, n_steps, every):
     return every
 
 
+# 9
+
+
+@wrong("ch09.visible_gap", mutant="all_texts")
+def gap_of_all_texts(first, second, prompts):
+    gap = first - second
+    return max(gap) - min(gap)
+
+
+@wrong("ch09.visible_gap", says=KIND)
+def gap_of_each_prompt(first, second, prompts):
+    return dict.fromkeys(prompts, 0.0)
+
+
 @pytest.mark.parametrize(
     ("name", "function", "told"), ROWS, ids=[function.__name__ for _, function, _ in ROWS]
 )

@@ -318,7 +318,8 @@ def test_scores_of_another_model_are_not_compared(rng: np.random.Generator) -> N
     assert names(TrafficSummary(), before) == ["no_traffic"]
 
 
-def test_against_the_reference(rng: np.random.Generator) -> None:
+def test_against_the_reference() -> None:
+    rng = np.random.default_rng(1)  # by chance alone one draw in a hundred is warned of
     reference = ReferenceStats.from_scores(rng.normal(size=2000), "held-out pairs")
     quiet = _scores(rng, 1000)
     assert names(quiet, None, reference=reference) == []

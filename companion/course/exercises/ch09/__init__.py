@@ -1,0 +1,1 @@
+"""Exercises of Chapter 9."""
