@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import torch
 
 from companion.audit.checks import endpoint, head, meaning, readout, text
 from companion.audit.checks.data import data_checks
@@ -22,9 +24,6 @@ from companion.audit.waivers import check_names
 from companion.data import load_rows
 from companion.errors import DataError
 from companion.scoring.servers import is_url
-
-if TYPE_CHECKING:
-    import torch
 
 #: Most requests to an endpoint, where nothing else is said.
 REQUESTS: Final[dict[Level, int]] = {"quick": 1_000, "full": 10_000}
@@ -76,7 +75,31 @@ def open_subject(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Subject:
-    """The target as a subject; see :func:`audit`. Nothing is posted to an endpoint yet."""
+    """The target as a subject; see :func:`audit`. Nothing is posted to an endpoint yet.
+
+    Parameters
+    ----------
+    target, tokenizer, level
+        See :func:`audit`.
+    protocol, model, api_key, timeout, max_requests
+        Of an endpoint; see :func:`companion.audit.endpoint.open_endpoint`. Default: at most 1,000
+        requests, at ``full`` 10,000.
+    dtype : str, optional
+        In which a model here is to run (default: as it was saved), or an endpoint runs.
+    device : str, optional
+        Of a model that is loaded here; default: the GPU if there is one.
+    revision, trust_remote_code
+        For transformers.
+
+    Raises
+    ------
+    DataError
+        For settings that do not fit the target, or an endpoint that does not say what it speaks.
+    ModelError
+        If the model cannot be loaded.
+    ServiceError
+        If nobody answers.
+    """
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(target, str) and is_url(target):
         if device is not None:
@@ -98,6 +121,8 @@ def open_subject(
             raise DataError(
                 f"{name} says something of an endpoint", "give its URL, or leave it out"
             )
+    if device is None and isinstance(target, (str, os.PathLike)) and torch.cuda.is_available():
+        device = "cuda"
     return LocalSubject(
         target, tokenizer, dtype=dtype, device=device, max_tokens=BUDGET[level], **hub
     )

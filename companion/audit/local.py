@@ -150,8 +150,7 @@ class LocalSubject(Subject):
             "torch."
         )
         can: set[Ability] = {"ids", "tokenizer", "config", "weights", "threads"}
-        rows = inner.get_input_embeddings().weight.shape[0]
-        if self.pad_id is not None and self.pad_id < rows:
+        if self.pad_id is not None and self.pad_id < self.embeddings:
             can.add("padding")
         self.abilities = frozenset(can)
         self._alone: dict[tuple[int, ...], float] = {}
@@ -212,6 +211,14 @@ class LocalSubject(Subject):
     def pad_id(self) -> int | None:
         """With which its users pad."""
         return None if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
+
+    @property
+    def embeddings(self) -> float:
+        """For how many ids the model has one; infinity where a class of its own does not say."""
+        try:
+            return int(without_adapter(self.model).get_input_embeddings().weight.shape[0])
+        except (NotImplementedError, AttributeError):
+            return math.inf
 
     @property
     def side(self) -> str:
@@ -364,7 +371,8 @@ class LocalSubject(Subject):
         """See :meth:`Subject.tolerance`, and the class's notes. The texts are scored, if new."""
         self.alone(ids)
         tried = self._noises or {tuple(t): self._noise(tuple(t)) for t in self._typical(ids)}
-        gain = _quantile(len(tried)) * math.sqrt(np.mean(np.square(list(tried.values()))))
+        finite = [noise for noise in tried.values() if math.isfinite(noise)] or [0.0]
+        gain = _quantile(len(finite)) * math.sqrt(np.mean(np.square(finite)))
         return np.array([gain * self._sums[tuple(text)] for text in ids])
 
     def differ(
@@ -377,7 +385,7 @@ class LocalSubject(Subject):
             if key not in self._noises:
                 self._noise(key)
             own = _quantile(len(self._noises)) * self._noises[key] * self._sums[key]
-            found[i] = not far <= own
+            found[i] = not far <= own  # one that is not finite explains nothing
         return found
 
     @staticmethod

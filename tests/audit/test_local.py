@@ -257,3 +257,22 @@ def test_names_of_checks_are_one_and_each_says_what_it_is_for() -> None:
         assert check.asks.endswith("?")
         assert min(map(len, (check.why, check.cure))) > 20
         assert all(thread.startswith("https://") for thread in check.threads)
+
+
+def test_a_text_without_a_finite_score_spoils_no_others_tolerance(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    """One embedding is not a number: the texts without it are compared as before."""
+    tokenizer = make_tokenizer()
+    model = random_classifier("llama", tokenizer)
+    ids = texts(len(tokenizer), 6)
+    sick = min(set(ids[1]) - {i for text in (ids[0], *ids[2:]) for i in text})
+    with torch.no_grad():
+        model.model.embed_tokens.weight[sick] = float("nan")
+    subject = LocalSubject(model, tokenizer)
+    scores = subject.alone(ids)
+    assert np.isnan(scores).tolist() == [i == 1 for i in range(len(ids))]
+    assert not subject.differ(ids, scores, subject.call(Batch(ids))).any()
+    other = scores.copy()
+    other[0] += 1e-2
+    assert subject.differ(ids, scores, other).tolist() == [i == 0 for i in range(len(ids))]

@@ -729,8 +729,8 @@ CHECKS: Final[tuple[Check, ...]] = (
         "Is the end of a long text read?",
         "A cut completion has the score of its beginning: what is too long is never punished, and "
         "its answer never seen.",
-        "Raise the server's limit (OpenRLHF: --max_len, which is 2,048), or refuse what is longer, "
-        "as companion serve --overlong error does.",
+        "Raise the server's limit (OpenRLHF: --data.max_len, by default 2,048), or refuse what is "
+        "longer, as companion serve --overlong error does.",
         (_GITHUB + "OpenRLHF/OpenRLHF/blob/main/openrlhf/cli/serve_rm.py",),
     ),
     _check(

@@ -286,15 +286,15 @@ print("a batch can be padded")
 """
         what = "The tokenizer has no pad token: no batch can be made."
         return found(f"{where}: no batch can be made", script=local_script(local, what, body))
-    rows = local.model.get_input_embeddings().weight.shape[0]
-    if pad >= rows:
+    if pad >= local.embeddings:
         body = """
 rows = model.get_input_embeddings().weight.shape[0]
 print("pad id:", tokenizer.pad_token_id, "embeddings:", rows)
 sys.exit(1 if tokenizer.pad_token_id >= rows else 0)
 """
         return found(
-            f"the pad id is {pad}, and the model has embeddings for {rows}: a padded batch fails",
+            f"the pad id is {pad}, and the model has embeddings for {local.embeddings}: a "
+            "padded batch fails",
             script=local_script(local, "The pad token has no embedding.", body),
         )
     if known is not None or local.kind != "scalar":
