@@ -150,7 +150,7 @@ def subjects(
             lambda: audit(fresh_head(args.stories, scratch / "stories")),
         )
     if args.vllm:
-        yield "the same, by vLLM", by_vllm
+        yield "the tutor's, by vLLM", by_vllm
 
 
 def main() -> None:

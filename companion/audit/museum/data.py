@@ -259,11 +259,13 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
         "The chat template drops the reasoning that the annotators judged.",
         "rows-refused-by-template",
         sick_rows(_reasoned, tokenizer=_without_reasoning),
+        ("template-drops-content",),
     ),
     _specimen(
         "earlier-turns-dropped-from-rows",
         "The chat template writes the last turn alone, and the answer hangs on an earlier one.",
         "rows-changed-by-template",
         sick_rows(_of_several_turns, tokenizer=_last_turn_alone),
+        ("template-drops-content",),
     ),
 )
