@@ -63,7 +63,7 @@ sys.exit(1 if heads else 0)
     if weight is not None and not bool(weight.any()):
         body = """
 head = getattr(model, "score", None) or model.classifier
-print("largest weight of the head:", float(head.weight.abs().max()))
+print("largest weight of the head:", float(head.weight.detach().abs().max()))
 sys.exit(0 if head.weight.any() else 1)
 """
         return found(
