@@ -33,6 +33,7 @@ from companion.errors import CompanionError
 from companion.formatting import Row
 from companion.formatting.conversation import Message
 from companion.formatting.template import asks_for_date, left_out, tools_left_out, with_date
+from companion.models.ends import turn_end_ids
 
 
 def _eos_missing(subject: Subject) -> Outcome | None:
@@ -57,6 +58,20 @@ def _eos_missing(subject: Subject) -> Outcome | None:
             "print(tokenizer.decode(done))\nsys.exit(done == cut)\n",
             TALK=TALK,
         ),
+    )
+
+
+def _other_end(subject: Subject) -> Outcome | None:
+    tokenizer = subject.tokenizer
+    ends = turn_end_ids(tokenizer)
+    if template_of(tokenizer) is None or tokenizer.eos_token_id is None or not ends:
+        return None
+    end = tokenizer.convert_ids_to_tokens(ends[0])
+    if tokenizer.eos_token_id in ends:
+        return sound(f"the chat template ends an answer with EOS, {end!r}")
+    return found(
+        f"the chat template ends an answer with {end!r}, and EOS is {tokenizer.eos_token!r}: who "
+        "looks for EOS takes every answer for one that was cut off"
     )
 
 
@@ -402,6 +417,19 @@ CHECKS: Final[tuple[Check, ...]] = (
         ),
         needs=_TOKENIZER,
         run=_eos_missing,
+    ),
+    Check(
+        name="other-end-token",
+        room="text",
+        kind="hazard",
+        asks="Does the chat template end an answer with the tokenizer's EOS?",
+        why="Trainers, clients and rewards that look for EOS count each finished answer as cut "
+        "off, or put EOS behind the end that is there.",
+        cure="set eos_token to the token that ends a turn, in tokenizer and generation config, or "
+        "look for both",
+        threads=("https://github.com/huggingface/trl/issues/7039",),
+        needs=_TOKENIZER,
+        run=_other_end,
     ),
     Check(
         name="template-mismatch",

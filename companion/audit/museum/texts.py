@@ -73,10 +73,15 @@ def _ascii(core: Any, tokenizer: Any) -> None:
     core.normalizer = normalizers.Replace(Regex(r"[^\x00-\x7F]"), "")
 
 
+def _ends_otherwise(template: str) -> str:
+    """``<|end|>`` ends an answer."""
+    return template.replace("eos_token", "'<|end|>'")
+
+
 def _end_is_pad(loaded: RewardModel) -> None:
     """``<|end|>`` ends an answer, and fills batches."""
     tokenizer = loaded.tokenizer
-    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<|end|>'")
+    tokenizer.chat_template = _ends_otherwise(tokenizer.chat_template)
     tokenizer.pad_token = "<|end|>"
     set_pad(loaded.model, tokenizer.pad_token_id)
 
@@ -150,6 +155,14 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
         ("huggingface/transformers/issues/35352",),
         sick(_end_is_pad),
         "pad-is-eos",
+    ),
+    _specimen(
+        "another-end-token",
+        "other-end-token",
+        "A turn ends with another token than EOS, as with Phi-3.5 and Gemma: rewards that look for "
+        "EOS took every finished answer for one that was cut off.",
+        ("huggingface/trl/issues/7039",),
+        _with_template(_ends_otherwise),
     ),
     _specimen(
         "template-written-over",
