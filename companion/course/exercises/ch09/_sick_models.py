@@ -7,12 +7,12 @@ from companion.course.exercises.ch09._wards import admit, diagnose, question
 
 #: of each patient the specimen, and the check that finds it
 _PATIENTS = {
-    "A": ("head-in-bfloat16", "head-in-half-precision"),
-    "B": ("padded-with-eos", "pad-is-eos"),
-    "C": ("two-bos", "bos-doubled"),
-    "D": ("head-never-trained", "head-untrained"),
-    "E": ("left-padded-table", "absolute-positions"),
-    "F": ("no-end-of-turn", "eos-missing"),
+    "A": ("left-padded-table", "absolute-positions"),
+    "B": ("two-bos", "bos-doubled"),
+    "C": ("head-never-trained", "head-untrained"),
+    "D": ("no-end-of-turn", "eos-missing"),
+    "E": ("head-in-bfloat16", "head-in-half-precision"),
+    "F": ("padded-with-eos", "pad-is-eos"),
 }
 #: check -> its diagnosis in words, and what shows it
 _DIAGNOSES = {
@@ -59,7 +59,7 @@ def run() -> dict[str, str]:
 
 
 _THREADS = {
-    "B": "transformers #35352", "C": "reward-bench #164", "E": "trl #469", "F": "reward-bench #94",
+    "A": "trl #469", "B": "reward-bench #164", "D": "reward-bench #94", "F": "transformers #35352",
 }  # fmt: skip
 
 EXERCISE = Prediction(
