@@ -84,7 +84,10 @@ def test_a_specimen_is_caught_under_its_name(
             script = report[name].outcome.script
             assert script is not None, name
             code, said = run(script)
-            if name == specimen.caught_by or specimen.name != "drops-in-eval":  # by chance
+            # (dropout, and what threads do to one another, show by chance)
+            if name == specimen.caught_by or (
+                name != "threads" and specimen.name != "drops-in-eval"
+            ):
                 assert code not in (0, None), (name, said)
             if name in MENDED:  # on the sound model that it was made of
                 assert run(script.replace(planted.target, str(sound)))[0] == 0

@@ -326,7 +326,7 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
         ("https://github.com/ggml-org/llama.cpp/pull/24875",),
         "positions-by-batch",
         sick_architecture("phi3 longrope"),
-        also=("batch-changes-score",),
+        also=("batch-changes-score", "threads"),
     ),
     Specimen(
         "dynamic-ntk",
@@ -335,6 +335,7 @@ SPECIMENS: Final[tuple[Specimen, ...]] = (
         (f"{_HF}/transformers/issues/25306", f"{_HF}/transformers/issues/25104"),
         "positions-by-batch",
         sick_architecture("llama dynamic"),
+        also=("threads",),
     ),
     Specimen(
         "reads-the-last-column",
