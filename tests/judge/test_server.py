@@ -186,8 +186,10 @@ def test_requests_keep_the_pace(serve):
 
     url, _, _ = serve(script)
     rows = [{"prompt": str(i), "a": "x", "b": "y"} for i in range(2)]
-    Judge.from_server("m", url, "{prompt}{a}{b}", requests_per_minute=600).compare(rows)
-    assert times[-1] - times[0] > 0.25  # three gaps of a tenth of a second
+    judge = Judge.from_server("m", url, "{prompt}{a}{b}", requests_per_minute=600)
+    before = time.monotonic()  # a busy machine may hand over the first request late
+    judge.compare(rows)
+    assert times[-1] - before >= 0.3  # three gaps of a tenth of a second
 
 
 def test_without_the_client_the_cure_is_named(monkeypatch):
