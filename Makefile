@@ -86,7 +86,9 @@ test: $(VENV)/.stamp-all $(NOTEBOOKS) ## lint, types, import floors, unit tests,
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	@rm -f $(BUILT)
-	-$(KERNEL) $(PYTEST) --nbmake --nbmake-timeout=300 --overwrite $(NOTEBOOKS) && \
+	-$(KERNEL) $(OFFLINE) $(NO_PROGRESS) OMP_NUM_THREADS=1 $(PY) book/_tools/kernels.py \
+		$(PY) -m pytest -n $(JOBS) --nbmake --nbmake-kernel=warm --nbmake-timeout=300 --overwrite \
+		$(NOTEBOOKS) && \
 		$(PY) book/_tools/outputs.py $(BUILD)/notebooks $(OUTPUTS) && \
 		touch $(BUILD)/.stamp-outputs && $(BUILD_BOOK)
 	COMPANION_BOOK=$(abspath $(BUILD)) $(PYTEST) --dist loadfile tests
