@@ -5,12 +5,30 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+Item = TypeVar("Item")
+
+#: Rows of a pass after which its pages are given back: some tens of MB.
+_ROWS: Final = 50_000
+
+
+def sparing(items: Iterable[Item], dataset: Any = None, *, rows: int = 1) -> Iterator[Item]:
+    """The items of a pass over a dataset, of so many rows each; its pages go back on the way.
+
+    Without a `dataset` the items are its rows; of rows that lie in no file nothing is given back.
+    """
+    whole = items if dataset is None else dataset
+    for place, item in enumerate(items, 1):
+        yield item
+        if place * rows % _ROWS < rows and hasattr(whole, "cache_files"):
+            release_pages(whole)
 
 
 def release_pages(*datasets: Dataset) -> None:

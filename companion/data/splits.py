@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from companion.data.messages import plain
+from companion.data.pages import sparing
 from companion.errors import DataError
 
 Rows = TypeVar("Rows")
@@ -77,9 +78,9 @@ def _keys(rows: Iterable[Mapping[str, Any]], key: Key) -> Iterator[str]:
         return
     if key is prompt_key and "prompt" in getattr(rows, "column_names", ()):
         prompts = cast(Any, rows).select_columns(["prompt"])  # decoding the texts is the cost
-        if not any(row["prompt"] is None for row in prompts):
+        if not any(row["prompt"] is None for row in sparing(prompts)):
             rows = prompts
-    yield from map(key, rows)
+    yield from map(key, sparing(rows))
 
 
 def _unit(key: str, seed: int) -> float:
@@ -140,11 +141,11 @@ def split_by_prompt(
             f"prompts, test_fraction={test_fraction}",
             "take another fraction or seed, exact=True, or more prompts",
         )
-    train, test = (np.flatnonzero(side).tolist() for side in (~is_test, is_test))
+    train, test = (np.flatnonzero(side) for side in (~is_test, is_test))
     return _take(dataset, train), _take(dataset, test)
 
 
-def _take(dataset: Any, indices: list[int]) -> Any:
+def _take(dataset: Any, indices: np.ndarray) -> Any:
     if hasattr(dataset, "select"):
         return dataset.select(indices)
     return [dataset[i] for i in indices]
@@ -339,14 +340,14 @@ def overlap_report(
     tested: list[tuple[str, int]] = []  # of test, which is the smaller part: prompts, and rows
     shown: dict[str, str] = {}
     without = 0
-    for row in test:
+    for row in sparing(test):
         key = prompt_key(row)
         tested.append((key, text_hash(f"{key} {sorted(completion_texts(row))}")))
         shown.setdefault(key, short_prompt(row))
         without += row.get("prompt") is None
     test_counts, counts = Counter(key for key, _ in tested), Counter[str]()
     rows, prompts, bodies = {body for _, body in tested}, array("Q"), set[int]()
-    for row in train:
+    for row in sparing(train):
         key = prompt_key(row)
         prompts.append(text_hash(key))
         without += row.get("prompt") is None
@@ -371,7 +372,7 @@ def overlap_report(
 def row_digests(rows: Iterable[Mapping[str, Any]]) -> np.ndarray:
     """SHA-256 of the content of each row, ``[N]`` of 32 bytes; for :func:`dataset_fingerprint`."""
     found = bytearray()
-    for row in rows:
+    for row in sparing(rows):
         text = json.dumps(_bare(row), sort_keys=True, ensure_ascii=False, default=str)
         found += hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return np.frombuffer(found, "S32")

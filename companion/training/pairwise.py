@@ -19,6 +19,7 @@ from datasets import Dataset, Value
 from torch import Tensor
 from trl import RewardTrainer
 
+from companion.data.pages import sparing
 from companion.errors import DataError
 from companion.evaluation.pairs import PairEvaluation, scored_pairs
 from companion.formatting import RewardFormatter
@@ -186,7 +187,7 @@ class PairwiseRewardTrainer(ExactTrainer, RewardTrainer):
     ) -> Any:
         return dataset  # TRL would tokenise; that is done
 
-    def check_rows(self, dataset: Dataset, source: str) -> tuple[Sequence[int], FormatReport]:
+    def check_rows(self, dataset: Dataset, source: str) -> tuple[np.ndarray, FormatReport]:
         """Drop what is longer than ``max_length``.
 
         Raises
@@ -194,8 +195,14 @@ class PairwiseRewardTrainer(ExactTrainer, RewardTrainer):
         DataError
             For an empty sequence, a margin that is not finite, or if no row is left.
         """
-        table = dataset.select_columns(list(IDS)).with_format("arrow")[:]
-        sizes = [pc.list_value_length(table[name]).to_numpy() for name in IDS]
+        tables = dataset.select_columns(list(IDS)).with_format("arrow").iter(batch_size=10_000)
+        sizes = np.concatenate(
+            [
+                [pc.list_value_length(table[name]).to_numpy() for name in IDS]
+                for table in sparing(tables, dataset, rows=10_000)
+            ],
+            axis=1,
+        )
         empty = np.flatnonzero((sizes[0] == 0) | (sizes[1] == 0))
         if empty.size:
             raise DataError(f"{source}, row {empty[0]}: a side has no tokens", "drop empty texts")
@@ -217,10 +224,10 @@ class PairwiseRewardTrainer(ExactTrainer, RewardTrainer):
             rows=len(dataset),
             kept=len(keep),
             dropped_overlong=len(dataset) - len(keep),
-            identical=sum(row["chosen_ids"] == row["rejected_ids"] for row in same),
+            identical=sum(row["chosen_ids"] == row["rejected_ids"] for row in sparing(same)),
             longest=int(lengths[keep].max()),
         )
-        return keep.tolist(), report
+        return keep, report
 
     def padding_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """One real token a side."""

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
 from companion.errors import DataError
@@ -148,25 +151,34 @@ def format_all(
         num_proc=num_proc,
         arguments={"convert": convert, "columns": list(columns), "arguments": arguments},
     )
-    fates, cut = rows["fate"][:], rows["cut"][:]
-    kept = [i for i, fate in enumerate(fates) if not fate or fate.startswith("+")]
+    # Arrow's own columns: of millions of rows, lists of Python's objects are no small matter
+    table = rows.select_columns(["cut", "fate", "remarks", "length"]).with_format("arrow")[:]
+    cut, fates = table["cut"].to_numpy(), _counts(table["fate"])
+    dropped = [fate for fate in fates if fate and not fate.startswith("+")]
+    kept = np.flatnonzero(~pc.is_in(table["fate"], pa.array(dropped, pa.string())).to_numpy())
     report = FormatReport(
         source,
         noun,
         rows=len(rows),
         kept=len(kept),
-        dropped_overlong=fates.count(OVERLONG),
-        truncated=sum(c > 0 for c in cut),
-        tokens_cut=sum(cut),
+        dropped_overlong=fates[OVERLONG],
+        truncated=int((cut > 0).sum()),
+        tokens_cut=int(cut.sum()),
+        longest=int(table["length"].to_numpy()[kept].max(initial=0)),
     )
     if noun == "pairs":
-        report.identical = fates.count(IDENTICAL)
+        report.identical = fates[IDENTICAL]
     else:
-        others = [fate.lstrip("+") for fate in fates if fate and fate != OVERLONG]
-        report.counts = {fate: others.count(fate) for fate in dict.fromkeys(others)}
-    remarks = Counter(name for said in rows["remarks"][:] for name in said.split())
+        report.counts = {}
+        for fate, count in fates.items():
+            if fate and fate != OVERLONG:
+                name = fate.lstrip("+")
+                report.counts[name] = report.counts.get(name, 0) + count
+    remarks = Counter[str]()
+    for names, count in _counts(table["remarks"]).items():
+        remarks.update(dict.fromkeys(names.split(), count))
     report.remarks = {name: remarks[name] for name in REMARKS if remarks[name]} or None
-    if not kept:
+    if not kept.size:
         cure = "look at the counts: are these rows of the right kind?"
         if report.dropped_overlong:
             cure = (
@@ -180,9 +192,12 @@ def format_all(
         raise DataError(what, cure)
     if len(kept) < len(rows):
         rows = rows.select(kept)
-    rows = rows.remove_columns(["cut", "fate", "remarks"])
-    report.longest = max(rows["length"][:], default=0)
-    return rows, report
+    return rows.remove_columns(["cut", "fate", "remarks"]), report
+
+
+def _counts(texts: pa.ChunkedArray) -> Counter[str]:
+    """How often each text stands there, in the order of the first."""
+    return Counter({one["values"]: one["counts"] for one in pc.value_counts(texts).to_pylist()})
 
 
 def _format_batch(

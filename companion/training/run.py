@@ -20,7 +20,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback
 
 from companion.data.loading import load_rows, load_rows_with_report
-from companion.data.pages import release_pages
+from companion.data.pages import release_pages, sparing
 from companion.data.splits import (
     dataset_fingerprint,
     duplicate_report,
@@ -164,7 +164,9 @@ def train(
     held_out = sets["held_out"]
     if main:
         own = [part for name, part in sets.items() if sources[name] == sources["train"]]
-        notes += duplicate_report(chain.from_iterable(own), n_examples=0).notes(kind.rows)
+        notes += duplicate_report(chain.from_iterable(map(sparing, own)), n_examples=0).notes(
+            kind.rows
+        )
     if main and sources["train"] != sources["held_out"]:
         overlap = overlap_report(sets["train"], held_out)
         if not overlap.clean:

@@ -26,6 +26,7 @@ import pyarrow as pa
 from datasets import Dataset, Features
 from filelock import FileLock, Timeout
 
+from companion.data.pages import sparing
 from companion.formatting import RewardFormatter
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,8 @@ def _as_text(value: Any) -> str:
 def rows_digest(dataset: Dataset) -> str:
     """SHA-256 over the rows themselves, wherever they were loaded from."""
     digest = hashlib.sha256(repr(dataset.features).encode())
-    for table in dataset.with_format("arrow").iter(batch_size=10_000):
+    tables = dataset.with_format("arrow").iter(batch_size=10_000)
+    for table in sparing(tables, dataset, rows=10_000):
         table = table.replace_schema_metadata(None).combine_chunks()
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:

@@ -232,7 +232,7 @@ class ExactTrainer(WholeCheckpoints, ExactEvaluation):
 
     def check_rows(
         self, dataset: Dataset, source: str
-    ) -> tuple[Sequence[int], FormatReport | None]:
+    ) -> tuple[Sequence[int] | np.ndarray, FormatReport | None]:
         """Check rows that hold token ids already; which are kept, and a report."""
         if not len(dataset):
             raise DataError(f"{source}: there are no rows")
