@@ -15,12 +15,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict
+from sklearn.metrics import f1_score
 
-from companion import evaluate_benchmark
+from companion import (
+    RewardManifest,
+    RewardScorer,
+    TokenScorer,
+    evaluate_benchmark,
+    load_base,
+    save_reward_model,
+)
 from companion.cli.main import main
 from companion.errors import DataError
 from companion.evaluation import BENCHMARKS
 from companion.judge import Answer, Judge
+from companion.models import TokenReadout
 
 Made = list[dict[str, Any]]
 
@@ -51,8 +61,21 @@ class Scripted:
         return SimpleNamespace(raw=raw, reasons=[None if x == x else "too long" for x in raw])
 
 
+class ScriptedSteps(Scripted):
+    """A process model whose P(wrong) of a step is the one that the step says."""
+
+    readout = SimpleNamespace(kind="process", separator="\n", threshold=0.5)
+
+    def score(self, rows: Made, *, names: Any, on_error: str, progress: Any) -> Any:
+        self.rows += rows
+        wrong = [np.array([*map(score_in, row["completions"])]) for row in rows]
+        return SimpleNamespace(wrong=wrong, reasons=[None] * len(rows))
+
+
 def results_of(name: str, rows: Made, model: Any = None) -> dict[str, dict[str, Any]]:
-    metrics = evaluate_benchmark(model or Scripted(), rows, name).metrics
+    steps = BENCHMARKS[name].needs == "steps"
+    scorer = model or (ScriptedSteps() if steps else Scripted())
+    metrics = evaluate_benchmark(scorer, rows, name).metrics
     assert metrics["results"][0]["level"] == "overall"
     assert metrics["results"][0]["value"] == metrics["overall"]
     found = {line["name"]: line for line in metrics["results"]}
@@ -178,6 +201,53 @@ def made_ppe(rng: random.Random, n: int = 40) -> Made:
         }
         for i in range(n)
     ]
+
+
+def made_process_bench(rng: random.Random, n: int = 9) -> Made:
+    rows: Made = []
+    for subset, i in product(("gsm8k", "math", "olympiadbench", "omnimath"), range(n)):
+        steps = [text_with(rng.choice([0.1, 0.3, 0.7]), k + 1) for k in range(rng.randint(1, 5))]
+        rows.append(
+            {
+                "id": f"{subset}-{i}",
+                "generator": "m",
+                "problem": f"question {subset} {i}",
+                "steps": steps,
+                "final_answer_correct": rng.random() < 0.5,
+                "label": rng.randint(-1, len(steps) - 1) if i > 1 else i - 1,
+            }
+        )
+    return rows
+
+
+CATEGORIES = {
+    "Simplicity": ("redundency", "circular"),
+    "Soundness": ("counterfactual", "step_contradiction", "domain_inconsistency", "confidence"),
+    "Sensitivity": ("missing_condition", "deception", "multi_solutions"),
+}
+
+
+def made_prm_bench(rng: random.Random, n: int = 5) -> Made:
+    rows: Made = []
+    for category, i in product([x for own in CATEGORIES.values() for x in own], range(n)):
+        size = rng.randint(3, 6)
+        steps = [text_with(rng.choice([0.2, 0.4, 0.9]), rng.randint(1, 4)) for _ in range(size)]
+        wrong = sorted(rng.sample(range(1, size + 1), 2)) if category != "multi_solutions" else []
+        rows.append(
+            {
+                "original_question": "q",
+                "modified_question": f"question {category} {i}",
+                "original_process": ["1. a"],
+                "modified_process": steps,
+                "modified_steps": wrong,
+                "error_steps": wrong,
+                "reason": "",
+                "idx": f"{category}_{i}",
+                "question": "q",
+                "classification": category,
+            }
+        )
+    return rows
 
 
 # ---------------------------------------------------------------------- RewardBench
@@ -401,6 +471,144 @@ def test_ppe_counts_battles_with_a_winner() -> None:
     assert metrics["left_out"] == {"no winner": len(rows) - len(won)}
 
 
+# ---------------------------------------------------------------------- ProcessBench, PRMBench
+
+
+def naive_process_bench(rows: Made, threshold: float = 0.5) -> dict[str, tuple[float, ...]]:
+    """F1 and its two accuracies of each subset, as the published evaluation has them."""
+    found = {}
+    for subset in ("gsm8k", "math", "olympiadbench", "omnimath"):
+        matches: dict[bool, list[bool]] = {True: [], False: []}
+        for row in rows:
+            if row["id"].startswith(subset):
+                above = [k for k, step in enumerate(row["steps"]) if score_in(step) > threshold]
+                matches[row["label"] != -1].append((above or [-1])[0] == row["label"])
+        a, b = (sum(own) / len(own) for own in (matches[True], matches[False]))
+        found[subset] = (2 * a * b / (a + b) if a + b else 0.0, a, b)
+    return found
+
+
+def test_process_bench_is_the_mean_of_the_subsets_f1() -> None:
+    rows = made_process_bench(draw(53))
+    found = results_of("processbench", rows)
+    naive = naive_process_bench(rows)
+    for subset, own in naive.items():
+        assert list(found[subset]["figures"].values()) == pytest.approx(list(own))
+    mean = sum(own[0] for own in naive.values()) / 4
+    assert found["overall"]["value"] == pytest.approx(mean)
+    a, b = (np.mean([own[k] for own in naive.values()]) for k in (1, 2))
+    assert mean != pytest.approx(2 * a * b / (a + b))  # what it is not: the F1 of the means
+
+
+def test_process_bench_by_hand() -> None:
+    def row(label: int, *steps: float) -> dict[str, Any]:
+        row.n += 1
+        texts = [*map(text_with, steps)]
+        return {"id": f"math-{row.n}", "problem": f"p{row.n}", "steps": texts, "label": label}
+
+    row.n = 0
+    rows = [
+        row(1, 0.1, 0.9, 0.9),  # the first error is named
+        row(2, 0.1, 0.9, 0.9),  # one too early
+        row(0, 0.1, 0.1),  # none named
+        row(0, 0.9),  # named
+        row(-1, 0.1, 0.4),  # passed
+        row(-1, 0.1, 0.6),  # not
+        row(-1, 0.5),  # passed: 0.5 is not above the threshold
+        row(-1, 0.0),  # passed
+    ]
+    figures = results_of("processbench", rows)["math"]["figures"]
+    assert figures["accuracy on errors"] == 0.5
+    assert figures["accuracy on right"] == 0.75
+    assert figures["F1"] == pytest.approx(0.6)
+
+
+def test_prm_bench_is_that_of_all_steps_together() -> None:
+    rows = made_prm_bench(draw(59))
+    found = results_of("prmbench", rows)
+
+    def naive(own: Made) -> dict[str, float]:
+        truth, called, first = [], [], []
+        for row in own:
+            named = [score_in(step) > 0.5 for step in row["modified_process"]]
+            called += named
+            truth += [k + 1 in row["error_steps"] for k in range(len(named))]
+            first += [named[min(row["error_steps"]) - 1]] if row["error_steps"] else []
+        f1 = f1_score([not x for x in truth], [not x for x in called])
+        if not any(truth):
+            return {"PRM-score": f1, "F1": f1}
+        negative = f1_score(truth, called, zero_division=0.0)
+        figures = {"PRM-score": (f1 + negative) / 2, "F1": f1, "negative F1": negative}
+        return {**figures, "first error": sum(first) / len(first)}
+
+    for section, categories in CATEGORIES.items():
+        scores = []
+        for category in categories:
+            expected = naive([row for row in rows if row["classification"] == category])
+            scores.append(expected["PRM-score"])
+            for name, value in expected.items():
+                assert found[category]["figures"][name] == pytest.approx(value)
+        assert found[section]["value"] == pytest.approx(np.mean(scores))
+    for name, value in naive(rows).items():
+        assert found["overall"]["figures"][name] == pytest.approx(value)
+
+
+def test_prm_bench_by_hand() -> None:
+    row = {
+        "modified_question": "p",
+        "modified_process": [*map(text_with, (0.1, 0.9, 0.9, 0.1, 0.1))],
+        "error_steps": [3, 4, 9],  # there is no ninth
+        "classification": "circular",
+    }
+    figures = results_of("prmbench", [row])["circular"]["figures"]
+    # right steps 1, 2, 5: two called right, one not; wrong ones 3, 4: one called wrong, one not
+    assert figures["F1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert figures["negative F1"] == pytest.approx(2 * 1 / (2 * 1 + 1 + 1))
+    assert figures["PRM-score"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert figures["first error"] == 1
+
+
+def test_floors_of_steps_are_rules_and_the_best_guess() -> None:
+    rows = made_process_bench(draw(61))
+    floors = results_of("processbench", rows)["overall"]["floors"]
+    longest = [
+        {
+            **row,
+            "steps": [
+                text_with(0.9 if len(step) == max(map(len, row["steps"])) else 0.1)
+                for step in row["steps"]
+            ],
+        }
+        for row in rows
+    ]  # (the last is the longest in the made rows)
+    expected = np.mean([own[0] for own in naive_process_bench(longest).values()])
+    assert floors["longest step"] == pytest.approx(expected)
+    best = 0.0
+    for q in np.linspace(0, 1, 21):
+        f1 = []
+        for subset in ("gsm8k", "math", "olympiadbench", "omnimath"):
+            own = [row for row in rows if row["id"].startswith(subset)]
+            hits = [
+                (row["label"] >= 0, q * (1 - q) ** row["label"] if row["label"] >= 0 else None)
+                for row in own
+            ]
+            a = np.mean([hit for wrong, hit in hits if wrong])
+            b = np.mean([(1 - q) ** len(row["steps"]) for row in own if row["label"] < 0])
+            f1.append(2 * a * b / (a + b) if a + b else 0.0)
+        best = max(best, float(np.mean(f1)))
+    assert floors["guessing"] == pytest.approx(best)
+
+
+def test_a_step_that_holds_the_separator_is_mended_and_said() -> None:
+    rows = made_process_bench(draw(67), 3)
+    rows[0]["steps"][0] = "two\nlines <0.9>"
+    scorer = ScriptedSteps()
+    result = evaluate_benchmark(scorer, rows, "processbench")
+    assert scorer.rows[0]["completions"][0] == "two lines <0.9>"
+    assert "1 steps held the separator, which became a blank there" in result.table()
+    assert "P(wrong) > 0.500" in result.table()
+
+
 # ---------------------------------------------------------------------- judges
 
 
@@ -524,6 +732,8 @@ def test_the_interval_draws_prompts() -> None:
         ("rmbench", made_rm_bench),
         ("judgebench", made_judge_bench),
         ("ppe", made_ppe),
+        ("processbench", made_process_bench),
+        ("prmbench", made_prm_bench),
     ],
 )
 def test_another_schema_is_refused_with_the_field(name: str, make: Any) -> None:
@@ -531,17 +741,22 @@ def test_another_schema_is_refused_with_the_field(name: str, make: Any) -> None:
     optional = {"id", "language", "question_id", "pair_id", "original_id", "response_model"}
     optional |= {"chosen_model", "rejected_model", "model_a", "model_b"}
     optional |= {key for key in rows[0] if key.startswith("num_") or key.endswith("_prompt")}
-    optional |= {"is_code", "total_completions"}
+    optional |= {"is_code", "total_completions", "generator", "final_answer_correct", "question"}
+    optional -= {"judgebench": {"question"}, "processbench": {"id"}}.get(name, set())
+    optional |= {"original_question", "original_process", "modified_steps", "reason", "idx"}
+    scorer = ScriptedSteps() if BENCHMARKS[name].needs == "steps" else Scripted()
     needed = [key for key in rows[0] if key not in optional]
     for key, value in product(needed, (None, 3.5, [], "")):
+        if (key, value) == ("error_steps", []):  # what a solution without an error has
+            continue
         bad = [*rows[:2], {**rows[2], key: value}]
         if name == "ppe":
             bad = [{**row, "winner": "model_a"} for row in rows[:3]]
             bad[2][key] = value
         with pytest.raises(DataError, match=rf"row 2, field '{key}'") as caught:
-            evaluate_benchmark(Scripted(), bad, name)
+            evaluate_benchmark(scorer, bad, name)
         assert BENCHMARKS[name].title in str(caught.value.cure)
-    left = evaluate_benchmark(Scripted(), bad, name, on_error="skip").metrics
+    left = evaluate_benchmark(scorer, bad, name, on_error="skip").metrics
     assert left["dropped"]["total"] == 1
 
 
@@ -571,6 +786,16 @@ def test_what_does_not_fit_is_refused_in_a_line() -> None:
         evaluate_benchmark(outcome, pairs, "rewardbench")
     with pytest.raises(DataError, match="needs a score of each text"):
         evaluate_benchmark(judge_of(by_score), made_reward_bench_2(draw(1)), "rewardbench2")
+    steps = made_process_bench(draw(1))
+    for model, match in (
+        (Scripted(), "ProcessBench asks which step is wrong, and the model gives one score a text"),
+        (outcome, "ProcessBench asks which step is wrong, and the model is an outcome model"),
+        (judge_of(by_score), "ProcessBench asks which step is wrong, and a judge is not"),
+    ):
+        with pytest.raises(DataError, match=match):
+            evaluate_benchmark(model, steps, "processbench")
+    with pytest.raises(DataError, match="compares whole answers, and the model is a process model"):
+        evaluate_benchmark(ScriptedSteps(), pairs, "rewardbench")
     with pytest.raises(DataError, match="no benchmark 'rewardbench3'"):
         evaluate_benchmark(Scripted(), pairs, "rewardbench3")
     with pytest.raises(DataError, match="no rows"):
@@ -599,8 +824,6 @@ def write(path: Path, rows: Made) -> Path:
 def test_the_command_gives_the_figures_of_the_model(
     tiny_reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from companion import RewardScorer
-
     rows = made_reward_bench(draw(43), ["donotanswer", "hep-go"], 4)
     for i, row in enumerate(rows):
         texts = {"chosen": f"good {i}", "rejected": f"bad {i} wrong"}
@@ -633,6 +856,43 @@ def test_the_command_gives_the_figures_of_the_model(
     assert saved["metrics"]["leaderboard"]["overall"] == by_name["overall"]
     assert main([*command[:-4], "--device", "cpu"]) == 2  # the column has another name
     assert "field 'prompt': missing" in capsys.readouterr().err
+
+
+def test_the_command_on_steps(
+    tiny_base: Path, tiny_reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readout = TokenReadout("process", 1, "min", separator=" so ", threshold=0.5)
+    folder = tmp_path / "model"
+    model = load_base(tiny_base, labels=1, head_std=1.0)
+    save_reward_model(model, folder, RewardManifest(readout=readout.to_dict()))
+    rows = made_process_bench(draw(71), 5)
+    words = ("right", "wrong", "good", "bad", "3", "pens")
+    for i, row in enumerate(rows):
+        row["steps"] = [f"{words[(i + k) % 6]} {words[k]}" for k in range(len(row["steps"]))]
+    whole, figures = write(tmp_path / "rows.jsonl", rows), tmp_path / "figures.json"
+    command = ["evaluate", "--benchmark", "processbench", "--device", "cpu"]
+    command += ["--json", str(figures)]
+    assert main([*command, "--model", str(folder), "--dataset_name", str(whole)]) == 0
+    assert "floor: guessing" in capsys.readouterr().out
+    scorer = TokenScorer.from_pretrained(folder, device="cpu")
+    wrong = scorer.score([{"prompt": r["problem"], "completions": r["steps"]} for r in rows]).wrong
+    said = [
+        {**row, "steps": [text_with(float(p)) for p in own]}
+        for row, own in zip(rows, wrong, strict=True)
+    ]
+    naive = naive_process_bench(said)
+    saved = json.loads(figures.read_text())["metrics"]
+    for line in saved["results"][1:]:
+        assert list(line["figures"].values()) == pytest.approx(list(naive[line["name"]]))
+    # a split each, as on the hub: all of them are read
+    splits = ("gsm8k", "math", "olympiadbench", "omnimath")
+    parts = {x: Dataset.from_list([r for r in rows if r["id"].startswith(x)]) for x in splits}
+    DatasetDict(parts).save_to_disk(tmp_path / "data")
+    assert main([*command, "--model", str(folder), "--dataset_name", str(tmp_path / "data")]) == 0
+    assert json.loads(figures.read_text())["metrics"] == saved
+    capsys.readouterr()
+    assert main([*command, "--model", str(tiny_reward), "--dataset_name", str(whole)]) == 2
+    assert "ProcessBench asks which step is wrong" in capsys.readouterr().err
 
 
 def test_the_command_knows_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:

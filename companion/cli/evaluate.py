@@ -23,7 +23,10 @@ from companion.cli.shared import (
 from companion.errors import DataError
 
 #: those of companion.evaluation.BENCHMARKS, for a help that imports nothing heavy
-_BENCHMARKS: Final = ("rewardbench", "rewardbench2", "rmbench", "judgebench", "ppe")
+_BENCHMARKS: Final = (
+    *("rewardbench", "rewardbench2", "rmbench", "judgebench", "ppe"),
+    *("processbench", "prmbench"),
+)
 #: what a launcher starts of it work together, as `args.processes`
 SHARES_WORK: Final = True
 

@@ -165,6 +165,33 @@ class PairBenchmark(Benchmark):
         return np.array([[float(wins(own, tie).mean())] for own in said]).reshape(-1, 1)
 
 
+class StepBenchmark(Benchmark):
+    """A benchmark of solutions whose wrong steps are known. Its items' completions are steps.
+
+    Its outcomes are also defined where a step is called wrong with a probability: expected ones,
+    each step by itself.
+    """
+
+    needs = "steps"
+
+    def floors(self, items: Sequence[Item]) -> dict[str, Array]:
+        """``longest step``: it alone is called wrong; ``guessing``: each, with the best rate."""
+        lengths = [np.array([len(plain(step)) for step in item.completions]) for item in items]
+        longest = [(np.arange(own.size) == own.argmax()).astype(np.float64) for own in lengths]
+        subsets = np.array([item.subset for item in items])
+
+        def overall(outcomes: Array) -> float:
+            parts = {str(name): outcomes[subsets == name] for name in np.unique(subsets)}
+            return float(np.nan_to_num(self.results(parts)[0].value))
+
+        rates = np.linspace(0, 1, 21)
+        guesses = [self.outcomes(items, [np.full(own.size, q) for own in lengths]) for q in rates]
+        return {
+            "longest step": self.outcomes(items, longest),
+            "guessing": max(guesses, key=overall),
+        }
+
+
 def margins(scores: Array, item: Item) -> Array:
     """``[right, wrong]``: how far each right completion scores above each wrong one."""
     return np.subtract.outer(scores[: item.n_right], scores[item.n_right :])

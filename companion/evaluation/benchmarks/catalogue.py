@@ -8,6 +8,8 @@ from companion.errors import DataError
 from companion.evaluation.benchmarks.benchmark import Benchmark
 from companion.evaluation.benchmarks.judge_bench import JudgeBench
 from companion.evaluation.benchmarks.ppe import PPEHumanPreference
+from companion.evaluation.benchmarks.prm_bench import PRMBench
+from companion.evaluation.benchmarks.process_bench import ProcessBench
 from companion.evaluation.benchmarks.reward_bench import RewardBench
 from companion.evaluation.benchmarks.reward_bench_2 import RewardBench2
 from companion.evaluation.benchmarks.rm_bench import RMBench
@@ -15,7 +17,15 @@ from companion.evaluation.benchmarks.rm_bench import RMBench
 #: name -> benchmark
 BENCHMARKS: Final[dict[str, Benchmark]] = {
     one.name: one
-    for one in (RewardBench(), RewardBench2(), RMBench(), JudgeBench(), PPEHumanPreference())
+    for one in (
+        RewardBench(),
+        RewardBench2(),
+        RMBench(),
+        JudgeBench(),
+        PPEHumanPreference(),
+        ProcessBench(),
+        PRMBench(),
+    )
 }
 
 

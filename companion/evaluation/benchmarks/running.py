@@ -60,6 +60,10 @@ class BenchmarkEvaluation(Evaluation):
         Why an item does not count.
     skipped : Counter
         Rows that are no items, by reason.
+    verdicts : Counter
+        Of a judge, how its answers were read.
+    notes : list of str
+        What was assumed or changed on the way.
     even : float
         What a comparison that comes out even counts.
     seed : int
@@ -72,7 +76,7 @@ class BenchmarkEvaluation(Evaluation):
         ``name``, ``level`` (overall, section or subset), ``n``, ``value``, ``interval`` (95%, over
         prompts; None if there is nothing to go by), ``figures`` (``value`` by its name, and its
         parts) and ``floors`` {rule: value}; ``leaderboard`` {name: value}, the same in one row;
-        of a judge ``verdicts`` {what: count}.
+        of a judge ``verdicts`` {what: count}; ``notes``.
     """
 
     benchmark: Benchmark
@@ -82,6 +86,7 @@ class BenchmarkEvaluation(Evaluation):
     left_out: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     verdicts: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
     even: float = 0.0
     seed: int = 0
     info: dict[str, Any] = field(default_factory=dict)
@@ -149,6 +154,7 @@ class BenchmarkEvaluation(Evaluation):
             "results": results,
             "leaderboard": {line.name: line.value for line in found},
             "verdicts": dict(self.verdicts),
+            "notes": self.notes,
         }
         return self
 
@@ -185,7 +191,7 @@ class BenchmarkEvaluation(Evaluation):
         if self.verdicts:
             said = ", ".join(f"{count:,} {what}" for what, count in self.verdicts.most_common())
             lines.append(f"verdicts: {said}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def _percent(value: float | None, ends: Sequence[float] | None = None) -> str:
@@ -367,7 +373,7 @@ class _Scorer:
         separator = str(readout.separator)
         rows, mended = [], 0
         for item in result.items:
-            steps = [plain(step).strip() for step in item.completions]
+            steps = [plain(step) for step in item.completions]
             clean = [step.replace(separator, " ") for step in steps]
             mended += sum(a != b for a, b in zip(steps, clean, strict=True))
             rows.append({"prompt": item.prompt, "completions": clean})
@@ -381,9 +387,9 @@ class _Scorer:
             for wrong in scores.wrong
         ]
         result.reasons[:] = scores.reasons
-        result.info["threshold"] = readout.threshold
+        result.notes.append(f"a step is called wrong if P(wrong) > {readout.threshold:.3f}")
         if mended:
-            result.info["steps that held the separator"] = mended
+            result.notes.append(f"{mended:,} steps held the separator, which became a blank there")
 
     def _row(self, item: Item, text: Any) -> dict[str, Any]:
         prompt = item.prompt
