@@ -45,6 +45,7 @@ from companion.errors import DataError
 from companion.evaluation import BENCHMARKS
 from companion.judge import Answer, Judge
 from companion.models import TokenReadout
+from companion.tutor import TUTOR_BASE
 
 
 def score_in(text: Any) -> float:
@@ -557,8 +558,6 @@ def test_floors_do_not_depend_on_the_model() -> None:
         for model in (Scripted(), judge_of(by_score))
     ]
     assert floors[0] == floors[1]
-    # longer wins: the styles are made the longer, the richer
-    assert results_of("rmbench", rows)["overall"]["figures"]["hard"] is not None
 
 
 def test_the_interval_draws_prompts() -> None:
@@ -588,7 +587,7 @@ def test_another_schema_is_refused_with_the_field(name: str) -> None:
     optional |= {"original_question", "original_process", "modified_steps", "reason", "idx"}
     scorer = ScriptedSteps() if BENCHMARKS[name].needs == "steps" else Scripted()
     needed = [key for key in rows[0] if key not in optional]
-    for key, value in product(needed, (None, 3.5, [], "")):
+    for key, value in product(needed, (None, 3.5, [], "", "\ud800", ["\ud800"])):
         if (key, value) == ("error_steps", []):  # what a solution without an error has
             continue
         bad = [*rows[:2], {**rows[2], key: value}]
@@ -735,6 +734,43 @@ def test_the_command_on_steps(
     capsys.readouterr()
     assert main([*command, "--model", str(tiny_reward), "--dataset_name", str(whole)]) == 2
     assert "ProcessBench asks which step is wrong" in capsys.readouterr().err
+
+
+@pytest.mark.serving
+def test_a_server_gives_the_figures_of_the_model(tiny_reward: Path, tmp_path: Path) -> None:
+    from companion.serving import running
+
+    source = write(tmp_path / "rows.jsonl", made_rm_bench(draw(73), 1))
+    command = ["evaluate", "--model", str(tiny_reward), "--dataset_name", str(source)]
+    command += ["--benchmark", "rmbench"]
+    figures = [tmp_path / name for name in ("here.json", "there.json")]
+    assert main([*command, "--device", "cpu", "--json", str(figures[0])]) == 0
+    with running(tiny_reward, allow_unchecked=True) as server:
+        assert main([*command, "--url", server.url, "--json", str(figures[1])]) == 0
+    here, there = (json.loads(path.read_text())["metrics"] for path in figures)
+    assert here == there
+
+
+def test_a_judge_that_was_stopped_goes_on_from_its_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = made_judge_bench(draw(79), 1)
+    source, figures = write(tmp_path / "rows.jsonl", rows), tmp_path / "figures.json"
+    command = ["evaluate", "--model", str(TUTOR_BASE), "--judge", "tutor", "--device", "cpu"]
+    command += ["--benchmark", "judgebench", "--dataset_name", str(source), "--json", str(figures)]
+    assert main(command) == 0
+    first = json.loads(figures.read_text())
+    assert sum(first["metrics"]["verdicts"].values()) == len(rows)
+    cache = tmp_path / "figures.json.cache"
+    size = cache.stat().st_size
+    assert main(command) == 0
+    assert json.loads(figures.read_text()) == first
+    assert cache.stat().st_size == size  # nothing was asked again
+    capsys.readouterr()
+    assert main([*command, "--url", "http://127.0.0.1:1"]) == 2
+    assert "a judge's is --base_url" in capsys.readouterr().err
+    assert main([*command[:3], *command[5:], "--base_url", "http://127.0.0.1:1/v1"]) == 2
+    assert "name its template" in capsys.readouterr().err
 
 
 def test_the_command_knows_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --benchmark: MODEL is a language model, asked as a judge with this template "
         "(pairwise, pointwise, a file, or the prompt itself)",
     )
-    add("--cache", metavar="FILE", help="of the judge's answers; a run that was stopped goes on")
+    add(
+        "--cache",
+        metavar="FILE",
+        help="of the judge's answers, with which a run that was stopped goes on; default: the name "
+        "of --json and .cache",
+    )
     add_asking(parser, "a judge behind a server")
     text = "write an HTML report here (not for token-level models)"
     add("--report", type=Path, metavar="FILE", help=text)
@@ -183,7 +188,8 @@ def _open_judge(args: argparse.Namespace) -> Any:
         raise DataError("--url names a server that scores", "a judge's is --base_url")
     if args.processes is not None:
         raise DataError("a judge's questions are not shared among processes", "start one process")
-    return open_judge(args, load_template(args.judge), args.cache)
+    cache = args.cache or (None if args.json is None else f"{args.json}.cache")
+    return open_judge(args, load_template(args.judge), cache)
 
 
 def _benchmark_rows(args: argparse.Namespace) -> tuple[list[Any], list[str]]:

@@ -225,12 +225,11 @@ def share(outcomes: Array, column: int = 0) -> float:
 
 def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
     """Weighted mean of the figures that there are; NaN if there is none."""
-    own = np.asarray(values, dtype=np.float64)
-    there = ~np.isnan(own)
-    if not there.any():
+    weights = [1.0] * len(values) if weights is None else weights
+    there = [(x, weight) for x, weight in zip(values, weights, strict=True) if x == x]
+    if not there:
         return float("nan")
-    weight = np.ones(own.size) if weights is None else np.asarray(weights, dtype=np.float64)
-    return float(np.average(own[there], weights=weight[there]))
+    return sum(x * weight for x, weight in there) / sum(weight for _, weight in there)
 
 
 def subset_results(outcomes: Mapping[str, Array], figure: str = "accuracy") -> list[Result]:
@@ -248,9 +247,7 @@ def text_of(row: Row, name: str) -> str:
     value = _there(row, name)
     if not isinstance(value, str):
         raise DataError(f"field {name!r}: {type(value).__name__} in place of a text")
-    if not value.strip():
-        raise DataError(f"field {name!r}: empty")
-    return value
+    return _read(value, name)
 
 
 def prompt_of(row: Row, name: str = "prompt") -> Text:
@@ -258,7 +255,9 @@ def prompt_of(row: Row, name: str = "prompt") -> Text:
     value = _there(row, name)
     if isinstance(value, (list, tuple)):
         turns = [turn for turn in value if isinstance(turn, Mapping)]
-        if turns and len(turns) == len(value) and all("content" in turn for turn in turns):
+        texts = [turn.get(key) for turn in turns for key in ("role", "content")]
+        if turns and len(turns) == len(value) and all(isinstance(x, str) for x in texts):
+            _read(plain([dict(turn) for turn in turns]), name)
             return [dict(turn) for turn in turns]
         raise DataError(f"field {name!r}: neither a text nor a list of messages")
     return text_of(row, name)
@@ -271,9 +270,9 @@ def texts_of(row: Row, name: str, n: int | None = None) -> tuple[str, ...]:
         raise DataError(f"field {name!r}: no list of texts")
     if n is not None and len(value) != n:
         raise DataError(f"field {name!r}: {len(value)} texts in place of {n}")
-    if not value or not all(text.strip() for text in value):
-        raise DataError(f"field {name!r}: an empty {'text' if value else 'list'}")
-    return tuple(value)
+    if not value:
+        raise DataError(f"field {name!r}: an empty list")
+    return tuple(_read(text, name) for text in value)
 
 
 def choice_of(row: Row, name: str, choices: Sequence[str]) -> str:
@@ -282,6 +281,17 @@ def choice_of(row: Row, name: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise DataError(f"field {name!r}: {value!r} is none of {', '.join(choices)}")
     return str(value)
+
+
+def _read(text: str, name: str) -> str:
+    """A text that holds something, and that can be stored."""
+    if not text.strip():
+        raise DataError(f"field {name!r}: an empty text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"field {name!r}: half of a surrogate pair, which is no text") from error
+    return text
 
 
 def _there(row: Row, name: str) -> Any:

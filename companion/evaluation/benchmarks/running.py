@@ -264,6 +264,8 @@ def evaluate_benchmark(
     skipped: Counter[str] = Counter()
     for row, place in zip(rows, places, strict=True):
         try:
+            if not isinstance(row, Mapping):
+                raise DataError(f"{type(row).__name__} in place of a row")
             item = found.item(row)
         except DataError as error:
             if on_error == "raise":
