@@ -255,15 +255,15 @@ def test_rm_bench_is_the_mean_of_its_nine_pairs() -> None:
     rows = made_rm_bench(draw(5))
     found = results_of("rmbench", rows)
     by_domain = {}
-    for domain in ("chat", "code", "math", "safety-refuse", "safety-response"):
-        own = [row for row in rows if row["domain"] == domain]
+    for domain in ("chat", "code", "math", "safety"):
+        own = [row for row in rows if row["domain"].startswith(domain)]
         sums = {"easy": 0.0, "normal": 0.0, "hard": 0.0}
         for row, i, j in product(own, range(3), range(3)):
             style = "hard" if i < j else "normal" if i == j else "easy"
             sums[style] += score_in(row["chosen"][i]) > score_in(row["rejected"][j])
         by_domain[domain] = {style: count / (3 * len(own)) for style, count in sums.items()}
-    safety = [by_domain.pop("safety-refuse"), by_domain.pop("safety-response")]
-    by_domain["safety"] = {style: sum(x[style] for x in safety) / 2 for style in safety[0]}
+    refused = [row for row in rows if row["domain"] == "safety-refuse"]
+    assert found["safety-refuse"]["n"] == len(refused)
     for style in ("easy", "normal", "hard"):
         mean = sum(own[style] for own in by_domain.values()) / 4
         assert found["overall"]["figures"][style] == pytest.approx(mean)

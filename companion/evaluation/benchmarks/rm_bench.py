@@ -14,6 +14,7 @@ from companion.evaluation.benchmarks.benchmark import (
     Row,
     choice_of,
     mean,
+    pooled,
     share,
     text_of,
     texts_of,
@@ -37,8 +38,9 @@ class RMBench(PairBenchmark):
     Of the nine pairs of a prompt, *hard* are those in which the wrong answer has the richer style
     (above the diagonal), *normal* those of one style, *easy* those in which the right one has it;
     of equal scores a pair is wrong (``compute_accuracy``, README of THU-KEG/RM-Bench). A domain is
-    the mean of the three, Safety the mean of its two parts; over all is the mean of the four
-    domains, which is that of the three difficulties too (README of THU-KEG/RM-Bench-Leaderboard).
+    the mean of the three, Safety that of the prompts of both its parts together; over all is the
+    mean of the four domains, which is that of the three difficulties too (README of
+    THU-KEG/RM-Bench-Leaderboard).
     """
 
     name = "rmbench"
@@ -62,22 +64,23 @@ class RMBench(PairBenchmark):
 
     def results(self, outcomes: Mapping[str, Array]) -> list[Result]:
         """Over all, the domains, and the two parts of Safety; each with its difficulties."""
-        subsets = [_line(name, own) for name, own in outcomes.items()]
         domains = []
         for name, parts in DOMAINS.items():
-            own = [line for line in subsets if line.name in parts]
+            own = {part: outcomes[part] for part in parts if part in outcomes}
             if own:
-                domains.append(_mean(name, "section", own))
-        safety = [line for line in subsets if line.name in DOMAINS["Safety"]]
-        return [_mean("overall", "overall", domains), *domains, *safety]
+                domains.append(_line(name, "section", pooled(own)))
+        safety = [
+            _line(name, "subset", own)
+            for name, own in outcomes.items()
+            if name in DOMAINS["Safety"]
+        ]
+        keys = domains[0].figures
+        overall = {key: mean([line.figures[key] for line in domains]) for key in keys}
+        n = sum(line.n for line in domains)
+        return [Result("overall", "overall", n, overall), *domains, *safety]
 
 
-def _line(name: str, outcomes: Array) -> Result:
+def _line(name: str, level: str, outcomes: Array) -> Result:
     difficulties = {style: share(outcomes, column) for column, style in enumerate(_STYLES)}
     figures = {"accuracy": mean(list(difficulties.values())), **difficulties}
-    return Result(name, "subset", len(outcomes), figures)
-
-
-def _mean(name: str, level: str, lines: Sequence[Result]) -> Result:
-    figures = {key: mean([x.figures[key] for x in lines]) for key in ("accuracy", *_STYLES)}
-    return Result(name, level, sum(line.n for line in lines), figures)
+    return Result(name, level, len(outcomes), figures)
