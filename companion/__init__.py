@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from companion.data.writing import write_rows as write_rows
     from companion.errors import CompanionError as CompanionError
+    from companion.evaluation.benchmarks.running import evaluate_benchmark as evaluate_benchmark
     from companion.evaluation.pairs import evaluate_pairs as evaluate_pairs
     from companion.evaluation.rankings import evaluate_rankings as evaluate_rankings
     from companion.evaluation.report import write_report as write_report

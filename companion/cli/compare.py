@@ -20,6 +20,7 @@ from companion.cli.shared import (
     open_scorer,
     picked,
     progress_bar,
+    raw_rows,
     say_noticed,
 )
 from companion.errors import DataError, ModelError
@@ -172,7 +173,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, list[str] | None, str]:
     source, records = open_source(
         args.data, split=args.data_split, name=None, revision=None, rename=columns
     )
-    found = _rows(records, source, columns)
+    found = raw_rows(records, source, columns)
     first = list(islice(found, 1))
     if not first:
         raise DataError(f"{args.data}: empty, no rows", "check the file and the split")
@@ -187,16 +188,6 @@ def _load(args: argparse.Namespace) -> tuple[Any, list[str] | None, str]:
         return list(pairs), None, label
     texts = [*first, *islice(found, None if args.limit is None else args.limit - 1)]
     return [row for _, row in texts], [where for where, _ in texts], label
-
-
-def _rows(records: Any, source: str, columns: dict[str, str]) -> Any:
-    from companion.data.problems import RowError, RowProblem
-    from companion.layouts import rename_columns
-
-    for where, row in records:
-        if isinstance(row, RowError):
-            raise DataError(f"{source}: {RowProblem.of(row, where)}")
-        yield where, rename_columns(row, columns, where) if columns else dict(row)
 
 
 def _check_write(args: argparse.Namespace) -> None:

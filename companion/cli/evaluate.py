@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from companion.cli.judge import add_asking, open_judge
 from companion.cli.shared import (
     REMOTE,
     add_flags,
     check_target,
     open_scorer,
+    picked,
     progress_bar,
+    raw_rows,
     say_noticed,
 )
 from companion.errors import DataError
 
+#: those of companion.evaluation.BENCHMARKS, for a help that imports nothing heavy
+_BENCHMARKS: Final = (
+    *("rewardbench", "rewardbench2", "rmbench", "judgebench", "ppe"),
+    *("processbench", "prmbench"),
+)
 #: what a launcher starts of it work together, as `args.processes`
 SHARES_WORK: Final = True
 
@@ -32,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pairs or rankings, outcomes for an outcome model, steps for a process model: a file "
         "(.jsonl, .jsonl.gz, .parquet, .csv), a folder, or a hub id",
     )
-    add("--dataset_split", default="test", help="split; a single file has but one")
+    add(
+        "--dataset_split",
+        help="split; default: test, or those of the benchmark; a single file has but one",
+    )
     add("--dataset_config", help="configuration of a hub dataset")
     add_flags(
         parser,
@@ -44,14 +57,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model (if not, the log says why); off: padded batches",
     )
     add("--json", type=Path, metavar="FILE", help="write all figures here")
+    add(
+        "--benchmark",
+        metavar="NAME",
+        help="the rows are of a published benchmark, in its own schema, and its figure is formed "
+        f"as published: {', '.join(_BENCHMARKS)}",
+    )
+    add(
+        "--judge",
+        metavar="TEMPLATE",
+        help="with --benchmark: MODEL is a language model, asked as a judge with this template "
+        "(pairwise, pointwise, a file, or the prompt itself)",
+    )
+    add(
+        "--cache",
+        metavar="FILE",
+        help="of the judge's answers, with which a run that was stopped goes on; default: the name "
+        "of --json and .cache",
+    )
+    add_asking(parser, "a judge behind a server")
     text = "write an HTML report here (not for token-level models)"
     add("--report", type=Path, metavar="FILE", help=text)
+    parser.epilog = (
+        "Example: companion evaluate --model reward-model --dataset_name pairs.jsonl --json "
+        "figures.json; companion evaluate --model reward-model --benchmark rewardbench "
+        "--dataset_name allenai/reward-bench"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, score, compute, print; return 0."""
     for target in (args.json, args.report):
         check_target(target)
+    if args.benchmark is not None:
+        return _benchmark(args)
+    for name in ("judge", "base_url", "cache"):
+        if getattr(args, name) is not None:
+            raise DataError(f"--{name} goes with --benchmark", "companion judge judges other rows")
     from companion.scoring import model_kind
 
     kind = model_kind(args.model, revision=args.revision)
@@ -69,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     info = {
         "model": args.model,
         "dataset": args.dataset_name,
-        "split": args.dataset_split,
+        "split": args.dataset_split or "test",
         "config": args.dataset_config,
         "row_limit": args.limit,
         "rows": row_kind,
@@ -98,6 +140,81 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _benchmark(args: argparse.Namespace) -> int:
+    """A published benchmark: load, ask, compute, print; return 0."""
+    from companion import __version__
+    from companion.evaluation import evaluate_benchmark
+
+    if args.report is not None:
+        raise DataError("--benchmark has no HTML report", "take --json")
+    rows, names = _benchmark_rows(args)
+    info = {
+        **picked(args, "model", "benchmark", "judge"),
+        "dataset": args.dataset_name,
+        "row_limit": args.limit,
+        "companion": __version__,
+    }
+    if url := args.url or args.base_url:
+        info["url"] = url
+    with contextlib.ExitStack() as stack:
+        if args.judge is None:
+            for name in ("base_url", "cache"):
+                if getattr(args, name) is not None:
+                    raise DataError(f"--{name} is of a judge", "name its template: --judge")
+            model = open_scorer(args)
+            model.processes = args.processes
+        else:
+            model = stack.enter_context(_open_judge(args))
+        said = 0 if args.judge else len(model.notes)
+        unit = "answers" if args.judge else "texts"
+        moved = stack.enter_context(progress_bar("scoring", unit))
+        result = evaluate_benchmark(model, rows, args.benchmark, names=names, info=info, **moved)
+    if args.processes is not None and not args.processes.is_main_process:
+        return 0
+    print(f"{args.model} on {args.dataset_name}\n\n{result.table()}")
+    if not args.judge:
+        say_noticed(model, said)
+    for reason, count in result.metrics["dropped"]["reasons"].items():
+        print(f"dropped {count:,} of {result.metrics['n_rows']:,} rows: {reason}", file=sys.stderr)
+    if args.json is not None:
+        print(f"\nfigures: {result.save(args.json)}")
+    return 0
+
+
+def _open_judge(args: argparse.Namespace) -> Any:
+    from companion.judge import load_template
+
+    if args.url:
+        raise DataError("--url names a server that scores", "a judge's is --base_url")
+    if args.processes is not None:
+        raise DataError("a judge's questions are not shared among processes", "start one process")
+    cache = args.cache or (None if args.json is None else f"{args.json}.cache")
+    return open_judge(args, load_template(args.judge), cache)
+
+
+def _benchmark_rows(args: argparse.Namespace) -> tuple[list[Any], list[str]]:
+    """The rows as they are, and how they are called in errors."""
+    from companion.data.sources import open_source
+    from companion.evaluation.benchmarks.catalogue import find_benchmark
+    from companion.layouts import columns_of
+
+    benchmark = find_benchmark(args.benchmark)
+    if args.limit is not None and args.limit < 1:
+        raise DataError(f"limit={args.limit} keeps no rows", "give a positive number")
+    splits = [args.dataset_split] if args.dataset_split else list(benchmark.splits)
+    if Path(args.dataset_name).is_file():  # it is all splits in one
+        splits = splits[:1]
+    columns = columns_of(args.columns)
+    found: list[tuple[str, Any]] = []
+    for split in splits:
+        source, records = open_source(
+            args.dataset_name, split=split, name=args.dataset_config, revision=None, rename=columns
+        )
+        rest = None if args.limit is None else args.limit - len(found)
+        found += islice(raw_rows(records, source, columns), rest)
+    return [row for _, row in found], [where for where, _ in found]
+
+
 def _load(args: argparse.Namespace, kind: str) -> tuple[Any, str]:
     """The rows, and of which kind they are."""
     from companion.data.loading import load_rows_with_report
@@ -107,7 +224,7 @@ def _load(args: argparse.Namespace, kind: str) -> tuple[Any, str]:
     rows, report = load_rows_with_report(
         args.dataset_name,
         kind=ROWS.get(kind, "auto"),
-        split=args.dataset_split,
+        split=args.dataset_split or "test",
         name=args.dataset_config,
         limit=args.limit,
         columns=columns_of(args.columns),

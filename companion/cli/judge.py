@@ -11,7 +11,6 @@ from typing import Any
 from companion.cli.shared import (
     add_flags,
     check_target,
-    loading,
     picked,
     progress_bar,
     say_notes,
@@ -33,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cache", help="file of answers; default: the output's name and .cache")
     add("--report", type=Path, metavar="FILE", help="write the bias report (JSON) here")
     add("--own_model", help="what model_a and model_b call the judge's own texts")
-    add("--max_tokens", type=int, help="of an answer; default: as the template says")
     add_flags(parser, "limit")
     add("--keep_answers", action="store_true", help="write what the judge said into each row")
     add_flags(
@@ -42,22 +40,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         on_error="what a bad row does",
         overwrite="replace the output; the cache stays",
     )
-    add(
-        "--chat_template_kwargs", type=_json, metavar="JSON", help='e.g. {"enable_thinking": false}'
-    )
-    server = parser.add_argument_group("behind a server")
-    server.add_argument("--base_url", help="of an OpenAI-compatible server, up to and with /v1")
-    server.add_argument("--api_key_env", default="OPENAI_API_KEY", help="variable with the key")
-    server.add_argument("--concurrency", type=int, default=8, help="requests at one time")
-    server.add_argument("--requests_per_minute", type=float, help="upper bound")
-    server.add_argument("--timeout", type=float, default=120.0, help="seconds for one answer")
-    server.add_argument("--max_retries", type=int, default=6, help="of one request")
-    server.add_argument("--request", type=_json, metavar="JSON", help="fields of each request")
+    add_asking(parser, "behind a server")
+    add("--api_key_env", default="OPENAI_API_KEY", help="variable with the server's key")
     local = parser.add_argument_group("in this process")
     add_flags(
         local,
         *("max_tokens_per_batch", "device", "dtype", "revision", "trust_remote_code"),
     )
+
+
+def add_asking(parser: argparse.ArgumentParser, title: str) -> None:
+    """Declare how a judge is asked."""
+    group = parser.add_argument_group(title)
+    add = group.add_argument
+    add("--base_url", help="of an OpenAI-compatible server, up to and with /v1")
+    add("--concurrency", type=int, default=8, help="requests at one time")
+    add("--requests_per_minute", type=float, help="upper bound")
+    add("--timeout", type=float, default=120.0, help="seconds for one answer")
+    add("--max_retries", type=int, default=6, help="of one request")
+    add("--request", type=_json, metavar="JSON", help="fields of each request")
+    add(
+        "--chat_template_kwargs", type=_json, metavar="JSON", help='e.g. {"enable_thinking": false}'
+    )
+    add("--max_tokens", type=int, help="of an answer; default: as the template says")
+
+
+def open_judge(args: argparse.Namespace, template: Any, cache: str | None) -> Any:
+    """The judge of ``--model``, here or behind ``--base_url``; says what was assumed."""
+    from companion.judge import Judge
+
+    shared = {"cache": cache, **picked(args, "max_tokens", "chat_template_kwargs")}
+    if args.base_url is not None:
+        asking = ("concurrency", "requests_per_minute", "timeout", "max_retries", "request")
+        key = args.api_key_env or "OPENAI_API_KEY"
+        return Judge.from_server(
+            args.model, args.base_url, template, api_key_env=key, **picked(args, *asking), **shared
+        )
+    local = ("max_tokens_per_batch", "device", "dtype", "revision", "trust_remote_code")
+    judge = Judge.from_pretrained(args.model, template, **picked(args, *local), **shared)
+    say_notes(judge.backend)
+    return judge
 
 
 def _json(text: str) -> dict[str, Any]:
@@ -73,22 +95,12 @@ def _json(text: str) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Judge the file; 0 if at least one row has a verdict."""
     check_target(args.report)
-    from companion.judge import Judge, judge_file, judge_report, load_template
+    from companion.judge import judge_file, judge_report, load_template
 
     template = load_template(args.template)
     if args.report is not None and template.mode != "pairwise":
         raise DataError("--report is for pairs", "leave it out with a pointwise template")
-    shared: dict[str, Any] = {
-        "cache": args.cache or f"{args.output}.cache",
-        **picked(args, "max_tokens", "chat_template_kwargs"),
-    }
-    if args.base_url is not None:
-        asking = ("api_key_env", "concurrency", "requests_per_minute", "timeout", "max_retries")
-        shared |= picked(args, *asking, "request")
-        judge = Judge.from_server(args.model, args.base_url, template, **shared)
-    else:
-        judge = Judge.from_pretrained(args.model, template, **loading(args), **shared)
-        say_notes(judge.backend)
+    judge = open_judge(args, template, args.cache or f"{args.output}.cache")
     with judge, progress_bar("judging", "answers") as moved:
         report = judge_file(
             judge,

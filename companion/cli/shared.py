@@ -159,6 +159,17 @@ def _open_remote(args: argparse.Namespace, also_local: bool) -> Any:
     )
 
 
+def raw_rows(records: Any, source: str, columns: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    """Place and row of the records of a source, as they are but for renamed columns."""
+    from companion.data.problems import RowError, RowProblem
+    from companion.layouts import rename_columns
+
+    for where, row in records:
+        if isinstance(row, RowError):
+            raise DataError(f"{source}: {RowProblem.of(row, where)}")
+        yield where, rename_columns(row, columns, where) if columns else dict(row)
+
+
 def say_notes(loaded: Any) -> None:
     """Say what a scorer, a policy or a judge noted when it was loaded."""
     for note in loaded.notes:

@@ -7,6 +7,16 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.evaluation.benchmarks.benchmark import (
+        Benchmark as Benchmark,
+        Item as Item,
+        Result as Result,
+    )
+    from companion.evaluation.benchmarks.catalogue import BENCHMARKS as BENCHMARKS
+    from companion.evaluation.benchmarks.running import (
+        BenchmarkEvaluation as BenchmarkEvaluation,
+        evaluate_benchmark as evaluate_benchmark,
+    )
     from companion.evaluation.comparison import (
         Comparison as Comparison,
         compare_scorers as compare_scorers,

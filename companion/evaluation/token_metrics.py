@@ -184,7 +184,7 @@ def first_error_figures(solutions: Solutions, threshold: float) -> dict[str, flo
         ``first_error_f1``, ``accuracy_on_errors``, ``accuracy_on_right``, ``n_errors``,
         ``n_right``; NaN where there is nothing to count.
     """
-    return _of_hits(_hits(solutions, threshold))
+    return figures_of_hits(_hits(solutions, threshold))
 
 
 def _hits(solutions: Solutions, threshold: float) -> Array:
@@ -194,7 +194,8 @@ def _hits(solutions: Solutions, threshold: float) -> Array:
     return np.array(rows, dtype=np.float64).reshape(-1, 2)
 
 
-def _of_hits(hits: Array) -> dict[str, float]:
+def figures_of_hits(hits: Array) -> dict[str, float]:
+    """:func:`first_error_figures` from ``[n, 2]``: has it an error, and was the right one named."""
     on_errors, on_right = hits[hits[:, 0] == 1, 1], hits[hits[:, 0] == 0, 1]
     a, b = (float(found.mean()) if found.size else float("nan") for found in (on_errors, on_right))
     return {
@@ -331,10 +332,10 @@ def _first_error_interval(
 ) -> tuple[float, float]:
     """Of the F1: whole prompts are drawn, and the two accuracies taken anew."""
     hits = _hits(solutions, threshold)
-    whole = _of_hits(hits)["first_error_f1"]
+    whole = figures_of_hits(hits)["first_error_f1"]
 
     def statistic(drawn: Any) -> float:
-        f1 = _of_hits(drawn)["first_error_f1"]
+        f1 = figures_of_hits(drawn)["first_error_f1"]
         return whole if np.isnan(f1) else f1  # of one sort none was drawn
 
     return bootstrap_interval(hits, groups, statistic=statistic, n_resamples=500, seed=seed)

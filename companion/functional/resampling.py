@@ -7,7 +7,7 @@ NumPy float64. Chapter 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -61,6 +61,45 @@ def middle(values: Array, level: float) -> Interval:
     return Interval(float(low), float(high))
 
 
+def _codes(groups: Sequence[Any] | npt.NDArray[Any] | None, size: int) -> npt.NDArray[np.intp]:
+    """The groups of `size` items as numbers from 0; each item its own if there are none."""
+    if groups is None:
+        return np.arange(size)
+    if len(groups) != size:
+        raise ShapeError(f"{size} values but {len(groups)} groups")
+    return np.unique(np.asarray([str(item) for item in groups]), return_inverse=True)[1]
+
+
+def resamples(
+    size: int,
+    groups: Sequence[Any] | npt.NDArray[Any] | None = None,
+    n_resamples: int = 500,
+    seed: int = 0,
+) -> Iterator[npt.NDArray[np.intp]]:
+    """Places of the items of each resample of the bootstrap: whole groups are drawn.
+
+    Parameters
+    ----------
+    size : int
+        Number of items.
+    groups : sequence ``[size]``, optional
+        The group (prompt) of each item; each item its own if absent.
+    n_resamples, seed
+        How many, the same each time.
+
+    Yields
+    ------
+    ndarray of int
+        As many groups as there are, some of them several times, each with all of its items.
+    """
+    group = _codes(groups, size)
+    members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
+    random = np.random.default_rng(seed)
+    for _ in range(n_resamples):
+        drawn = random.integers(0, len(members), len(members))
+        yield np.concatenate([members[g] for g in drawn])
+
+
 def bootstrap_interval(
     values: Values | npt.NDArray[Any],
     groups: Sequence[Any] | npt.NDArray[Any] | None = None,
@@ -97,16 +136,11 @@ def bootstrap_interval(
     else:
         array = np.asarray(values)
     size = len(array)
-    if groups is None:
-        group = np.arange(size)
-    else:
-        if len(groups) != size:
-            raise ShapeError(f"{size} values but {len(groups)} groups")
-        group = np.unique(np.asarray([str(item) for item in groups]), return_inverse=True)[1]
+    group = _codes(groups, size)
     n_groups = int(group.max()) + 1
-    random = np.random.default_rng(seed)
     results = np.empty(n_resamples)
     if statistic is None:
+        random = np.random.default_rng(seed)
         sums, counts = np.bincount(group, weights=array), np.bincount(group)
         chunk = max(1, 2_000_000 // n_groups)
         for begin in range(0, n_resamples, chunk):
@@ -114,10 +148,8 @@ def bootstrap_interval(
             drawn = random.integers(0, n_groups, (stop - begin, n_groups))
             results[begin:stop] = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     else:
-        members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
-        for number in range(n_resamples):
-            drawn = random.integers(0, n_groups, n_groups)
-            results[number] = statistic(array[np.concatenate([members[g] for g in drawn])])
+        for number, places in enumerate(resamples(size, groups, n_resamples, seed)):
+            results[number] = statistic(array[places])
     return middle(results, level)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import random
 import re
 import runpy
 import shutil
@@ -22,12 +23,19 @@ from types import SimpleNamespace
 
 import pytest
 from book_pages import PAGES, ROOT, all_commands, commands_of, companion_arguments, inline_commands
+from made_benchmarks import MADE
 from transformers import AutoTokenizer
 
 from companion import CompanionError
 from companion.cli.main import _VERBATIM, COMMANDS, main
 from companion.course.progress import VARIABLE
-from companion.models import ReferenceStats, RewardManifest, load_base, save_reward_model
+from companion.models import (
+    ReferenceStats,
+    RewardManifest,
+    TokenReadout,
+    load_base,
+    save_reward_model,
+)
 from companion.scoring import add_golden_texts
 from companion.tutor import TUTOR_BASE, make_rows
 
@@ -202,6 +210,8 @@ def in_small(words: list[str], base: Path, reward: Path, server: str) -> list[st
     """The same command on a tiny model and a few rows. Local files that the page makes stay."""
     words = list(words)
     _set(words, "--n", "48")
+    if "--benchmark" in words:
+        _set(words, "--dataset_name", f"{words[words.index('--benchmark') + 1]}.jsonl")
     for flag, local in (("--dataset_name", "hub.jsonl"), ("--data", "hub.jsonl")):
         if flag in words and re.fullmatch(r"[\w.-]+/[\w.-]+", words[words.index(flag) + 1]):
             _set(words, flag, local)
@@ -263,11 +273,21 @@ def saved_model(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.fixture(scope="module")
+def process_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A process model with a random head, whose tokenizer keeps the separator of steps."""
+    folder = tmp_path_factory.mktemp("process") / "model"
+    readout = TokenReadout("process", 1, "min", separator="\n")
+    model = load_base(TUTOR_BASE, labels=1, head_std=1.0)
+    save_reward_model(model, folder, RewardManifest(readout=readout.to_dict()))
+    return folder
+
+
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if _own_commands(p)], ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_commands_of_a_page_run_one_after_the_other(
-    page, tmp_path, monkeypatch, tiny_base, tiny_reward, judge_server, saved_model
+    page, tmp_path, monkeypatch, tiny_base, tiny_reward, judge_server, saved_model, process_model
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(VARIABLE, str(tmp_path / "progress.json"))
@@ -285,6 +305,11 @@ def test_commands_of_a_page_run_one_after_the_other(
     for name in ("reward-model", "reward-model-v1", "reward-model-v2"):
         if not any("--output_dir" in words and name in words for words in _own_commands(page)):
             shutil.copytree(saved_model, name)
+    for name, make in MADE.items():
+        rows = make(random.Random(4))
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if any("--benchmark" in words for words in _own_commands(page)):
+        shutil.copytree(process_model, "process-model", dirs_exist_ok=True)
     for words in _own_commands(page):
         small = in_small(words, tiny_base, tiny_reward, judge_server)
         run = _serve_for_a_moment if small[0] in ("serve", "label") else main
