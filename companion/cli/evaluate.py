@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from companion.cli.shared import (
+    READING,
     REMOTE,
     add_flags,
     check_target,
     open_scorer,
     progress_bar,
+    read_as,
     say_noticed,
 )
 from companion.errors import DataError
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(
         parser,
         *("columns", "limit", "device", "max_tokens_per_batch", "packing", "max_length", "dtype"),
-        *("text", "revision", "trust_remote_code", *REMOTE),
+        *("text", "revision", "trust_remote_code", *READING, *REMOTE),
         device="cpu, cuda, …; a GPU is taken if there is one",
         max_tokens_per_batch="tokens computed in a batch; the scorer's own choice if not given",
         packing="auto: no padding, and a pair's prompt computed once, where that is exact for the "
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         check_target(target)
     from companion.scoring import model_kind
 
-    kind = model_kind(args.model, revision=args.revision)
+    kind = model_kind(args.model, revision=args.revision, read_as=read_as(args))
     if args.report is not None and kind != "scalar":
         raise DataError(
             f"{args.model}: there is no HTML report for a model of the kind {kind}", "take --json"

@@ -66,12 +66,48 @@ _FLAGS: Final[dict[str, dict[str, Any]]] = {
         "help": "environment variable with the server's key; default: COMPANION_REWARD_API_KEY, "
         "if it is set",
     },
+    "readout": {
+        "choices": ("mask", "transformers"),
+        "help": "of a published model whose pad token is its EOS: mask reads its score at the last "
+        "token, the EOS if there is one; transformers at the last that is not the pad, as "
+        "transformers and TRL do",
+    },
+    "attribute": {
+        "metavar": "NAME",
+        "help": "of a published model with several scores: which one, by name or number",
+    },
+    "attribute_weights": {
+        "nargs": "+",
+        "type": float,
+        "metavar": "W",
+        "help": "or what each of them counts",
+    },
+    "reward_token": {
+        "nargs": "+",
+        "metavar": "TOKEN",
+        "help": "of a causal LM: the token whose logit as the next one is the score (Yes, + or "
+        "id:123); with a second, the first against that one",
+    },
+    "reward_value": {
+        "choices": ("logit", "probability"),
+        "default": "logit",
+        "help": "what of --reward_token is the score",
+    },
+    "step_separator": {
+        "metavar": "TEXT",
+        "help": "of a published process model: what ends each step",
+    },
     "revision": {"help": "of a hub id"},
     "trust_remote_code": {
         "action": "store_true",
         "help": "run the model's code (read it first)",
     },
 }
+#: those that say how a checkpoint that others published is read (:class:`ReadAs`)
+READING: Final = (
+    *("readout", "attribute", "attribute_weights", "reward_token", "reward_value"),
+    "step_separator",
+)
 #: those that loading a model takes
 _LOADING: Final = (
     *("max_length", "overlong", "text", "max_tokens_per_batch", "packing"),
@@ -113,7 +149,18 @@ def picked(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of this command that loading a model takes."""
-    return picked(args, *(name for name in _LOADING if hasattr(args, name)))
+    given = picked(args, *(name for name in _LOADING if hasattr(args, name)))
+    if hasattr(args, READING[0]):
+        given["read_as"] = read_as(args)
+    return given
+
+
+def read_as(args: argparse.Namespace) -> Any:
+    """What the flags say of how a published checkpoint is read; None for nothing."""
+    from companion.models.readout import ReadAs
+
+    said = ReadAs(**picked(args, *READING))
+    return None if said == ReadAs() else said
 
 
 def open_scorer(args: argparse.Namespace, *, also_local: bool = False) -> Any:
@@ -156,6 +203,7 @@ def _open_remote(args: argparse.Namespace, also_local: bool) -> Any:
         protocol=args.protocol or "classify",
         api_key=key,
         **picked(args, *(name for name in reading if hasattr(args, name))),
+        **({"read_as": read_as(args)} if hasattr(args, READING[0]) else {}),
     )
 
 

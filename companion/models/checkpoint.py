@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from companion.errors import ModelError
-from companion.models.head import find_head, without_adapter
+from companion.models.head import find_head, has_own_readout, without_adapter
 from companion.models.one_reader import read_once
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,9 @@ LANGUAGE_HEAD = r"(lm_head|embed_out|output_projection)\."
 #: Heads that a fresh one replaces; what a run of PPO leaves among them.
 OLD_HEADS = rf"({LANGUAGE_HEAD}|score\.|classifier\.|v_head\.)"
 #: Constants that older checkpoints stored beside the weights; the models of today compute them.
-BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(bias|masked_bias)$")
+BUFFERS = re.compile(
+    r"rotary_emb\.inv_freq$|(attn|attention)\.(bias|masked_bias)$|embeddings\.position_ids$"
+)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 #: dtypes by their names in safetensors files
@@ -214,13 +216,15 @@ def load_weights(
     auto_class: str,
     attn_implementation: str | None,
     left_out: str | None = None,
+    encoder: bool = False,
     notes: list[str] | None = None,
     **shared: Any,
 ) -> tuple[Any, set[str]]:
     """The model and the names of the weights that the checkpoint lacked.
 
     Weights of the checkpoint that the model has no place for are refused, but for those whose name
-    begins with the pattern `left_out`; `notes` then say so.
+    begins with the pattern `left_out`; `notes` then say so. Encoders, which read a text by a pooler
+    and a classifier of their own, are for scoring only: with `encoder`.
     """
     import transformers
     from safetensors import SafetensorError
@@ -245,7 +249,14 @@ def load_weights(
             "check that the folder is complete and of an architecture with such a head",
         ) from error
     if auto_class != "AutoModelForCausalLM":
-        find_head(model)  # an encoder has other faults than those of its weights
+        find_head(model)
+        if has_own_readout(model) and not encoder:
+            raise ModelError(
+                f"{name}: {type(model).__name__} has no module 'score', so it is no decoder with a "
+                "sequence-classification head",
+                "use a decoder that AutoModelForSequenceClassification knows (Llama, Qwen, "
+                "Mistral, Gemma, GPT-2, …)",
+            )
     surplus = [key for key in sorted(info["unexpected_keys"]) if not BUFFERS.search(key)]
     known = [key for key in surplus if left_out is not None and re.match(left_out, key)]
     if known and notes is not None:
