@@ -9,6 +9,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, get_type_hints
 
@@ -218,6 +219,55 @@ def say_noticed(scorer: Any, said: int = 0) -> None:
     lines = [f"note: {note}" for note in scorer.notes[said:]]
     for line in [*lines, *scorer.formatter.counts.remarks()]:
         print(line, file=sys.stderr)
+
+
+def load_texts(
+    data: str, split: str, limit: int | None, columns: list[str], *, as_they_are: bool = False
+) -> tuple[Any, list[str] | None, str]:
+    """Rows to score, how they are called in errors, and what they are, in words.
+
+    Pairs as pairs, rankings too; anything else as it is, and all rows if `as_they_are` (whose
+    ``completions`` are steps).
+    """
+    from companion.data.formats import detect_kind
+    from companion.data.loading import load_rows_with_report
+    from companion.data.sources import open_source
+    from companion.layouts import columns_of
+
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit} keeps no rows", "give a positive number")
+    label = Path(data).name
+    if Path(data).is_dir() or not Path(data).exists():
+        label += f" ({split})"
+    if limit:
+        label = f"the first {limit:,} rows of {label}"
+    renamed = columns_of(columns)
+    source, records = open_source(data, split=split, name=None, revision=None, rename=renamed)
+    found = _rows(records, source, renamed)
+    first = list(islice(found, 1))
+    if not first:
+        raise DataError(f"{data}: empty, no rows", "check the file and the split")
+    try:
+        kind = detect_kind(first[0][1])
+    except DataError:  # messages, or a text
+        kind = "texts"
+    if kind in ("pairs", "rankings") and not as_they_are:
+        pairs, _ = load_rows_with_report(
+            data, kind="pairs", split=split, limit=limit, columns=renamed
+        )
+        return list(pairs), None, label
+    texts = [*first, *islice(found, None if limit is None else limit - 1)]
+    return [row for _, row in texts], [where for where, _ in texts], label
+
+
+def _rows(records: Any, source: str, columns: dict[str, str]) -> Any:
+    from companion.data.problems import RowError, RowProblem
+    from companion.layouts import rename_columns
+
+    for where, row in records:
+        if isinstance(row, RowError):
+            raise DataError(f"{source}: {RowProblem.of(row, where)}")
+        yield where, rename_columns(row, columns, where) if columns else dict(row)
 
 
 def leave_process_group() -> None:

@@ -306,7 +306,10 @@ def own_logits(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         forget_lengths(inner)
         # of the class: a trainer puts one of the companion's in its place
         output = type(inner).forward(
-            inner, input_ids=input_ids, attention_mask=attention_mask, **_segments(inner, input_ids)
+            inner,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            **token_types(inner, input_ids),
         )
     logits: Tensor = output.logits
     rows, width = input_ids.shape
@@ -319,7 +322,7 @@ def own_logits(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return as_float("logits", logits.reshape(rows, 1) if logits.dim() == 1 else logits)
 
 
-def _segments(inner: Any, input_ids: Tensor) -> dict[str, Tensor]:
+def token_types(inner: Any, input_ids: Tensor) -> dict[str, Tensor]:
     """``token_type_ids`` of an encoder that tells two parts of a text apart (BERT): 0, then 1.
 
     The second part begins behind the first token that ends a text (``[SEP]``).

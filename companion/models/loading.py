@@ -551,6 +551,8 @@ def _load_checkpoint(
         head = family.make({key: value for key, value in stored.items() if value is not None})
         device = next(model.parameters()).device
         setattr(model, head_name(model), head.to(device).train(model.training))
+        if "key_mapping" in shared:  # transformers would save it under the former names
+            model._weight_conversions = None
         model.config.num_labels = family.labels
         return model
     if _HEAD in missing:

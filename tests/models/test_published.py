@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from companion import RewardScorer
 from companion.cli.main import main
-from companion.errors import ModelError
+from companion.errors import CompanionError, ModelError
 from companion.models import load_base, load_reward_model, save_reward_model
 from companion.models.readout import ReadAs
 from companion.rl.rewards import open_reward
@@ -435,8 +435,8 @@ def test_an_encoder_by_its_own_forward(kind: str, tmp_path: Path) -> None:
     save_reward_model(scorer.reward_model, tmp_path / "saved")
     again = load_scorer(tmp_path / "saved", device="cpu")
     np.testing.assert_allclose(again.score(rows).raw, want, atol=1e-5)
-    with pytest.raises(ModelError, match="no decoder"):
-        load_base(folder)
+    with pytest.raises(CompanionError):
+        load_base(folder)  # nothing trains it
 
 
 # ---------------------------------------------------------------------- what is none
@@ -468,3 +468,103 @@ def test_code_that_is_not_known_is_not_passed_over(publish: Any) -> None:
     )
     with pytest.raises(ModelError, match=r"modeling_own\.CappedRewardModel"):
         load_reward_model(folder)
+
+
+# ---------------------------------------------------------------------- adopted
+
+
+def adopted_by(tmp_path: Path, folder: Path, rows: list[dict[str, Any]], *flags: str) -> Path:
+    reference = tmp_path / "reference.jsonl"
+    reference.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    target = tmp_path / "adopted"
+    command = ["adopt", str(folder), "--reference", str(reference), "--device", "cpu", *flags]
+    assert main([*command, "--output_dir", str(target)]) == 0
+    return target
+
+
+@pytest.mark.parametrize(
+    "shape", ["value_head", "two layers", "next token", "encoder", "pad is eos"]
+)
+def test_an_adopted_model_is_one_of_the_companion(
+    shape: str, publish: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from companion.audit import audit
+    from companion.monitoring.golden import check_target
+    from companion.scoring import check_golden
+    from companion.serving import open_service
+
+    flags: tuple[str, ...] = ()
+    if shape == "encoder":
+        folder = tmp_path / "encoder"
+        save_encoder("bert", folder)
+        read_as = ReadAs()
+    elif shape == "next token":
+        folder = publish("qwen3", "AutoModelForCausalLM", extra=("Yes", "No")).folder
+        read_as, flags = ReadAs(reward_token=("Yes", "No")), ("--reward_token", "Yes", "No")
+    else:
+        made = publish()
+        head = {"value_head.weight": torch.randn(1, 32)}
+        read_as = ReadAs()
+        if shape == "two layers":
+            head = {"score.0.weight": torch.randn(32, 32), "score.2.weight": torch.randn(1, 32)}
+        if shape == "pad is eos":
+            made.tokenizer.pad_token = made.tokenizer.eos_token
+            made.tokenizer.save_pretrained(made.folder)
+            read_as, flags = ReadAs(readout="transformers"), ("--readout", "transformers")
+        folder = made.store(head)
+    plain = load_scorer(folder, read_as=read_as, device="cpu", text="chat")
+    want = plain.score(CHAT)
+    assert want.z is None
+    before = sorted(path.name for path in folder.iterdir())
+    messages = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+        for row in CHAT
+    ]
+    target = adopted_by(tmp_path, folder, messages, *flags)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    scorer = load_scorer(target, device="cpu")  # no flags any more
+    found = scorer.score(CHAT)
+    np.testing.assert_allclose(found.raw, want.raw, atol=1e-5)
+    np.testing.assert_allclose(found.z, (want.raw - want.raw.mean()) / want.raw.std(ddof=1))
+    report = check_golden(scorer)
+    assert report is not None
+    assert report.ok, report.lines()
+    assert not report.differs
+    assert open_service(scorer).identity.version  # it scores the golden texts, or refuses
+    checked = check_target(target)
+    assert checked.state == "ok", checked.changed
+    found_by_audit = audit(target)
+    assert not found_by_audit.faults, found_by_audit.table()
+    if shape != "encoder":
+        with pytest.raises(ModelError, match="says how it is read"):
+            load_scorer(target, read_as=ReadAs(readout="mask"))
+
+
+def test_adopted_in_place_and_never_twice(publish: Any, tmp_path: Path, tiny_reward: Path) -> None:
+    from companion.scoring import adopt
+
+    folder = publish().store({"value_head.weight": torch.randn(1, 32)})
+    pairs = [{"prompt": "How many", "chosen": "3 boxes", "rejected": "5"}]
+    done = adopt(folder, pairs, source="one pair", device="cpu")
+    assert done.path.parent == folder
+    assert done.manifest.reference is not None
+    assert done.manifest.reference.n == 2
+    with pytest.raises(ModelError, match="was adopted before"):
+        adopt(folder, pairs, device="cpu")
+    with pytest.raises(ModelError, match="the companion saved it"):
+        adopt(tiny_reward, pairs, device="cpu")
+
+
+def test_an_adopted_process_model(publish: Any, tmp_path: Path) -> None:
+    made = publish("mistral", "AutoModelForCausalLM", extra=("ки", "+", "-"))
+    rows = [{**row, "prompt": row["prompt"] + " "} for row in STEPS]
+    read_as = ReadAs(reward_token=("+", "-"), step_separator=" ки\n")
+    want = load_scorer(made.folder, read_as=read_as, device="cpu").score(rows)
+    flags = ("--reward_token", "+", "-", "--step_separator", " ки\n")
+    target = adopted_by(tmp_path, made.folder, rows, *flags)
+    found = load_scorer(target, device="cpu").score(rows)
+    np.testing.assert_allclose(found.raw, want.raw, atol=1e-5)
+    assert found.z is not None
