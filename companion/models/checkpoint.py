@@ -378,8 +378,12 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return getattr(torch, dtype)  # type: ignore[no-any-return]
 
 
-#: What a configuration holds of where and how it was saved, which changes no score.
-_NOISE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash")
+#: What a configuration holds of where and how it was saved, and says to others, which changes no
+#: score.
+_NOISE = (
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash"),
+    "sentence_transformers",
+)
 
 
 def model_fingerprint(model: Any) -> str:

@@ -96,6 +96,8 @@ def save_reward_model(
     readout = replace(readout, read_as=None)  # what is written is a plain checkpoint
     if readout.kind == "scalar":
         plain.config.problem_type = "regression"
+        # CrossEncoder, and vLLM's /score, would take the sigmoid of one label
+        plain.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
         check_head(plain)
     else:
         prepare_token_head(plain, readout.labels)
