@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(
         parser,
         *("columns", "limit", "device", "max_tokens_per_batch", "packing", "max_length", "dtype"),
-        *("text", "revision", "trust_remote_code", *READING, *REMOTE),
+        *("text", "revision", "trust_remote_code", "device_map", "load_in_4bit"),
+        *READING,
+        *REMOTE,
         device="cpu, cuda, …; a GPU is taken if there is one",
         max_tokens_per_batch="tokens computed in a batch; the scorer's own choice if not given",
         packing="auto: no padding, and a pair's prompt computed once, where that is exact for the "

@@ -54,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "on a CPU it needs a C++ compiler",
     )
     add("--chunk_rows", type=int, default=1024, help="rows of each process, written at a time")
-    add_flags(parser, "device", "dtype", "revision", "trust_remote_code", *READING, *REMOTE)
+    add_flags(
+        parser,
+        *("device", "dtype", "device_map", "load_in_4bit", "revision", "trust_remote_code"),
+        *READING,
+        *REMOTE,
+    )
     parser.epilog = (
         "On several GPUs of a machine: torchrun --nproc_per_node 8 -m companion score --model DIR "
         "--input rows.jsonl --output scores.jsonl. On several machines: recipes/corpus."

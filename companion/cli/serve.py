@@ -74,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(
         parser,
         *("max_length", "text", "max_tokens_per_batch", "packing"),
-        *("device", "dtype", "revision", "trust_remote_code", *READING),
+        *("device", "dtype", "device_map", "load_in_4bit", "revision", "trust_remote_code"),
+        *READING,
     )
     add(
         "--overlong",

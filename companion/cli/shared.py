@@ -45,6 +45,14 @@ _FLAGS: Final[dict[str, dict[str, Any]]] = {
         "model (if not, the log says why); off: padded batches",
     },
     "device": {"help": "default: the GPU if there is one"},
+    "device_map": {
+        "metavar": "MAP",
+        "help": "for transformers, in place of --device: auto spreads a large model over all GPUs",
+    },
+    "load_in_4bit": {
+        "action": "store_true",
+        "help": "weights in 4 bits (bitsandbytes), the head in float32: other scores",
+    },
     "dtype": {
         "choices": ("auto", "float32", "bfloat16", "float16"),
         "default": "auto",
@@ -112,10 +120,13 @@ READING: Final = (
 #: those that loading a model takes
 _LOADING: Final = (
     *("max_length", "overlong", "text", "max_tokens_per_batch", "packing"),
-    *("device", "dtype", "revision", "trust_remote_code"),
+    *("device", "dtype", "device_map", "load_in_4bit", "revision", "trust_remote_code"),
 )
 #: those that mean something only where the model is
-_LOCAL: Final = ("device", "dtype", "packing", "compile", "max_tokens_per_batch")
+_LOCAL: Final = (
+    *("device", "dtype", "device_map", "load_in_4bit", "packing", "compile"),
+    "max_tokens_per_batch",
+)
 #: those that name a server
 REMOTE: Final = ("url", "protocol", "api_key_env")
 

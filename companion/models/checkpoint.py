@@ -217,6 +217,8 @@ def load_weights(
     attn_implementation: str | None,
     left_out: str | None = None,
     encoder: bool = False,
+    device_map: Any = None,
+    load_in_4bit: bool = False,
     notes: list[str] | None = None,
     **shared: Any,
 ) -> tuple[Any, set[str]]:
@@ -232,6 +234,10 @@ def load_weights(
     check_code(name, config, auto_class, bool(shared.get("trust_remote_code")))
     if attn_implementation is not None:
         shared["attn_implementation"] = attn_implementation
+    if device_map is not None:
+        shared["device_map"] = device_map
+    if load_in_4bit:
+        shared["quantization_config"] = in_4bit(as_dtype(dtype))
     read = partial(
         getattr(transformers, auto_class).from_pretrained,
         name,
@@ -272,6 +278,35 @@ def load_weights(
             "score.bias can be taken out of the file: it moves all scores alike",
         )
     return model, set(info["missing_keys"])
+
+
+def in_4bit(dtype: torch.dtype) -> Any:
+    """transformers' setting for weights in 4 bits (NF4), the head's apart, by bitsandbytes.
+
+    Raises
+    ------
+    ModelError
+        If bitsandbytes is not installed.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise ModelError(
+            "weights in 4 bits need the package bitsandbytes", "pip install bitsandbytes"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["score", "classifier"],
+    )
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether a library holds its weights in fewer bits than they are computed with."""
+    return getattr(without_adapter(model), "hf_quantizer", None) is not None
 
 
 def listed(keys: Collection[str]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from companion.errors import ModelError, ReadoutError
 from companion.formatting import RECIPE_FILE, Overlong, RewardFormatter, TextMode
@@ -101,6 +102,7 @@ def load_base(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
 ) -> RewardModel:
     """Load any decoder as the start of a reward model: fresh head, no dropout.
 
@@ -124,6 +126,9 @@ def load_base(
         For :class:`companion.formatting.RewardFormatter`.
     attn_implementation, revision, trust_remote_code
         For transformers.
+    load_in_4bit : bool
+        For QLoRA: weights in 4 bits (NF4, bitsandbytes), on the GPU of this process if there is
+        one; :func:`companion.models.apply_lora` then gives it what is trained.
 
     Returns
     -------
@@ -178,6 +183,8 @@ def load_base(
         auto_class=_BY_TOKEN if by_token else _SCALAR,
         attn_implementation=attn_implementation,
         left_out=LANGUAGE_HEAD if keep_head else OLD_HEADS,
+        device_map={"": PartialState().device} if load_in_4bit else None,
+        load_in_4bit=load_in_4bit,
         **shared,
     )
     own = f"{head_name(model)}.weight"
@@ -227,6 +234,8 @@ def load_reward_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     read_as: ReadAs | None = None,
+    device_map: Any = None,
+    load_in_4bit: bool = False,
 ) -> RewardModel:
     """Load a trained reward model of any kind in eval mode, or say why the checkpoint is none.
 
@@ -239,6 +248,10 @@ def load_reward_model(
     ----------
     read_as : ReadAs, optional
         How it is read where its files do not say so; what a manifest says stays.
+    device_map : str or dict, optional
+        For transformers, in place of `device`: ``auto`` spreads a large model over all GPUs.
+    load_in_4bit : bool
+        Weights in 4 bits (NF4, bitsandbytes), the head in float32: other scores, with a note.
 
     Raises
     ------
@@ -258,6 +271,11 @@ def load_reward_model(
     asked = _reading(name, manifest, read_as)
     family: Family | None = None
     adapter = is_adapter(name, revision)
+    if adapter and (device_map is not None or load_in_4bit):
+        raise ModelError(
+            f"{name}: holds a LoRA adapter, which is merged in memory",
+            "save the merged model first, then load that with device_map or in 4 bits",
+        )
     if adapter:
         from companion.models.lora import load_adapter
 
@@ -269,8 +287,19 @@ def load_reward_model(
         if not own:  # (a class of the folder's own brings its head)
             family = _family(name, config, tokenizer, manifest, asked, notes, revision)
         model = _load_checkpoint(
-            name, config, family, manifest, dtype, attn_implementation, notes, **shared
+            name,
+            config,
+            family,
+            manifest,
+            dtype,
+            attn_implementation,
+            notes,
+            device_map=device_map,
+            load_in_4bit=load_in_4bit,
+            **shared,
         )
+    if load_in_4bit:
+        notes.append("weights in 4 bits: scores are not those of the model as it was saved")
     readout = _readout(manifest, family)
     if manifest is None or asked is not None:
         readout = settle_pad(tokenizer, model.config, readout, asked or ReadAs(), notes)
@@ -290,9 +319,9 @@ def load_reward_model(
     notes.extend(formatter.notes)
     notes.extend(precision_notes(model))
     model.eval()
-    if device is not None:
+    if device is not None and device_map is None:
         place(model, device)
-    source = None if adapter else (name, revision)
+    source = None if adapter or load_in_4bit else (name, revision)
     return RewardModel(model, tokenizer, formatter, manifest, notes, readout, source)
 
 
@@ -549,7 +578,7 @@ def _load_checkpoint(
         refuse_missing(name, {k for k in missing if not k.startswith(f"{head_name(model)}.")})
         stored = {key: read_tensor(name, key, revision) for key in family.stored}
         head = family.make({key: value for key, value in stored.items() if value is not None})
-        device = next(model.parameters()).device
+        device = next(find_head(model).parameters()).device
         setattr(model, head_name(model), head.to(device).train(model.training))
         if "key_mapping" in shared:  # transformers would save it under the former names
             model._weight_conversions = None

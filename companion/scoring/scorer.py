@@ -549,6 +549,8 @@ class LocalScorer(Scorer[ScoresT]):
         revision: str | None = None,
         trust_remote_code: bool = False,
         read_as: ReadAs | None = None,
+        device_map: Any = None,
+        load_in_4bit: bool = False,
     ) -> Self:
         """Load a reward model for scoring.
 
@@ -565,6 +567,8 @@ class LocalScorer(Scorer[ScoresT]):
             In place of what the manifest says; see :class:`companion.formatting.RewardFormatter`.
         read_as : ReadAs, optional
             How to read a checkpoint that others published, where its files do not say so.
+        device_map, load_in_4bit
+            As in :func:`companion.models.load_reward_model`.
 
         Raises
         ------
@@ -581,6 +585,8 @@ class LocalScorer(Scorer[ScoresT]):
             revision=revision,
             trust_remote_code=trust_remote_code,
             read_as=read_as,
+            device_map=device_map,
+            load_in_4bit=load_in_4bit,
         )
         reward_model.read_texts(max_length, overlong, text)
         scorer = cls(reward_model, max_tokens_per_batch=max_tokens_per_batch, packing=packing)
