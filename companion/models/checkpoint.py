@@ -39,6 +39,8 @@ BUFFERS = re.compile(
 )
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+#: what checkpoints were before safetensors
+_OLD_INDEX, _OLD_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 #: dtypes by their names in safetensors files
 _CODES = {
     torch.float64: "F64",
@@ -114,24 +116,26 @@ def is_adapter(name: str, revision: str | None = None) -> bool:
 
 
 def checkpoint_keys(name: str, revision: str | None = None) -> set[str] | None:
-    """Names of the stored tensors; None if the weights are not in safetensors files.
+    """Names of the stored tensors; None if the weights are in no file that is known here.
 
     Raises
     ------
     ModelError
-        If a safetensors file is damaged.
+        If a file of weights is damaged.
     """
-    index = find_file(name, _INDEX, revision)
-    if index is not None:
-        return set(read_json(index).get("weight_map", {}))
+    for index in (_INDEX, _OLD_INDEX):
+        file = find_file(name, index, revision)
+        if file is not None:
+            return set(read_json(file).get("weight_map", {}))
     single = find_file(name, _SINGLE, revision)
     if single is None:
-        return None
+        old = find_file(name, _OLD_SINGLE, revision)
+        return None if old is None else set(_old_file(old))
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(single, framework="pt") as file:
-            return set(file.keys())
+        with safe_open(single, framework="pt") as tensors:
+            return set(tensors.keys())
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{single}: damaged: {error}", "save or fetch the file again") from error
 
@@ -139,23 +143,47 @@ def checkpoint_keys(name: str, revision: str | None = None) -> set[str] | None:
 def read_tensor(
     name: str, key: str, revision: str | None = None, *, unless: torch.dtype | None = None
 ) -> Tensor | None:
-    """One stored tensor in its stored dtype; None if it is not in a safetensors file.
+    """One stored tensor in its stored dtype; None if it is in no file that is known here.
 
     With `unless`, None too where it is stored in that dtype: its bytes are then not read.
     """
     from safetensors import safe_open
 
-    index = find_file(name, _INDEX, revision)
-    filename = read_json(index)["weight_map"].get(key) if index is not None else _SINGLE
-    path = find_file(name, filename, revision) if filename else None
+    path = _file_of(name, key, revision)
     if path is None:
         return None
+    if path.endswith(".bin"):
+        found = _old_file(path).get(key)
+        return None if found is None or found.dtype == unless else found
     with safe_open(path, framework="pt") as file:
         if key not in file.keys():  # noqa: SIM118
             return None
         if unless is not None and file.get_slice(key).get_dtype() == _CODES.get(unless):
             return None
         return file.get_tensor(key)
+
+
+def _file_of(name: str, key: str, revision: str | None) -> str | None:
+    """The file that holds a tensor, or would."""
+    for index, single in ((_INDEX, _SINGLE), (_OLD_INDEX, _OLD_SINGLE)):
+        listing = find_file(name, index, revision)
+        filename = single if listing is None else read_json(listing)["weight_map"].get(key)
+        path = find_file(name, filename, revision) if filename else None
+        if path is not None:
+            return path
+    return None
+
+
+def _old_file(path: str) -> dict[str, Tensor]:
+    """The tensors of a ``.bin`` file, read from the disk when they are used; no code is run."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a pickle may fail as it likes
+        raise ModelError(
+            f"{path}: cannot be read as weights alone: {_first_line(error)}",
+            "convert it to safetensors: save_pretrained of transformers does",
+        ) from error
+    return {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
 
 
 # ---------------------------------------------------------------------- its parts

@@ -222,6 +222,17 @@ def test_attributes_by_name_by_number_and_weighed(publish: Any, tmp_path: Path) 
             load_reward_model(folder, read_as=wrong)
 
 
+def test_weights_of_before_safetensors(publish: Any) -> None:
+    made = publish()
+    weight = torch.randn(1, 32)
+    folder = made.store({"v_head.weight": weight}, "transformer.")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    want = [float(made.hidden(made.chat(row))[-1] @ weight[0]) for row in CHAT]
+    scorer = load_scorer(folder, text="chat", device="cpu")
+    np.testing.assert_allclose(scorer.score(CHAT).raw, want, atol=1e-5)
+
+
 # ---------------------------------------------------------------------- the next token
 
 
