@@ -501,7 +501,7 @@ def _find_protocol(client: httpx2.Client, url: str, own: dict[str, Any]) -> tupl
 
 def _add_files(subject: EndpointSubject, model: str | os.PathLike[str], hub: Any) -> None:
     """Tokenizer, manifest and configuration of the model that runs there."""
-    formatter, manifest = load_formatter(model, notes=subject.notes, **hub)
+    formatter, manifest, _ = load_formatter(model, notes=subject.notes, **hub)
     subject.formatter = formatter.changed(overlong="error")
     subject.tokenizer, subject.manifest = formatter.tokenizer, manifest
     name = resolve(model)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from companion.audit.subject import Ability, Batch, BudgetSpent, Subject
-from companion.errors import DataError, ModelError
+from companion.engine.forward import token_types
+from companion.errors import CompanionError, DataError, ModelError
 from companion.formatting import RewardFormatter, Row
 from companion.models.checkpoint import (
     PathLike,
@@ -33,8 +34,11 @@ from companion.models.checkpoint import (
     resolve,
 )
 from companion.models.head import without_adapter
+from companion.models.loading import load_reward_model
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
 from companion.models.memory import place
+from companion.models.readout import ScalarReadout, readout_from_dict
+from companion.scoring.reading import ScalarReading
 
 #: Runs with rounding put in by hand, of each text that is tried for it; see `_noise`.
 _DRAWS = 4
@@ -114,7 +118,7 @@ class LocalSubject(Subject):
             self.tokenizer = tokenizer or load_tokenizer(self.name, **shared)
             described = find_file(self.name, MANIFEST_FILE, revision)
             self.manifest = None if described is None else RewardManifest.load(described)
-            self.model = self._load(dtype, **shared)
+            self.model = self._adopted(dtype, **shared) or self._load(dtype, **shared)
         else:
             if tokenizer is None:
                 raise ModelError("a model in memory was given without its tokenizer")
@@ -158,6 +162,15 @@ class LocalSubject(Subject):
         self._noises: dict[tuple[int, ...], float] = {}
 
     # ------------------------------------------------------------------ what it is
+
+    def _adopted(self, dtype: str | None, **shared: Any) -> Any:
+        """A published model in a shape of its own, as its manifest says that it is read."""
+        if self.manifest is None or "read_as" not in self.manifest.readout:
+            return None
+        stored = load_config(self.name, **shared).dtype or torch.float32
+        loaded = load_reward_model(self.name, dtype=dtype or stored, **shared)
+        self.kind, self.tokenizer = self.manifest.kind, loaded.tokenizer
+        return loaded.model
 
     def _load(self, dtype: str | None, **shared: Any) -> Any:
         """As stock users load it; what the checkpoint lacks and what is left over is kept."""
@@ -303,7 +316,8 @@ class LocalSubject(Subject):
 
     def _scores(self, input_ids: Tensor, mask: Tensor) -> np.ndarray:
         with torch.no_grad():
-            out = self.model(input_ids=input_ids, attention_mask=mask)
+            types = token_types(without_adapter(self.model), input_ids)
+            out = self.model(input_ids=input_ids, attention_mask=mask, **types)
         logits = (out.logits if hasattr(out, "logits") else out[0]).detach().double().cpu()
         if self.kind == "scalar":
             values = logits.reshape(len(input_ids), -1)
@@ -336,7 +350,16 @@ class LocalSubject(Subject):
         tokenizer as it stands otherwise.
         """
         if self.manifest is not None and self.formatter is not None:
-            encoded = self.formatter.encode_row(row)
+            readout = readout_from_dict(self.manifest.readout, MANIFEST_FILE)
+            if isinstance(readout, ScalarReadout):
+                (texts,) = ScalarReading(readout).encode(
+                    self.formatter, [row], ["the row"], ["completion"]
+                )
+                if isinstance(texts, CompanionError):
+                    raise texts
+                encoded: Any = None if texts is None else texts[0]
+            else:
+                encoded = self.formatter.encode_row(row)
             if encoded is None:
                 raise DataError("the text is longer than the manifest's max_length")
             return list(encoded.input_ids)

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from companion.cli.shared import (
     REMOTE,
     add_flags,
     check_target,
+    load_texts,
     open_scorer,
     picked,
     progress_bar,
-    raw_rows,
     say_noticed,
 )
 from companion.errors import DataError, ModelError
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
             )
     if args.write_reference:
         _check_write(args)
-    rows, names, label = _load(args)
+    rows, names, label = load_texts(args.data, args.data_split, args.limit, args.columns)
     from companion import __version__
     from companion.evaluation.comparison import compare_scorers
 
@@ -153,41 +152,6 @@ def _open(args: argparse.Namespace, side: str) -> Any:
         own |= dict.fromkeys(REMOTE)
     print(f"{side.upper()}: {own['model']}", file=sys.stderr)
     return open_scorer(argparse.Namespace(**(vars(args) | own)), also_local=not other_url)
-
-
-def _load(args: argparse.Namespace) -> tuple[Any, list[str] | None, str]:
-    """The rows, how they are called in errors, and what they are, in words."""
-    from companion.data.formats import detect_kind
-    from companion.data.loading import load_rows_with_report
-    from companion.data.sources import open_source
-    from companion.layouts import columns_of
-
-    if args.limit is not None and args.limit < 1:
-        raise DataError(f"limit={args.limit} keeps no rows", "give a positive number")
-    label = Path(args.data).name
-    if Path(args.data).is_dir() or not Path(args.data).exists():
-        label += f" ({args.data_split})"
-    if args.limit:
-        label = f"the first {args.limit:,} rows of {label}"
-    columns = columns_of(args.columns)
-    source, records = open_source(
-        args.data, split=args.data_split, name=None, revision=None, rename=columns
-    )
-    found = raw_rows(records, source, columns)
-    first = list(islice(found, 1))
-    if not first:
-        raise DataError(f"{args.data}: empty, no rows", "check the file and the split")
-    try:
-        kind = detect_kind(first[0][1])
-    except DataError:  # messages, or a text
-        kind = "texts"
-    if kind in ("pairs", "rankings"):
-        pairs, _ = load_rows_with_report(
-            args.data, kind="pairs", split=args.data_split, limit=args.limit, columns=columns
-        )
-        return list(pairs), None, label
-    texts = [*first, *islice(found, None if args.limit is None else args.limit - 1)]
-    return [row for _, row in texts], [where for where, _ in texts], label
 
 
 def _check_write(args: argparse.Namespace) -> None:

@@ -231,7 +231,7 @@ def _check_tokens(args: argparse.Namespace, dataset: Dataset, found: DataReport)
     if folder.is_dir() and not any((folder / name).is_file() for name in _OF_MODELS):
         formatter = RewardFormatter(load_tokenizer(args.tokenizer))  # a tokenizer alone
     else:
-        formatter, _ = load_formatter(args.tokenizer)
+        formatter, *_ = load_formatter(args.tokenizer)
     with progress_bar("Tokenising", "rows", len(dataset)) as bar:
         moved = bar["progress"]
         check_tokens(dataset, formatter, found, max_length=args.max_length, progress=moved)

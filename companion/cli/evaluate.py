@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from companion.cli.judge import add_asking, open_judge
 from companion.cli.shared import (
+    READING,
     REMOTE,
     add_flags,
     check_target,
@@ -18,6 +19,7 @@ from companion.cli.shared import (
     picked,
     progress_bar,
     raw_rows,
+    read_as,
     say_noticed,
 )
 from companion.errors import DataError
@@ -50,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(
         parser,
         *("columns", "limit", "device", "max_tokens_per_batch", "packing", "max_length", "dtype"),
-        *("text", "revision", "trust_remote_code", *REMOTE),
+        *("text", "revision", "trust_remote_code", "device_map", "load_in_4bit"),
+        *READING,
+        *REMOTE,
         device="cpu, cuda, …; a GPU is taken if there is one",
         max_tokens_per_batch="tokens computed in a batch; the scorer's own choice if not given",
         packing="auto: no padding, and a pair's prompt computed once, where that is exact for the "
@@ -96,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             raise DataError(f"--{name} goes with --benchmark", "companion judge judges other rows")
     from companion.scoring import model_kind
 
-    kind = model_kind(args.model, revision=args.revision)
+    kind = model_kind(args.model, revision=args.revision, read_as=read_as(args))
     if args.report is not None and kind != "scalar":
         raise DataError(
             f"{args.model}: there is no HTML report for a model of the kind {kind}", "take --json"

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("companion.cli.plan", "what a run takes of memory, time and money, before it starts"),
     "evaluate": ("companion.cli.evaluate", "measure a reward model of any kind on held-out rows"),
     "score": ("companion.cli.score", "score a JSONL file of texts, messages or completions"),
+    "adopt": ("companion.cli.adopt", "write the manifest that a published model lacks"),
     "serve": ("companion.cli.serve", "serve a reward model over HTTP, for RL jobs and people"),
     "audit": ("companion.cli.audit", "find the silent bugs in a reward model or an endpoint"),
     "compare": ("companion.cli.compare", "how scores, ranks and decisions move between two models"),

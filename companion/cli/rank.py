@@ -6,6 +6,7 @@ import argparse
 from typing import Final
 
 from companion.cli.shared import (
+    READING,
     REMOTE,
     add_flags,
     loading,
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         max_tokens_per_batch="tokens of a batch, of the model and of the policy",
     )
     add("--chunk_rows", type=int, default=64, help="prompts of each process, done at a time")
-    add_flags(parser, "device", "dtype", "trust_remote_code", *REMOTE)
+    add_flags(parser, "device", "dtype", "trust_remote_code", *READING, *REMOTE)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
 
     scorer = open_scorer(args, also_local=args.policy is not None)
     said = len(scorer.notes)
-    settings = {name: value for name, value in loading(args).items() if name != "text"}
+    settings = {
+        name: value for name, value in loading(args).items() if name not in ("text", "read_as")
+    }
     policy = Policy.from_pretrained(args.policy, **settings) if args.policy else None
     if policy is not None:
         say_notes(policy)

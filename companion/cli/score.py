@@ -9,7 +9,15 @@ import argparse
 import sys
 from typing import Final
 
-from companion.cli.shared import REMOTE, add_flags, open_scorer, picked, progress_bar, say_noticed
+from companion.cli.shared import (
+    READING,
+    REMOTE,
+    add_flags,
+    open_scorer,
+    picked,
+    progress_bar,
+    say_noticed,
+)
 
 #: what a launcher starts of it work together, as `args.processes`
 SHARES_WORK: Final = True
@@ -46,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "on a CPU it needs a C++ compiler",
     )
     add("--chunk_rows", type=int, default=1024, help="rows of each process, written at a time")
-    add_flags(parser, "device", "dtype", "revision", "trust_remote_code", *REMOTE)
+    add_flags(
+        parser,
+        *("device", "dtype", "device_map", "load_in_4bit", "revision", "trust_remote_code"),
+        *READING,
+        *REMOTE,
+    )
     parser.epilog = (
         "On several GPUs of a machine: torchrun --nproc_per_node 8 -m companion score --model DIR "
         "--input rows.jsonl --output scores.jsonl. On several machines: recipes/corpus."

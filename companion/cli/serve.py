@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from companion.cli.shared import HelpWithExamples, add_flags, loading, say_notes
+from companion.cli.shared import READING, HelpWithExamples, add_flags, loading, read_as, say_notes
 from companion.errors import DataError
 
 #: of a parent that has none; a worker gets the parent's
@@ -74,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(
         parser,
         *("max_length", "text", "max_tokens_per_batch", "packing"),
-        *("device", "dtype", "revision", "trust_remote_code"),
+        *("device", "dtype", "device_map", "load_in_4bit", "revision", "trust_remote_code"),
+        *READING,
     )
     add(
         "--overlong",
@@ -151,6 +152,7 @@ def _scorer(args: argparse.Namespace) -> Any:
         args.model,
         text=args.text,
         protocol="classify",
+        read_as=read_as(args),
     )
     scorer.read_texts(args.max_length, args.overlong or "error")
     return scorer

@@ -9,6 +9,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, get_type_hints
 
@@ -44,6 +45,14 @@ _FLAGS: Final[dict[str, dict[str, Any]]] = {
         "model (if not, the log says why); off: padded batches",
     },
     "device": {"help": "default: the GPU if there is one"},
+    "device_map": {
+        "metavar": "MAP",
+        "help": "for transformers, in place of --device: auto spreads a large model over all GPUs",
+    },
+    "load_in_4bit": {
+        "action": "store_true",
+        "help": "weights in 4 bits (bitsandbytes), the head in float32: other scores",
+    },
     "dtype": {
         "choices": ("auto", "float32", "bfloat16", "float16"),
         "default": "auto",
@@ -66,19 +75,58 @@ _FLAGS: Final[dict[str, dict[str, Any]]] = {
         "help": "environment variable with the server's key; default: COMPANION_REWARD_API_KEY, "
         "if it is set",
     },
+    "readout": {
+        "choices": ("mask", "transformers"),
+        "help": "of a published model whose pad token is its EOS: mask reads its score at the last "
+        "token, the EOS if there is one; transformers at the last that is not the pad, as "
+        "transformers and TRL do",
+    },
+    "attribute": {
+        "metavar": "NAME",
+        "help": "of a published model with several scores: which one, by name or number",
+    },
+    "attribute_weights": {
+        "nargs": "+",
+        "type": float,
+        "metavar": "W",
+        "help": "or what each of them counts",
+    },
+    "reward_token": {
+        "nargs": "+",
+        "metavar": "TOKEN",
+        "help": "of a causal LM: the token whose logit as the next one is the score (Yes, + or "
+        "id:123); with a second, the first against that one",
+    },
+    "reward_value": {
+        "choices": ("logit", "probability"),
+        "default": "logit",
+        "help": "what of --reward_token is the score",
+    },
+    "step_separator": {
+        "metavar": "TEXT",
+        "help": "of a published process model: what ends each step",
+    },
     "revision": {"help": "of a hub id"},
     "trust_remote_code": {
         "action": "store_true",
         "help": "run the model's code (read it first)",
     },
 }
+#: those that say how a checkpoint that others published is read (:class:`ReadAs`)
+READING: Final = (
+    *("readout", "attribute", "attribute_weights", "reward_token", "reward_value"),
+    "step_separator",
+)
 #: those that loading a model takes
 _LOADING: Final = (
     *("max_length", "overlong", "text", "max_tokens_per_batch", "packing"),
-    *("device", "dtype", "revision", "trust_remote_code"),
+    *("device", "dtype", "device_map", "load_in_4bit", "revision", "trust_remote_code"),
 )
 #: those that mean something only where the model is
-_LOCAL: Final = ("device", "dtype", "packing", "compile", "max_tokens_per_batch")
+_LOCAL: Final = (
+    *("device", "dtype", "device_map", "load_in_4bit", "packing", "compile"),
+    "max_tokens_per_batch",
+)
 #: those that name a server
 REMOTE: Final = ("url", "protocol", "api_key_env")
 
@@ -113,7 +161,18 @@ def picked(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of this command that loading a model takes."""
-    return picked(args, *(name for name in _LOADING if hasattr(args, name)))
+    given = picked(args, *(name for name in _LOADING if hasattr(args, name)))
+    if hasattr(args, READING[0]):
+        given["read_as"] = read_as(args)
+    return given
+
+
+def read_as(args: argparse.Namespace) -> Any:
+    """What the flags say of how a published checkpoint is read; None for nothing."""
+    from companion.models.readout import ReadAs
+
+    said = ReadAs(**picked(args, *READING))
+    return None if said == ReadAs() else said
 
 
 def open_scorer(args: argparse.Namespace, *, also_local: bool = False) -> Any:
@@ -156,6 +215,7 @@ def _open_remote(args: argparse.Namespace, also_local: bool) -> Any:
         protocol=args.protocol or "classify",
         api_key=key,
         **picked(args, *(name for name in reading if hasattr(args, name))),
+        **({"read_as": read_as(args)} if hasattr(args, READING[0]) else {}),
     )
 
 
@@ -181,6 +241,45 @@ def say_noticed(scorer: Any, said: int = 0) -> None:
     lines = [f"note: {note}" for note in scorer.notes[said:]]
     for line in [*lines, *scorer.formatter.counts.remarks()]:
         print(line, file=sys.stderr)
+
+
+def load_texts(
+    data: str, split: str, limit: int | None, columns: list[str], *, as_they_are: bool = False
+) -> tuple[Any, list[str] | None, str]:
+    """Rows to score, how they are called in errors, and what they are, in words.
+
+    Pairs as pairs, rankings too; anything else as it is, and all rows if `as_they_are` (whose
+    ``completions`` are steps).
+    """
+    from companion.data.formats import detect_kind
+    from companion.data.loading import load_rows_with_report
+    from companion.data.sources import open_source
+    from companion.layouts import columns_of
+
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit} keeps no rows", "give a positive number")
+    label = Path(data).name
+    if Path(data).is_dir() or not Path(data).exists():
+        label += f" ({split})"
+    if limit:
+        label = f"the first {limit:,} rows of {label}"
+    renamed = columns_of(columns)
+    source, records = open_source(data, split=split, name=None, revision=None, rename=renamed)
+    found = raw_rows(records, source, renamed)
+    first = list(islice(found, 1))
+    if not first:
+        raise DataError(f"{data}: empty, no rows", "check the file and the split")
+    try:
+        kind = detect_kind(first[0][1])
+    except DataError:  # messages, or a text
+        kind = "texts"
+    if kind in ("pairs", "rankings") and not as_they_are:
+        pairs, _ = load_rows_with_report(
+            data, kind="pairs", split=split, limit=limit, columns=renamed
+        )
+        return list(pairs), None, label
+    texts = [*first, *islice(found, None if limit is None else limit - 1)]
+    return [row for _, row in texts], [where for where, _ in texts], label
 
 
 def leave_process_group() -> None:

@@ -24,7 +24,7 @@ from companion.engine.padded import pad_batch
 from companion.engine.plan import plan_trees
 from companion.engine.positions import length_borders, length_classes
 from companion.errors import CompanionError, ModelError
-from companion.models.head import head_name, without_adapter
+from companion.models.head import has_own_readout, head_name, without_adapter
 from companion.models.locking import inference_of
 
 logger = logging.getLogger(__name__)
@@ -73,10 +73,11 @@ def forward_of(
         if any(each for _, each in length_borders(inner.config)):
             _refuse_kept_lengths(inner)
         # what a folder's own code computes is known to that code alone: it is taken at its word
-        ways: list[Forward] = ["own"] if own_code else ["ours", "own"]
+        own_only = own_code or has_own_readout(inner)
+        ways: list[Forward] = ["own"] if own_only else ["ours", "own"]
         found = _agreeing(model, pad_token_id, texts, side, ways)
         known[side] = found or "alone"
-        if found is None or (found == "own" and not own_code):
+        if found is None or (found == "own" and not own_only):
             how = "padded" if found else "a text at a time: in a batch it gives other scores"
             logger.warning(f"{class_name(inner)}: the model's own forward is used, {how}")
     return known[side]

@@ -305,7 +305,12 @@ def own_logits(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     with plain_mode(inner):
         forget_lengths(inner)
         # of the class: a trainer puts one of the companion's in its place
-        output = type(inner).forward(inner, input_ids=input_ids, attention_mask=attention_mask)
+        output = type(inner).forward(
+            inner,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            **token_types(inner, input_ids),
+        )
     logits: Tensor = output.logits
     rows, width = input_ids.shape
     if logits.shape[:1] != (rows,) or logits.shape[1:] not in {(), (1,), (width, logits.shape[-1])}:
@@ -315,6 +320,21 @@ def own_logits(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
             "a reward model gives one value a text, or values for each token",
         )
     return as_float("logits", logits.reshape(rows, 1) if logits.dim() == 1 else logits)
+
+
+def token_types(inner: Any, input_ids: Tensor) -> dict[str, Tensor]:
+    """``token_type_ids`` of an encoder that tells two parts of a text apart (BERT): 0, then 1.
+
+    The second part begins behind the first token that ends a text (``[SEP]``).
+    """
+    kinds = getattr(inner.config, "type_vocab_size", None) or 0
+    end = inner.config.eos_token_id
+    if kinds < 2 or not isinstance(end, int):
+        return {}
+    if "token_type_ids" not in inspect.signature(type(inner).forward).parameters:
+        return {}
+    ends = (input_ids == end).long()
+    return {"token_type_ids": (ends.cumsum(dim=1) - ends > 0).long()}
 
 
 def check_texts(ids: Sequence[Sequence[int]], config: Any) -> None:

@@ -215,7 +215,8 @@ class StepEvaluation(TokenEvaluation):
             if self.readout.labels == 3:
                 guess = values.argmax(axis=1)
             else:
-                label, guess = (label > 0.5).astype(np.float64), values[:, 0] > 0
+                good = values[:, 0] if self.readout.labels == 1 else values[:, 1] - values[:, 0]
+                label, guess = (label > 0.5).astype(np.float64), good > 0
             probabilities = self.readout.wrong(torch.from_numpy(values)).numpy()
             found.solutions.append((probabilities, (label == 0).astype(np.float64)))
             found.right.append((guess == label).astype(np.float64))
@@ -361,7 +362,7 @@ def step_targets(
     logit, labels are soft if they were so in training, or if any of them is a float.
     """
     label_type, neutral = "three", training.get("neutral", "good")
-    if readout.labels == 1:
+    if readout.labels < 3:
         soft = training.get("label_type") == "soft" or any(
             isinstance(x, float) and x == x for row in rows for x in row["labels"]
         )

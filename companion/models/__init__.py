@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         RewardManifest as RewardManifest,
     )
     from companion.models.readout import (
+        ReadAs as ReadAs,
         ScalarReadout as ScalarReadout,
         TokenReadout as TokenReadout,
     )

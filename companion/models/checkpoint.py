@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from companion.errors import ModelError
-from companion.models.head import find_head, without_adapter
+from companion.models.head import find_head, has_own_readout, without_adapter
 from companion.models.one_reader import read_once
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,13 @@ LANGUAGE_HEAD = r"(lm_head|embed_out|output_projection)\."
 #: Heads that a fresh one replaces; what a run of PPO leaves among them.
 OLD_HEADS = rf"({LANGUAGE_HEAD}|score\.|classifier\.|v_head\.)"
 #: Constants that older checkpoints stored beside the weights; the models of today compute them.
-BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(bias|masked_bias)$")
+BUFFERS = re.compile(
+    r"rotary_emb\.inv_freq$|(attn|attention)\.(bias|masked_bias)$|embeddings\.position_ids$"
+)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+#: what checkpoints were before safetensors
+_OLD_INDEX, _OLD_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 #: dtypes by their names in safetensors files
 _CODES = {
     torch.float64: "F64",
@@ -112,24 +116,26 @@ def is_adapter(name: str, revision: str | None = None) -> bool:
 
 
 def checkpoint_keys(name: str, revision: str | None = None) -> set[str] | None:
-    """Names of the stored tensors; None if the weights are not in safetensors files.
+    """Names of the stored tensors; None if the weights are in no file that is known here.
 
     Raises
     ------
     ModelError
-        If a safetensors file is damaged.
+        If a file of weights is damaged.
     """
-    index = find_file(name, _INDEX, revision)
-    if index is not None:
-        return set(read_json(index).get("weight_map", {}))
+    for index in (_INDEX, _OLD_INDEX):
+        file = find_file(name, index, revision)
+        if file is not None:
+            return set(read_json(file).get("weight_map", {}))
     single = find_file(name, _SINGLE, revision)
     if single is None:
-        return None
+        old = find_file(name, _OLD_SINGLE, revision)
+        return None if old is None else set(_old_file(old))
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(single, framework="pt") as file:
-            return set(file.keys())
+        with safe_open(single, framework="pt") as tensors:
+            return set(tensors.keys())
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{single}: damaged: {error}", "save or fetch the file again") from error
 
@@ -137,23 +143,47 @@ def checkpoint_keys(name: str, revision: str | None = None) -> set[str] | None:
 def read_tensor(
     name: str, key: str, revision: str | None = None, *, unless: torch.dtype | None = None
 ) -> Tensor | None:
-    """One stored tensor in its stored dtype; None if it is not in a safetensors file.
+    """One stored tensor in its stored dtype; None if it is in no file that is known here.
 
     With `unless`, None too where it is stored in that dtype: its bytes are then not read.
     """
     from safetensors import safe_open
 
-    index = find_file(name, _INDEX, revision)
-    filename = read_json(index)["weight_map"].get(key) if index is not None else _SINGLE
-    path = find_file(name, filename, revision) if filename else None
+    path = _file_of(name, key, revision)
     if path is None:
         return None
+    if path.endswith(".bin"):
+        found = _old_file(path).get(key)
+        return None if found is None or found.dtype == unless else found
     with safe_open(path, framework="pt") as file:
         if key not in file.keys():  # noqa: SIM118
             return None
         if unless is not None and file.get_slice(key).get_dtype() == _CODES.get(unless):
             return None
         return file.get_tensor(key)
+
+
+def _file_of(name: str, key: str, revision: str | None) -> str | None:
+    """The file that holds a tensor, or would."""
+    for index, single in ((_INDEX, _SINGLE), (_OLD_INDEX, _OLD_SINGLE)):
+        listing = find_file(name, index, revision)
+        filename = single if listing is None else read_json(listing)["weight_map"].get(key)
+        path = find_file(name, filename, revision) if filename else None
+        if path is not None:
+            return path
+    return None
+
+
+def _old_file(path: str) -> dict[str, Tensor]:
+    """The tensors of a ``.bin`` file, read from the disk when they are used; no code is run."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a pickle may fail as it likes
+        raise ModelError(
+            f"{path}: cannot be read as weights alone: {_first_line(error)}",
+            "convert it to safetensors: save_pretrained of transformers does",
+        ) from error
+    return {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
 
 
 # ---------------------------------------------------------------------- its parts
@@ -214,13 +244,17 @@ def load_weights(
     auto_class: str,
     attn_implementation: str | None,
     left_out: str | None = None,
+    encoder: bool = False,
+    device_map: Any = None,
+    load_in_4bit: bool = False,
     notes: list[str] | None = None,
     **shared: Any,
 ) -> tuple[Any, set[str]]:
     """The model and the names of the weights that the checkpoint lacked.
 
     Weights of the checkpoint that the model has no place for are refused, but for those whose name
-    begins with the pattern `left_out`; `notes` then say so.
+    begins with the pattern `left_out`; `notes` then say so. Encoders, which read a text by a pooler
+    and a classifier of their own, are for scoring only: with `encoder`.
     """
     import transformers
     from safetensors import SafetensorError
@@ -228,6 +262,10 @@ def load_weights(
     check_code(name, config, auto_class, bool(shared.get("trust_remote_code")))
     if attn_implementation is not None:
         shared["attn_implementation"] = attn_implementation
+    if device_map is not None:
+        shared["device_map"] = device_map
+    if load_in_4bit:
+        shared["quantization_config"] = in_4bit(as_dtype(dtype))
     read = partial(
         getattr(transformers, auto_class).from_pretrained,
         name,
@@ -245,7 +283,14 @@ def load_weights(
             "check that the folder is complete and of an architecture with such a head",
         ) from error
     if auto_class != "AutoModelForCausalLM":
-        find_head(model)  # an encoder has other faults than those of its weights
+        find_head(model)
+        if has_own_readout(model) and not encoder:
+            raise ModelError(
+                f"{name}: {type(model).__name__} has no module 'score', so it is no decoder with a "
+                "sequence-classification head",
+                "use a decoder that AutoModelForSequenceClassification knows (Llama, Qwen, "
+                "Mistral, Gemma, GPT-2, …)",
+            )
     surplus = [key for key in sorted(info["unexpected_keys"]) if not BUFFERS.search(key)]
     known = [key for key in surplus if left_out is not None and re.match(left_out, key)]
     if known and notes is not None:
@@ -261,6 +306,35 @@ def load_weights(
             "score.bias can be taken out of the file: it moves all scores alike",
         )
     return model, set(info["missing_keys"])
+
+
+def in_4bit(dtype: torch.dtype) -> Any:
+    """transformers' setting for weights in 4 bits (NF4), the head's apart, by bitsandbytes.
+
+    Raises
+    ------
+    ModelError
+        If bitsandbytes is not installed.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise ModelError(
+            "weights in 4 bits need the package bitsandbytes", "pip install bitsandbytes"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["score", "classifier"],
+    )
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether a library holds its weights in fewer bits than they are computed with."""
+    return getattr(without_adapter(model), "hf_quantizer", None) is not None
 
 
 def listed(keys: Collection[str]) -> str:
@@ -367,8 +441,12 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return getattr(torch, dtype)  # type: ignore[no-any-return]
 
 
-#: What a configuration holds of where and how it was saved, which changes no score.
-_NOISE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash")
+#: What a configuration holds of where and how it was saved, and says to others, which changes no
+#: score.
+_NOISE = (
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash"),
+    "sentence_transformers",
+)
 
 
 def model_fingerprint(model: Any) -> str:

@@ -50,7 +50,8 @@ def check_tokenizer_and_config(tokenizer: Any, config: Any) -> None:
             f"the pad token is the EOS ({tokenizer.pad_token!r}): stock tools skip the EOS when "
             "they read the score, so a finished and a cut-off text get the same one",
             "train from the base with companion.models.load_base, which takes a pad token of its "
-            "own; a model that was trained this way has learnt nothing at the EOS",
+            "own; a model that somebody else trained this way is loaded with its read-out named "
+            "(--readout mask or transformers)",
         )
     if text.pad_token_id != tokenizer.pad_token_id:
         raise ReadoutError(
@@ -102,7 +103,7 @@ def prepare_token_head(model: Any, labels: int) -> None:
             f"load the base with companion.models.load_base(…, labels={labels}), which gives one "
             "a token",
         )
-    if not hasattr(model, "peft_config"):
+    if not hasattr(model, "peft_config") and isinstance(find_head(model), nn.Linear):
         install_head(model)
     if inner.config.num_labels != labels:
         raise ModelError(

@@ -39,25 +39,68 @@ class ScoreHead(nn.Linear):
         return head
 
 
+class TwoLayerHead(nn.Sequential):
+    """Linear, ReLU, Linear in float32, as Qwen2.5-Math-RM and INF-ORM have it (``score.0/.2``)."""
+
+    def __init__(self, first: ScoreHead, second: ScoreHead) -> None:
+        super().__init__(first, nn.ReLU(), second)
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the last layer, ``[labels, D]``."""
+        weight = self[-1].weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+
+class ProbabilityHead(nn.Module):
+    """P(one token) in a softmax over the rows of a language head, in float32.
+
+    Parameters
+    ----------
+    rows : ScoreHead
+        Logits of all tokens, or of those that the probability is shared among.
+    index : int
+        Whose probability.
+    """
+
+    def __init__(self, rows: ScoreHead, index: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.index = index
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``[..., D]`` to probabilities ``[..., 1]``."""
+        probabilities: Tensor = self.rows(hidden).softmax(dim=-1)
+        return probabilities[..., self.index : self.index + 1]
+
+
 def without_adapter(model: Any) -> Any:
     """The model below a LoRA wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def head_name(model: Any) -> str:
-    """``score``, or ``classifier`` where a token classifier calls its head so (GPT-2)."""
+    """``score``, or ``classifier`` where a class calls its head so (GPT-2 by token, encoders)."""
     inner = without_adapter(model)
-    by_token = type(inner).__name__.endswith("ForTokenClassification")
-    return "classifier" if by_token and not hasattr(inner, "score") else "score"
+    other = isinstance(getattr(inner, "classifier", None), nn.Module)
+    return "classifier" if other and not hasattr(inner, "score") else "score"
+
+
+def has_own_readout(model: Any) -> bool:
+    """Whether it gives a score a text by a pooler and a ``classifier`` of its own (encoders)."""
+    inner = without_adapter(model)
+    by_text = type(inner).__name__.endswith("ForSequenceClassification")
+    return by_text and head_name(inner) == "classifier"
 
 
 def find_head(model: Any) -> nn.Module:
-    """The head of a decoder with a sequence- or token-classification head (LoRA-wrapped or not).
+    """The head of a model with a sequence- or token-classification head (LoRA-wrapped or not).
 
     Raises
     ------
     ModelError
-        If there is none: an encoder, a causal LM, or a model of another kind.
+        If there is none: a causal LM, or a model of another kind.
     """
     inner = without_adapter(model)
     head = getattr(inner, head_name(model), None)

@@ -7,9 +7,12 @@ Chapter 2.
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from companion.errors import ModelError, ReadoutError
 from companion.formatting import RECIPE_FILE, Overlong, RewardFormatter, TextMode
@@ -22,6 +25,7 @@ from companion.models.checkpoint import (
     disable_dropout,
     find_file,
     is_adapter,
+    listed,
     load_config,
     load_tokenizer,
     load_weights,
@@ -37,15 +41,35 @@ from companion.models.guards import (
     precision_notes,
     prepare_token_head,
 )
-from companion.models.head import ScoreHead, head_name, initialise_head, install_head
+from companion.models.head import (
+    ScoreHead,
+    find_head,
+    has_own_readout,
+    head_name,
+    initialise_head,
+    install_head,
+)
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
 from companion.models.memory import place
-from companion.models.readout import LABEL_NAMES, ScalarReadout, readout_from_dict
+from companion.models.published import (
+    SEQUENCE as _SCALAR,
+    TOKEN as _BY_TOKEN,
+    Family,
+    head_keys,
+    key_mapping,
+    recognise,
+    several_attributes,
+)
+from companion.models.readout import (
+    LABEL_NAMES,
+    ReadAs,
+    Readout,
+    ScalarReadout,
+    readout_from_dict,
+)
 from companion.models.reward_model import RewardModel
 
 _HEAD = "score.weight"
-_SCALAR = "AutoModelForSequenceClassification"
-_BY_TOKEN = "AutoModelForTokenClassification"
 #: Tokens that exist to pad, or to be reserved, in the vocabularies of known models; best first.
 _CANDIDATES = (
     "<|pad|>",
@@ -59,10 +83,6 @@ _CANDIDATES = (
     "<|endoftext|>",  # Qwen instruct models, whose EOS is <|im_end|>
 )
 NEW_PAD = "<|pad|>"
-#: What else heads are called, which nothing here reads.
-_OTHER_HEADS = frozenset(
-    {"classifier", "v_head", "value_head", "reward_head", "regression_head", "rm_head"}
-)
 
 
 def load_base(
@@ -82,6 +102,7 @@ def load_base(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
 ) -> RewardModel:
     """Load any decoder as the start of a reward model: fresh head, no dropout.
 
@@ -105,6 +126,9 @@ def load_base(
         For :class:`companion.formatting.RewardFormatter`.
     attn_implementation, revision, trust_remote_code
         For transformers.
+    load_in_4bit : bool
+        For QLoRA: weights in 4 bits (NF4, bitsandbytes), on the GPU of this process if there is
+        one; :func:`companion.models.apply_lora` then gives it what is trained.
 
     Returns
     -------
@@ -159,6 +183,8 @@ def load_base(
         auto_class=_BY_TOKEN if by_token else _SCALAR,
         attn_implementation=attn_implementation,
         left_out=LANGUAGE_HEAD if keep_head else OLD_HEADS,
+        device_map={"": PartialState().device} if load_in_4bit else None,
+        load_in_4bit=load_in_4bit,
         **shared,
     )
     own = f"{head_name(model)}.weight"
@@ -207,40 +233,77 @@ def load_reward_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    read_as: ReadAs | None = None,
+    device_map: Any = None,
+    load_in_4bit: bool = False,
 ) -> RewardModel:
     """Load a trained reward model of any kind in eval mode, or say why the checkpoint is none.
 
-    Takes a folder (or hub id) with a plain sequence- or token-classification checkpoint, or with a
-    LoRA adapter whose base can be found; the adapter is merged. A checkpoint that the companion did
-    not save has no manifest: allowed for a model of one score a text, with a note; its formatter is
-    built from the tokenizer.
+    Takes a folder (or hub id) with a plain sequence- or token-classification checkpoint, one in a
+    shape of :mod:`companion.models.published`, or a LoRA adapter whose base can be found; the
+    adapter is merged. A checkpoint that the companion did not save has no manifest: its formatter
+    is built from the tokenizer, and a pad token that is missing is repaired, with notes.
+
+    Parameters
+    ----------
+    read_as : ReadAs, optional
+        How it is read where its files do not say so; what a manifest says stays.
+    device_map : str or dict, optional
+        For transformers, in place of `device`: ``auto`` spreads a large model over all GPUs.
+    load_in_4bit : bool
+        Weights in 4 bits (NF4, bitsandbytes), the head in float32: other scores, with a note.
 
     Raises
     ------
     ModelError
         For a wrong folder, a checkpoint without its head, other labels than its read-out needs,
-        missing weights, a damaged manifest, a tokenizer that is not the one of the manifest, or a
-        value for each token without the manifest that says what they mean.
+        missing weights, a damaged manifest, a tokenizer that is not the one of the manifest, a
+        value for each token and nothing that says what they mean, or a `read_as` that is not that
+        of the manifest.
     ReadoutError
-        For a pad token that is missing, is the EOS, or differs from the configuration's.
+        For a pad token that is the EOS where the read-out is not named, or differs from the
+        configuration's.
     """
     name = resolve(path_or_id)
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    described = find_file(name, MANIFEST_FILE, revision)
-    manifest = None if described is None else RewardManifest.load(described)
-    readout = (
-        ScalarReadout() if manifest is None else readout_from_dict(manifest.readout, str(described))
-    )
+    manifest = manifest_of(name, revision)
     notes: list[str] = []
+    asked = _reading(name, manifest, read_as)
+    family: Family | None = None
     adapter = is_adapter(name, revision)
+    if adapter and (device_map is not None or load_in_4bit):
+        raise ModelError(
+            f"{name}: holds a LoRA adapter, which is merged in memory",
+            "save the merged model first, then load that with device_map or in 4 bits",
+        )
     if adapter:
         from companion.models.lora import load_adapter
 
         model, tokenizer = load_adapter(name, dtype, attn_implementation, **shared)
     else:
-        model, tokenizer = _load_checkpoint(
-            name, readout.kind, dtype, attn_implementation, notes, **shared
+        config = load_config(name, **shared)
+        tokenizer = load_tokenizer(name, **shared)
+        own = trust_remote_code and _SCALAR in (getattr(config, "auto_map", None) or {})
+        if not own:  # (a class of the folder's own brings its head)
+            family = _family(name, config, tokenizer, manifest, asked, notes, revision)
+        model = _load_checkpoint(
+            name,
+            config,
+            family,
+            manifest,
+            dtype,
+            attn_implementation,
+            notes,
+            device_map=device_map,
+            load_in_4bit=load_in_4bit,
+            **shared,
         )
+    if load_in_4bit:
+        notes.append("weights in 4 bits: scores are not those of the model as it was saved")
+    readout = _readout(manifest, family)
+    if manifest is None or asked is not None:
+        readout = settle_pad(tokenizer, model.config, readout, asked or ReadAs(), notes)
+        _take_pad(model, tokenizer, notes)
     if readout.kind == "scalar":
         if model.config.problem_type != "regression":
             notes.append(
@@ -252,13 +315,13 @@ def load_reward_model(
     else:
         prepare_token_head(model, readout.labels)
     check_tokenizer_and_config(tokenizer, model.config)
-    formatter = _formatter(name, tokenizer, manifest, revision, notes)
+    formatter = _formatter(name, tokenizer, manifest, family, revision, notes)
     notes.extend(formatter.notes)
     notes.extend(precision_notes(model))
     model.eval()
-    if device is not None:
+    if device is not None and device_map is None:
         place(model, device)
-    source = None if adapter else (name, revision)
+    source = None if adapter or load_in_4bit else (name, revision)
     return RewardModel(model, tokenizer, formatter, manifest, notes, readout, source)
 
 
@@ -268,8 +331,9 @@ def load_formatter(
     revision: str | None = None,
     trust_remote_code: bool = False,
     notes: list[str] | None = None,
-) -> tuple[RewardFormatter, RewardManifest | None]:
-    """The formatter and the manifest of a reward model, without its weights.
+    read_as: ReadAs | None = None,
+) -> tuple[RewardFormatter, RewardManifest | None, Readout]:
+    """The formatter, the manifest and the read-out of a reward model, without its weights.
 
     For a client whose reward model runs on a server: the token ids are made here, by the recipe
     that was saved with the model. What had to be assumed is added to `notes`.
@@ -279,12 +343,90 @@ def load_formatter(
     ModelError
         For a folder without a tokenizer, a damaged manifest, or a tokenizer that is not the one of
         the manifest.
+    ReadoutError
+        As :func:`load_reward_model`.
     """
     name = resolve(path_or_id)
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    notes = [] if notes is None else notes
+    tokenizer = load_tokenizer(name, **shared)
+    manifest = manifest_of(name, revision)
+    asked = _reading(name, manifest, read_as)
+    family: Family | None = None
+    config = None if is_adapter(name, revision) else load_config(name, **shared)
+    own = trust_remote_code and _SCALAR in (getattr(config, "auto_map", None) or {})
+    if config is not None and not own:
+        family = _family(name, config, tokenizer, manifest, asked, notes, revision)
+    readout = _readout(manifest, family)
+    if config is not None and (manifest is None or asked is not None):
+        readout = settle_pad(tokenizer, config, readout, asked or ReadAs(), notes)
+    return _formatter(name, tokenizer, manifest, family, revision, notes), manifest, readout
+
+
+def manifest_of(name: str, revision: str | None = None) -> RewardManifest | None:
+    """The manifest of a folder or hub id; None if there is none."""
     described = find_file(name, MANIFEST_FILE, revision)
-    manifest = None if described is None else RewardManifest.load(described)
-    return _formatter(name, tokenizer, manifest, revision, [] if notes is None else notes), manifest
+    return None if described is None else RewardManifest.load(described)
+
+
+def settle_pad(
+    tokenizer: Any, config: Any, readout: Readout, read_as: ReadAs, notes: list[str]
+) -> Readout:
+    """Give a published model's tokenizer a pad token of its own; where its score is read.
+
+    The read-out goes by the mask, so any token that ends no text can fill the padding. Only where
+    the pad token is the EOS is there a choice: what trained such a model either read the EOS, or
+    (transformers, TRL) took it for padding and read the token before it.
+
+    Raises
+    ------
+    ReadoutError
+        If the pad token is the EOS, and `read_as` does not say which of both.
+    """
+    text = config.get_text_config()
+    if tokenizer.eos_token_id is None and tokenizer.sep_token is not None:
+        tokenizer.eos_token = tokenizer.sep_token
+        notes.append(f"the tokenizer has no EOS: {tokenizer.sep_token!r} ends a text")
+        if text.eos_token_id is None:
+            text.eos_token_id = tokenizer.sep_token_id
+    own, known, eos = tokenizer.pad_token_id, text.pad_token_id, tokenizer.eos_token_id
+    if eos is None:
+        return readout  # the guards say it
+    is_eos = eos in (own, known)
+    if isinstance(readout, ScalarReadout) and readout.skipped is None and not readout.finished:
+        if is_eos and read_as.readout is None:
+            raise ReadoutError(
+                f"the pad token is the EOS ({tokenizer.eos_token!r}), and nothing says at which "
+                "token this model is read: stock tools skip the EOS as padding, so that a finished "
+                "and a cut-off text get the same score; others read at the EOS",
+                "name it: --readout transformers if its card scores it with transformers' or TRL's "
+                "own classes, --readout mask if it was trained to be read at the EOS (OpenRLHF). "
+                "'companion adopt' keeps the choice; a model of your own is better trained anew, "
+                "from companion.models.load_base, which takes a pad token of its own",
+            )
+        if is_eos and read_as.readout == "transformers":
+            readout = replace(readout, skipped=eos)
+        elif read_as.readout is not None and not is_eos:
+            notes.append("the pad token is not the EOS: both read-outs are the same")
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if own is None and known is not None and known != eos and known in special:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+        notes.append(
+            f"the tokenizer has no pad token: that of the configuration, {tokenizer.pad_token!r} "
+            f"({known}), is used"
+        )
+    elif own is None or own == eos:
+        choose_pad_token(tokenizer, known, notes)
+    elif known is None or known == eos:
+        notes.append(
+            f"config.pad_token_id was {known}: the tokenizer's, {own} ({tokenizer.pad_token!r}), "
+            "is used"
+        )
+    elif known != own:
+        return readout  # the guards say it
+    for part in {id(c): c for c in (config, text)}.values():
+        part.pad_token_id = tokenizer.pad_token_id
+    return readout
 
 
 def choose_pad_token(tokenizer: Any, config_pad_id: int | None, notes: list[str]) -> int:
@@ -335,46 +477,139 @@ def choose_pad_token(tokenizer: Any, config_pad_id: int | None, notes: list[str]
 # ---------------------------------------------------------------------- inside
 
 
+def _reading(name: str, manifest: RewardManifest | None, read_as: ReadAs | None) -> ReadAs | None:
+    """How a checkpoint is to be read; None for one that the companion saved.
+
+    Raises
+    ------
+    ModelError
+        If the manifest says otherwise.
+    """
+    if manifest is None:
+        return read_as
+    stored = readout_from_dict(manifest.readout, MANIFEST_FILE).read_as
+    if read_as not in (None, ReadAs(), stored):
+        raise ModelError(
+            f"{name}: its {MANIFEST_FILE} says how it is read, and its reference scores were read "
+            f"so ({manifest.readout['rule']})",
+            "leave the flags of reading out, or adopt the model into another folder with them "
+            "(companion adopt … --output_dir DIR)",
+        )
+    return stored
+
+
+def _readout(manifest: RewardManifest | None, family: Family | None) -> Readout:
+    if manifest is not None:
+        return readout_from_dict(manifest.readout, MANIFEST_FILE)
+    return ScalarReadout() if family is None else family.readout
+
+
+def _family(
+    name: str,
+    config: Any,
+    tokenizer: Any,
+    manifest: RewardManifest | None,
+    asked: ReadAs | None,
+    notes: list[str],
+    revision: str | None,
+) -> Family | None:
+    """The shape of a checkpoint that the companion did not save; None if it is a plain one."""
+    if manifest is not None and asked is None:
+        return None
+    keys = checkpoint_keys(name, revision)
+    family = recognise(name, config, keys, tokenizer, asked or ReadAs())
+    if family is not None:
+        notes.append(f"read as {family.name}")
+        if getattr(config, "normalize_reward", None):
+            notes.append(
+                "config.normalize_reward is set: OpenRLHF would give (score - mean) / std; here "
+                "scores are as the head gives them"
+            )
+    return family
+
+
 def _load_checkpoint(
     name: str,
-    kind: str,
+    config: Any,
+    family: Family | None,
+    manifest: RewardManifest | None,
     dtype: torch.dtype | str,
     attn_implementation: str | None,
     notes: list[str],
     **shared: Any,
-) -> tuple[Any, Any]:
-    """Model and tokenizer of a plain checkpoint, its head whole and in fp32."""
-    config = load_config(name, **shared)
-    if kind == "scalar":
-        _refuse_token_level(name, config)
-        keys = checkpoint_keys(name, shared["revision"])
-        if keys is not None and _HEAD not in keys:
+) -> Any:
+    """The model of a checkpoint, its head whole and in fp32."""
+    revision = shared["revision"]
+    left_out, auto_class = LANGUAGE_HEAD, _SCALAR
+    if family is not None:
+        auto_class = family.auto_class
+        config.num_labels = family.stored_labels or family.labels
+        left_out = "|".join([LANGUAGE_HEAD, *(f"{re.escape(key)}$" for key in family.stored)])
+        if family.own_code_is_known:
+            config.auto_map = {}
+        mapping = key_mapping(config, auto_class, checkpoint_keys(name, revision))
+        if mapping is not None:
+            shared["key_mapping"] = mapping
+    elif manifest is None or manifest.kind == "scalar":
+        keys = checkpoint_keys(name, revision)
+        if manifest is None:
+            _refuse_token_level(name, config)
+        if keys is not None and _HEAD not in keys and not _has_classifier(keys):
             _refuse_headless(name, config, keys)
         if config.num_labels != 1:
-            raise ModelError(
-                f"{name}: num_labels is {config.num_labels}; a reward model has one scalar",
-                "use a checkpoint that was trained with num_labels=1",
-            )
-    tokenizer = load_tokenizer(name, **shared)
+            labels = [str(label) for label in (config.id2label or {}).values()]
+            raise several_attributes(name, config.num_labels, labels)
+    else:
+        auto_class = _BY_TOKEN
     disable_dropout(config)
+    said: list[str] = []
     model, missing = load_weights(
         name,
         config,
         dtype,
-        auto_class=_SCALAR if kind == "scalar" else _BY_TOKEN,
+        auto_class=auto_class,
         attn_implementation=attn_implementation,
-        left_out=LANGUAGE_HEAD,
-        notes=notes,
+        left_out=left_out,
+        encoder=True,
+        notes=said if family is not None and family.stored else notes,
         **shared,
     )
+    if family is not None and family.make is not None:
+        refuse_missing(name, {k for k in missing if not k.startswith(f"{head_name(model)}.")})
+        stored = {key: read_tensor(name, key, revision) for key in family.stored}
+        head = family.make({key: value for key, value in stored.items() if value is not None})
+        device = next(find_head(model).parameters()).device
+        setattr(model, head_name(model), head.to(device).train(model.training))
+        if "key_mapping" in shared:  # transformers would save it under the former names
+            model._weight_conversions = None
+        model.config.num_labels = family.labels
+        return model
     if _HEAD in missing:
         _refuse_headless(name, config)
     refuse_missing(name, missing)
+    if has_own_readout(model) and not isinstance(find_head(model), torch.nn.Linear):
+        return model
     head = install_head(model)
     if head.weight.dtype != torch.float32:  # as it was saved, not rounded to half precision
         head.to(torch.float32)
-        _copy_stored(head, name, f"{head_name(model)}.weight", shared["revision"])
-    return model, tokenizer
+        _copy_stored(head, name, f"{head_name(model)}.weight", revision)
+    return model
+
+
+def _has_classifier(keys: set[str]) -> bool:
+    return any(key.startswith("classifier.") for key in keys)
+
+
+def _take_pad(model: Any, tokenizer: Any, notes: list[str]) -> None:
+    """Let the model have the pad token that its tokenizer was given."""
+    pad = tokenizer.pad_token_id
+    if pad is None or model.config.get_text_config().pad_token_id != pad:
+        return  # the guards say it
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if pad >= rows:
+        add_rows(model, pad + 1)
+        notes.append(f"embeddings grown from {rows} to {pad + 1} rows for the pad token")
+    set_pad(model, pad)
 
 
 def _copy_stored(head: ScoreHead, name: str, key: str, revision: str | None) -> None:
@@ -391,7 +626,8 @@ def _refuse_token_level(name: str, config: Any) -> None:
         raise ModelError(
             f"{name}: holds a model with a value for each token ({kinds[0]}), and no "
             f"{MANIFEST_FILE} for it: nothing says what the values of its tokens mean",
-            "give a folder that 'companion train outcome' or 'companion train process' wrote",
+            "give a folder that 'companion train outcome' or 'companion train process' wrote; of a "
+            "process model of two labels (TRL's), name what ends a step: --step_separator",
         )
 
 
@@ -404,12 +640,14 @@ def _refuse_headless(name: str, config: Any, keys: set[str] | None = None) -> No
             "another kind of head cannot be scored with the companion",
         )
     kind = ", ".join(config.architectures or ["unknown"])
-    others = sorted({key.split(".")[0] for key in keys or ()} & _OTHER_HEADS)
+    others = head_keys(keys or ())
     if others:
         raise ModelError(
-            f"{name}: its head is called {others[0]!r}, not 'score' (architecture {kind})",
-            "take a model whose head is one linear layer 'score', as those of Llama, Qwen, "
-            "Mistral, Gemma and GPT-2 have it, or train one: 'companion train pairwise'",
+            f"{name}: its head is none that is known here (architecture {kind}): it stores "
+            f"{listed(others)} beside the backbone",
+            "known are one linear layer (score, value_head, v_head, …), two layers (score.0, ReLU, "
+            "score.2), the classifier of encoders, and a causal LM's own tokens (--reward_token); "
+            "or train one: 'companion train pairwise'",
         )
     raise ModelError(
         f"{name}: the checkpoint has no head ({_HEAD} is missing; architecture {kind}). "
@@ -423,6 +661,7 @@ def _formatter(
     name: str,
     tokenizer: Any,
     manifest: RewardManifest | None,
+    family: Family | None,
     revision: str | None,
     notes: list[str],
 ) -> RewardFormatter:
@@ -439,4 +678,4 @@ def _formatter(
         f"no {MANIFEST_FILE}: not saved by the companion; the formatter is built from the "
         "tokenizer, without a maximal length, and scores have no reference set"
     )
-    return RewardFormatter(tokenizer)
+    return RewardFormatter(tokenizer, **({} if family is None else family.formatter))

@@ -20,6 +20,7 @@ from companion.models.checkpoint import (
     add_rows,
     disable_dropout,
     find_file,
+    is_quantized,
     listed,
     load_config,
     load_tokenizer,
@@ -67,10 +68,19 @@ def apply_lora(
         If peft is missing, or the head would not be trained.
     """
     try:
-        from peft import LoraConfig, TaskType, get_peft_model
+        from peft import (
+            LoraConfig,
+            TaskType,
+            get_peft_model,
+            prepare_model_for_kbit_training,
+        )
     except ImportError as error:
         raise ModelError("LoRA needs the package peft", _CURE) from error
 
+    if is_quantized(reward_model.model):  # norms in float32, and gradients for what is below LoRA
+        reward_model.model = prepare_model_for_kbit_training(
+            reward_model.model, use_gradient_checkpointing=False
+        )
     by_token = type(reward_model.model).__name__.endswith("ForTokenClassification")
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(
@@ -105,7 +115,27 @@ def merged(model: Any) -> Any:
         return model
     with lock_of(model):  # a copy of a model that is scoring would keep how it was switched
         twin = copy.deepcopy(model)
-    return twin.merge_and_unload(safe_merge=True)
+    return _in_full(twin) if is_quantized(twin) else twin.merge_and_unload(safe_merge=True)
+
+
+def _in_full(model: Any) -> Any:
+    """The adapter of a base in 4 bits merged into that base in full precision.
+
+    Merged into the 4 bits it would be rounded to them: other scores than those of the training.
+    """
+    inside = "base_model.model."
+    changes = {
+        name.removeprefix(inside): module.get_delta_weight(module.active_adapters[0])
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    model.state_dict()  # what bitsandbytes packed at the first forward on a CPU is unpacked by it
+    plain = model.unload().dequantize()
+    with torch.no_grad():
+        for name, change in changes.items():
+            weight = plain.get_submodule(name).weight
+            weight.add_(change.to(weight))
+    return plain
 
 
 def load_adapter(

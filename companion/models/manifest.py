@@ -20,7 +20,7 @@ import numpy as np
 from companion.errors import DataError, ModelError
 from companion.formatting import RewardFormatter, recipe_fingerprint
 from companion.models.golden import GoldenTexts
-from companion.models.readout import RULES, ScalarReadout
+from companion.models.readout import RULES, ScalarReadout, kind_of_rule
 
 MANIFEST_FILE = "reward_manifest.json"
 FORMAT_VERSION = 1
@@ -171,8 +171,9 @@ class RewardManifest:
     @property
     def kind(self) -> str:
         """``scalar`` for one score a text, else ``outcome`` or ``process``."""
-        kinds = {rule: kind for kind, rule in RULES.items()}
-        return kinds[self.readout["rule"]]
+        kind = kind_of_rule(self.readout["rule"])
+        assert kind is not None  # :meth:`validate` has seen to it
+        return kind
 
     def describe(self, formatter: RewardFormatter) -> None:
         """Take over the recipe and the fingerprint of a formatter."""
@@ -194,7 +195,7 @@ class RewardManifest:
                 "use the companion that saved the model",
             )
         scalar, *by_token = RULES.values()
-        if self.readout.get("rule") not in (scalar, *by_token):
+        if kind_of_rule(self.readout.get("rule")) is None:
             raise ModelError(
                 f"{where}: the read-out rule is {self.readout.get('rule')!r}; "
                 f"the companion knows {scalar!r}, and for token-level models "

@@ -16,6 +16,7 @@ from companion import __version__
 from companion.errors import ModelError
 from companion.models.card import write_card
 from companion.models.guards import check_head, check_tokenizer_and_config, prepare_token_head
+from companion.models.head import ProbabilityHead, TwoLayerHead, find_head
 from companion.models.identity import identity_of
 from companion.models.lora import is_lora, merged
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
@@ -85,8 +86,18 @@ def save_reward_model(
             "set reward_model.readout to a TokenReadout",
         )
     plain = merged(model)
+    head = find_head(plain)
+    if isinstance(head, (TwoLayerHead, ProbabilityHead)):
+        raise ModelError(
+            f"the head is a {type(head).__name__}: stock classes would load the saved checkpoint "
+            "with a random one, without a word",
+            "leave the checkpoint as it is, and write the manifest for it: companion adopt",
+        )
+    readout = replace(readout, read_as=None)  # what is written is a plain checkpoint
     if readout.kind == "scalar":
         plain.config.problem_type = "regression"
+        # CrossEncoder, and vLLM's /score, would take the sigmoid of one label
+        plain.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
         check_head(plain)
     else:
         prepare_token_head(plain, readout.labels)

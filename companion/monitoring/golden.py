@@ -369,7 +369,9 @@ def _look_into(
                     f"dtype: the weights are stored in {now}, and were {task.golden.dtype}"
                 )
     # the companion formats by the manifest; everybody else by the file, and would get other ids
-    if manifest is not None and scorer.formatter.template_override is not None:
+    # (for an adopted model it may say otherwise on purpose: a pair's, the answer's header)
+    adopted = scorer.readout.read_as is not None
+    if manifest is not None and not adopted and scorer.formatter.template_override is not None:
         check.changed.append("template")
         check.reasons.append(
             "the folder's chat template is not the manifest's: what reads the folder without the "

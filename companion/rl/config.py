@@ -6,7 +6,7 @@ Chapter 5.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from trl import GRPOConfig
 
@@ -63,6 +63,13 @@ class GRPORunConfig(CheckpointArguments, HubArguments, GRPOConfig):
         "How reward models read prompts of text, in place of what each says: chat, as a question "
         "and its answer in the chat template, or plain, as they are.",
         choices=["chat", "plain"],
+    )
+    reward_readout: Literal["mask", "transformers"] | None = setting(
+        None,
+        "Where a published reward model whose pad token is its EOS is read: mask, at the last "
+        "token; or transformers, at the last that is not the pad. What 'companion adopt' wrote "
+        "needs none.",
+        choices=["mask", "transformers"],
     )
     reward_dtype: str = setting(
         "auto",

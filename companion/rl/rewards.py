@@ -23,6 +23,7 @@ import torch
 
 from companion.errors import CompanionError, DataError
 from companion.formatting import TextMode
+from companion.models.readout import ReadAs
 from companion.scoring.remote import Protocol, RemoteScorer
 from companion.scoring.reward_function import RewardFunction, Transform
 from companion.scoring.scorer import RewardScorer
@@ -45,6 +46,7 @@ def open_reward(
     protocol: Protocol = "classify",
     text: TextMode | None = None,
     dtype: torch.dtype | str | None = None,
+    read_as: ReadAs | None = None,
 ) -> RewardCallable:
     """A reward function, as TRL calls them, from its name.
 
@@ -64,6 +66,8 @@ def open_reward(
     dtype : torch.dtype or str, optional
         Of a reward model's weights, as in :meth:`RewardScorer.from_pretrained`; nothing to a server
         or a function.
+    read_as : ReadAs, optional
+        How a published checkpoint is read, as in :meth:`RewardScorer.from_pretrained`.
 
     Returns
     -------
@@ -84,13 +88,17 @@ def open_reward(
                 f"{source}: which model does the server run?",
                 f"give its folder or hub id behind a #: {url}#Org/model",
             )
-        scorer: Any = RemoteScorer.from_pretrained(url, model, protocol=protocol, text=text)
+        scorer: Any = RemoteScorer.from_pretrained(
+            url, model, protocol=protocol, text=text, read_as=read_as
+        )
         name = model
     elif not is_loaded(source):
         return _function(source)
     else:
         name = source
-        scorer = partial(RewardScorer.from_pretrained, source, text=text, dtype=dtype)
+        scorer = partial(
+            RewardScorer.from_pretrained, source, text=text, dtype=dtype, read_as=read_as
+        )
     last = re.sub(r"\W+", "_", name.rstrip("/").rsplit("/", 1)[-1])
     return RewardFunction(
         scorer,

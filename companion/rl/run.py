@@ -33,6 +33,7 @@ from companion.models.card import is_hub_id, named, put_card, render_card
 from companion.models.checkpoint import load_tokenizer, resolve
 from companion.models.ends import policy_end_ids, turn_end_ids
 from companion.models.hub import open_destination
+from companion.models.readout import ReadAs
 from companion.models.saving import package_versions
 from companion.rl.config import GRPORunConfig, PolicyArguments, PromptArguments
 from companion.rl.monitor import OveroptimizationMonitor
@@ -457,6 +458,7 @@ def _scorers(
         protocol=protocol,
         text=text,
         dtype=config.scorer_dtype,
+        read_as=ReadAs(readout=how) if (how := config.reward_readout) else None,
     )
     transform: Any = config.reward_transform
     opened = [

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from companion._exports import exports
 
 if TYPE_CHECKING:
+    from companion.scoring.adopting import Adopted as Adopted, adopt as adopt
     from companion.scoring.corpus import ScoreRewards as ScoreRewards
     from companion.scoring.files import FileReport as FileReport, score_file as score_file
     from companion.scoring.golden import (

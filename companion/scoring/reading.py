@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,14 @@ class NoValue(float):
         return self
 
 
+def without_end(ids: Sequence[int], end: int) -> list[int]:
+    """Token ids without those at their end that are `end`; at least the first stays."""
+    n = len(ids)
+    while n > 1 and ids[n - 1] == end:
+        n -= 1
+    return list(ids[:n])
+
+
 class ScalarReading:
     """A text has one score, at its last token."""
 
@@ -58,14 +67,32 @@ class ScalarReading:
         terminated: bool | None = None,
     ) -> Found:
         """Encode one field of each row, or both sides of a pair."""
+        found: Found
+        if self.readout.finished:
+            terminated = True
+            rows = [_finished(row, fields) for row in rows]
         if len(fields) == 2:
-            return formatter.try_encode_pairs(rows, names=names)
-        found = formatter.try_encode_many(rows, fields[0], terminated=terminated, names=names)
-        return [[item] if isinstance(item, Encoded) else item for item in found]
+            found = formatter.try_encode_pairs(rows, names=names)
+        else:
+            each = formatter.try_encode_many(rows, fields[0], terminated=terminated, names=names)
+            found = [[item] if isinstance(item, Encoded) else item for item in each]
+        if self.readout.skipped is None:
+            return found
+        return [
+            row if row is None or isinstance(row, CompanionError) else [self._read(t) for t in row]
+            for row in found
+        ]
 
     def text(self, encoded: Any, name: str) -> Text:
         """Token ids as a text."""
-        return encoded if isinstance(encoded, Text) else Encoded(list(encoded), 0, True)
+        return self._read(encoded if isinstance(encoded, Text) else Encoded(list(encoded), 0, True))
+
+    def _read(self, text: Text) -> Text:
+        """The text up to the token that is read."""
+        if self.readout.skipped is None or not isinstance(text, Encoded):
+            return text
+        ids = without_end(text.input_ids, self.readout.skipped)
+        return replace(text, input_ids=ids, prompt_length=min(text.prompt_length, len(ids) - 1))
 
     def score(self, value: Any) -> float:
         """The score of a text from what was read of it."""
@@ -84,6 +111,14 @@ class ScalarReading:
     ) -> Scores:
         """What scoring returns; `read` are texts and values, None for a row without."""
         return Scores(raw, n_tokens, reasons)
+
+
+def _finished(row: Any, fields: Sequence[str]) -> Any:
+    """A row that says nothing of being cut off."""
+    if not isinstance(row, Mapping):
+        return row
+    said = {"terminated", *(f"{name}_terminated" for name in (*fields, "messages", "text"))}
+    return {key: value for key, value in row.items() if key not in said}
 
 
 class TokenReading:
@@ -133,11 +168,29 @@ class TokenReading:
             separator = str(self.readout.separator)
             chat = self.readout.chat
             encoded = encode_steps(formatter, solutions, separator, chat=chat, names=names)
+            if self.readout.read_token is not None:
+                encoded = [self._at_marker(item) for item in encoded]
         else:
             encoded = formatter.try_encode_many(solutions, names=names)
         for i, item, name in zip(good, encoded, names, strict=True):
             found[i] = self.text(item, name) if isinstance(item, Encoded) else item
         return found
+
+    def _at_marker(self, item: Any) -> Any:
+        """Read at the token that marks the end of a step, not at the white space behind it."""
+        if not isinstance(item, EncodedSteps):
+            return item
+        ids, marker = item.encoded.input_ids, self.readout.read_token
+        ends = [
+            next((at for at in range(end, -1, -1) if ids[at] == marker), -1) for end in item.ends
+        ]
+        if min(ends, default=-1) < 0 or len(set(ends)) < len(ends):
+            return DataError(
+                f"the separator {self.readout.separator!r} does not hold the token {marker} in "
+                "this text",
+                "name the separator as the model was trained with it (--step_separator)",
+            )
+        return replace(item, ends=ends)
 
     def text(self, encoded: Any, name: str) -> Text:
         """Token ids with the places that are read."""
@@ -214,6 +267,8 @@ class TokenReading:
         elif not isinstance(given.get("terminated", True), bool):
             raise DataError(f"{name}: 'terminated' is {given['terminated']!r}, not true or false")
         completion = given.get("completion")
+        if self.readout.closed:  # its last step ends as the others do
+            given["terminated"] = False
         if self.readout.kind == "outcome":
             if (
                 self.readout.chat

@@ -28,7 +28,7 @@ from companion.formatting import Overlong, RewardFormatter, TextMode
 from companion.models.checkpoint import is_adapter, load_config, resolve
 from companion.models.loading import load_formatter
 from companion.models.manifest import MANIFEST_FILE, RewardManifest
-from companion.models.readout import Readout, ScalarReadout, readout_from_dict
+from companion.models.readout import ReadAs, Readout, ScalarReadout, readout_from_dict
 from companion.models.reward_model import RewardModel
 from companion.scoring.reading import NoValue
 from companion.scoring.results import Scores
@@ -67,6 +67,8 @@ class RemoteScorer(Scorer[Scores]):
         Longest text that the model has positions for; a longer one is not sent.
     notes : sequence of str
         What was assumed while loading.
+    readout : ScalarReadout or TokenReadout, optional
+        Default: the manifest's.
     protocol : {"classify", "companion"}
         ``classify``: vLLM's route. Gets ``{"input": [[ids]], "use_activation": false}``, without
         which vLLM may apply a sigmoid, and gives the logit in ``data[i].probs[0]``.
@@ -124,6 +126,7 @@ class RemoteScorer(Scorer[Scores]):
         manifest: RewardManifest | None = None,
         max_positions: int | None = None,
         notes: Sequence[str] = (),
+        readout: Readout | None = None,
         protocol: Protocol = "classify",
         model: str | None = None,
         model_version: str | None = None,
@@ -146,9 +149,10 @@ class RemoteScorer(Scorer[Scores]):
                 f"the protocol {protocol!r} says no model_version, so none can be asked for",
                 "use protocol='companion'",
             )
-        readout: Readout = ScalarReadout()
-        if manifest is not None:
-            readout = readout_from_dict(manifest.readout, MANIFEST_FILE)
+        if readout is None:
+            readout = ScalarReadout()
+            if manifest is not None:
+                readout = readout_from_dict(manifest.readout, MANIFEST_FILE)
         about = RewardModel(None, formatter.tokenizer, formatter, manifest, list(notes), readout)
         super().__init__(about, readout, max_positions)
         if readout.kind != "scalar" and protocol != "companion":
@@ -206,13 +210,14 @@ class RemoteScorer(Scorer[Scores]):
         text: TextMode | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        read_as: ReadAs | None = None,
         **settings: Any,
     ) -> RemoteScorer:
         """A scorer for the server at `url`, with the formatter of the model that it runs.
 
         `path_or_id` is that model's folder or hub id; no weights are loaded. `max_length`,
-        `overlong` and `text` stand in place of what the manifest says, as in
-        :meth:`RewardScorer.from_pretrained`. `settings` are those of the class.
+        `overlong` and `text` stand in place of what the manifest says, and `read_as` says how it is
+        read, as in :meth:`RewardScorer.from_pretrained`. `settings` are those of the class.
 
         Raises
         ------
@@ -221,13 +226,21 @@ class RemoteScorer(Scorer[Scores]):
         """
         notes: list[str] = []
         hub: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
-        formatter, manifest = load_formatter(path_or_id, notes=notes, **hub)
+        formatter, manifest, readout = load_formatter(
+            path_or_id, notes=notes, read_as=read_as, **hub
+        )
         if (max_length, overlong, text) != (None, None, None):
             formatter = formatter.changed(max_length=max_length, overlong=overlong, text=text)
         name = resolve(path_or_id)
         positions = None if is_adapter(name) else positions_of(load_config(name, **hub))
         return cls(
-            url, formatter, manifest=manifest, max_positions=positions, notes=notes, **settings
+            url,
+            formatter,
+            manifest=manifest,
+            max_positions=positions,
+            notes=notes,
+            readout=readout,
+            **settings,
         )
 
     def fingerprint(self) -> str:

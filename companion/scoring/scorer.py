@@ -25,14 +25,16 @@ from companion.errors import CompanionError, DataError, ModelError, ReadoutError
 from companion.formatting import Encoded, Overlong, RewardFormatter, Row, TextMode
 from companion.formatting.steps import EncodedSteps
 from companion.functional.reduction import How
-from companion.models.checkpoint import find_file, model_fingerprint, resolve
+from companion.models.checkpoint import is_adapter, model_fingerprint, resolve
 from companion.models.ends import end_token_ids, turn_end_ids
-from companion.models.loading import load_reward_model
+from companion.models.golden import ROWS
+from companion.models.loading import load_reward_model, manifest_of
 from companion.models.manifest import MANIFEST_FILE, ReferenceStats, RewardManifest
-from companion.models.readout import Readout, ScalarReadout, TokenReadout
+from companion.models.published import kind_of
+from companion.models.readout import ReadAs, Readout, ScalarReadout, TokenReadout
 from companion.models.reward_model import RewardModel
 from companion.scoring.processes import across_processes
-from companion.scoring.reading import Found, NoValue, Text, ids_of, reading_of
+from companion.scoring.reading import Found, NoValue, Text, ids_of, reading_of, without_end
 from companion.scoring.results import PairScores, Scores, TokenScores
 from companion.scoring.reward_function import AsyncRewardFunction, RewardFunction
 from companion.scoring.waiting import in_thread
@@ -40,6 +42,8 @@ from companion.scoring.waiting import in_thread
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int], None]
 ScoresT = TypeVar("ScoresT", bound=Scores)
+#: encoders whose first position is the one behind their pad id
+_COUNT_FROM_PAD = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert"})
 
 
 @dataclass(frozen=True)
@@ -329,7 +333,10 @@ class Scorer(ABC, Generic[ScoresT]):
             list(fields),
             terminated,
         )
-        found: list[Any] = [[row] for row in rows]
+        found: list[Any] = [
+            [reading.text(row, name)] if isinstance(row, Text) else row
+            for row, name in zip(rows, names, strict=True)
+        ]
         for i, texts in zip(words, encoded, strict=True):
             found[i] = texts
         return self._prepared(found, len(fields), names)
@@ -541,6 +548,9 @@ class LocalScorer(Scorer[ScoresT]):
         text: TextMode | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        read_as: ReadAs | None = None,
+        device_map: Any = None,
+        load_in_4bit: bool = False,
     ) -> Self:
         """Load a reward model for scoring.
 
@@ -555,13 +565,17 @@ class LocalScorer(Scorer[ScoresT]):
             As for the class.
         max_length, overlong, text
             In place of what the manifest says; see :class:`companion.formatting.RewardFormatter`.
+        read_as : ReadAs, optional
+            How to read a checkpoint that others published, where its files do not say so.
+        device_map, load_in_4bit
+            As in :func:`companion.models.load_reward_model`.
 
         Raises
         ------
         ModelError
             For a folder of another kind, which names the class to take.
         """
-        cls._check_kind(path_or_id, revision)
+        cls._check_kind(path_or_id, revision, read_as)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         reward_model = load_reward_model(
@@ -570,15 +584,22 @@ class LocalScorer(Scorer[ScoresT]):
             dtype=resolve_dtype(dtype, device),
             revision=revision,
             trust_remote_code=trust_remote_code,
+            read_as=read_as,
+            device_map=device_map,
+            load_in_4bit=load_in_4bit,
         )
         reward_model.read_texts(max_length, overlong, text)
         scorer = cls(reward_model, max_tokens_per_batch=max_tokens_per_batch, packing=packing)
         reward_model.notes += scorer._runner.notes()
+        if read_as is not None and read_as.readout is not None:
+            reward_model.notes += readout_notes(scorer)
         return scorer
 
     @classmethod
-    def _check_kind(cls, path_or_id: str | os.PathLike[str], revision: str | None) -> None:
-        if model_kind(path_or_id, revision=revision) not in cls._kinds:
+    def _check_kind(
+        cls, path_or_id: str | os.PathLike[str], revision: str | None, read_as: ReadAs | None
+    ) -> None:
+        if model_kind(path_or_id, revision=revision, read_as=read_as) not in cls._kinds:
             what, cure = cls._wrong_kind
             raise ModelError(f"{os.fspath(path_or_id)}: {what}", cure)
 
@@ -717,23 +738,35 @@ class TokenScorer(LocalScorer[TokenScores]):
         return scorer
 
     @classmethod
-    def _check_kind(cls, path_or_id: str | os.PathLike[str], revision: str | None) -> None:
-        if find_file(resolve(path_or_id), MANIFEST_FILE, revision) is None:
+    def _check_kind(
+        cls, path_or_id: str | os.PathLike[str], revision: str | None, read_as: ReadAs | None
+    ) -> None:
+        kind = model_kind(path_or_id, revision=revision, read_as=read_as)
+        if kind == "scalar" and manifest_of(resolve(path_or_id), revision) is None:
             raise ModelError(
                 f"{os.fspath(path_or_id)}: no {MANIFEST_FILE}: nothing says what the values of its "
                 "tokens mean",
-                "give a folder that 'companion train outcome' or 'companion train process' wrote",
+                "give a folder that 'companion train outcome' or 'companion train process' wrote; "
+                "of a published process model, name what ends a step (--step_separator)",
             )
-        super()._check_kind(path_or_id, revision)
+        super()._check_kind(path_or_id, revision, read_as)
 
 
 def positions_of(config: Any) -> int | None:
     """Longest text that a model of this configuration has positions for."""
-    value = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    value = getattr(text, "max_position_embeddings", None)
+    if isinstance(value, int) and text.model_type in _COUNT_FROM_PAD:
+        value -= (text.pad_token_id or 0) + 1
     return value if isinstance(value, int) and value > 0 else None
 
 
-def model_kind(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> str:
+def model_kind(
+    path_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    read_as: ReadAs | None = None,
+) -> str:
     """``outcome`` or ``process`` for such a model, ``scalar`` for any other; reads no weights.
 
     Raises
@@ -741,12 +774,44 @@ def model_kind(path_or_id: str | os.PathLike[str], *, revision: str | None = Non
     ModelError
         For a folder that holds no model, or a damaged manifest.
     """
-    path = find_file(resolve(path_or_id), MANIFEST_FILE, revision)
-    return "scalar" if path is None else RewardManifest.load(path).kind
+    name = resolve(path_or_id)
+    manifest = manifest_of(name, revision)
+    if manifest is not None:
+        return manifest.kind
+    return "scalar" if is_adapter(name, revision) else kind_of(name, revision, read_as or ReadAs())
+
+
+def readout_notes(scorer: LocalScorer[Any]) -> list[str]:
+    """What it changes, on the golden texts, to read at the EOS or before it. Chapter 2.
+
+    Returns
+    -------
+    list of str
+        One line, or none if the model has no such choice.
+    """
+    readout, eos = scorer.readout, scorer.tokenizer.eos_token_id
+    if not isinstance(readout, ScalarReadout) or readout.finished:
+        return []
+    encoded = [item for item in scorer.formatter.try_encode_many(ROWS) if isinstance(item, Encoded)]
+    scorer.formatter.reset_counts()
+    ended = [item.input_ids for item in encoded if item.input_ids[-1] == eos]
+    if not ended:
+        return ["none of the golden texts ends with the EOS: both read-outs are the same for them"]
+    at, before = (scorer._runner.run(ids) for ids in (ended, [without_end(i, eos) for i in ended]))
+    named = "transformers" if readout.skipped is not None else "mask"
+    return [
+        f"read as {named!r}: on {len(ended)} texts of the golden ones a score at the EOS and one "
+        f"before it differ by up to {np.abs(at - before).max():.3g}, where scores have a standard "
+        f"deviation of {(before if readout.skipped is not None else at).std():.3g}"
+    ]
 
 
 def load_scorer(
-    path_or_id: str | os.PathLike[str], *, revision: str | None = None, **settings: Any
+    path_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    read_as: ReadAs | None = None,
+    **settings: Any,
 ) -> RewardScorer | TokenScorer:
     """Load a reward model of any kind for scoring. Chapter 3.
 
@@ -756,6 +821,8 @@ def load_scorer(
         Folder or hub id.
     revision : str, optional
         Branch, tag or commit of a hub id.
+    read_as : ReadAs, optional
+        How to read a checkpoint that others published, where its files do not say so.
     **settings
         Those of :meth:`RewardScorer.from_pretrained`.
 
@@ -769,6 +836,6 @@ def load_scorer(
     ModelError
         For a folder that holds no reward model, or a damaged one.
     """
-    if model_kind(path_or_id, revision=revision) == "scalar":
-        return RewardScorer.from_pretrained(path_or_id, revision=revision, **settings)
-    return TokenScorer.from_pretrained(path_or_id, revision=revision, **settings)
+    kind = model_kind(path_or_id, revision=revision, read_as=read_as)
+    scorer = RewardScorer if kind == "scalar" else TokenScorer
+    return scorer.from_pretrained(path_or_id, revision=revision, read_as=read_as, **settings)

@@ -289,6 +289,11 @@ class ModelArguments(LoadArguments):
     keep_head: bool = setting(
         False, "Go on with the head of an earlier reward model, not a fresh one."
     )
+    load_in_4bit: bool = setting(
+        False,
+        "QLoRA: the base in 4 bits (bitsandbytes), with use_peft. What is saved is the base as "
+        "those bits have it, with the adapter merged, in full precision.",
+    )
     use_rslora: bool = setting(False, "Scale by alpha/sqrt(r) in place of alpha/r.")
 
     @property

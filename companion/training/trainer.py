@@ -618,6 +618,14 @@ def load_start(
 
     With an adapter, if one is asked for.
     """
+    if model.load_in_4bit and not model.use_peft:
+        raise CompanionError(
+            "load_in_4bit: weights in 4 bits are not trained", "add --use_peft, which trains LoRA"
+        )
+    if model.load_in_4bit and _sends(config):
+        raise CompanionError(
+            "load_in_4bit: weights in 4 bits are not sharded here", "train with DDP or ZeRO-2"
+        )
     reading = one_reader(is_proved) if _sends(config) else contextlib.nullcontext()
     with whole_parameters(), reading:
         start = load_base(
@@ -633,6 +641,7 @@ def load_start(
             attn_implementation=model.attn_implementation,
             revision=model.model_revision,
             trust_remote_code=config.trust_remote_code,
+            load_in_4bit=model.load_in_4bit,
         )
         _fit_positions(start, config)
         if model.use_peft:

@@ -113,7 +113,7 @@ def test_what_is_no_token_model_is_refused(saved: Any, tiny_base: Path, tiny_rew
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     for field, value, message in (
         ("aggregation", "median", "the read-out's aggregation is 'median'"),
-        ("labels", 2, "the read-out's labels is 2"),
+        ("labels", 4, "the read-out's labels is 4"),
         ("colour", "red", "the field 'readout' is malformed"),
         ("rule", "guess", "the read-out rule is 'guess'"),
     ):
