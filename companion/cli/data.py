@@ -45,8 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "completions: Alpaca and LLaMA-Factory (instruction, input, system, history; or "
         "conversations with one message each in chosen and rejected), ms-swift (messages or query, "
         "with rejected_response or rejected_messages), ShareGPT (conversations), axolotl (system, "
-        "question), transcripts of hh-rlhf, UltraFeedback. A column that may hold the prompt and "
-        "is not read is an error; --columns says what it is."
+        "question), transcripts of hh-rlhf, UltraFeedback, RewardBench 2 (several chosen and "
+        "rejected), HelpSteer3 (overall_preference), PKU-SafeRLHF (better_response_id, or "
+        "safer_response_id), Chatbot Arena (winner), scores (prompt, response, score: the answers "
+        "to one prompt make pairs), PRM800K, Math-Shepherd, content blocks of text. A column that "
+        "may hold the prompt and is not read is an error; --columns says what it is."
     )
     actions = parser.add_subparsers(
         dest="action", metavar="ACTION", required=True, parser_class=_ActionParser

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,8 +26,10 @@ from companion.data.formats import (
     signature,
 )
 from companion.data.problems import SHOWN, LoadReport, RowError, RowProblem
+from companion.data.published import own_columns
 from companion.data.readers import Record
 from companion.data.sources import open_source, split_name
+from companion.data.splits import prompt_key
 from companion.errors import DataError
 from companion.layouts import has_turns, rename_columns
 
@@ -39,6 +42,12 @@ logger = logging.getLogger(__name__)
 
 _PROBE: Final = 256
 _CHUNK: Final = 4096
+_NONE_LEFT: Final = "give rows that hold a preference"
+#: layout -> what to do if no row of it is left
+_NO_PREFERENCE: Final = {
+    "scores": "the answers to one prompt are compared: give several with different scores; or say "
+    "which scores are right (label true or false), for an outcome model"
+}
 #: chunks that are in memory at a time; as many more make a file
 _CHUNKS: Final = 16
 
@@ -133,7 +142,7 @@ def load_rows_with_report(
     usable = [row for _, row in probe if isinstance(row, dict)]
     if not probe:
         raise DataError(f"{label}: empty dataset, no rows", "check the file and the split")
-    names = {column for row in usable for column in row}
+    names = _names(usable)
     if missing := [old for old in rename if old not in given]:
         raise DataError(
             f"{label}: no column {missing[0]!r} to rename",
@@ -145,12 +154,19 @@ def load_rows_with_report(
         how.chat = any(has_turns(row) for row in usable)
     else:
         how = Conversion(kind, "unreadable rows", margins)
-    usual = _usual_signature(usable, how)
     report = LoadReport(
         label, kind, how.layout, left_out=how.left_out, notes=how.notes, max_problems=max_problems
     )
+    given_rows: Iterator[Record] = chain(probe, records)
+    if how.layout == "scores" and kind != "scores":
+        given_rows = _by_prompt(given_rows, how, report)
+        how = replace(how, layout="rankings")
+        probe = list(islice(given_rows, _PROBE))
+        usable = [row for _, row in probe if isinstance(row, dict)]
+        given_rows = chain(probe, given_rows)
+    usual = _usual_signature(usable, how)
     builder = _TableBuilder()
-    for record in chain(probe, records):
+    for record in given_rows:
         report.rows_read += 1
         for row in _convert(record, how, usual, report):
             builder.add(row, record[0])
@@ -163,13 +179,24 @@ def load_rows_with_report(
         reasons = ", ".join(f"{n:,} {why}" for why, n in (how.left_out + report.skipped).items())
         raise DataError(
             f"{label}: none of {report.rows_read:,} rows can be used ({reasons})",
-            "\n    ".join(report.cures()) or "give rows that hold a preference",
+            "\n    ".join(report.cures()) or _NO_PREFERENCE.get(report.layout, _NONE_LEFT),
         )
     dataset = _slice(builder.dataset(), split, limit)
     report.rows_kept = len(dataset)
     if report.skipped or report.left_out or report.notes:
         logger.warning(report.summary())
     return dataset, report
+
+
+def _names(rows: list[Row]) -> set[str]:
+    """The columns of the rows, by the companion's names where another is published."""
+    found: set[str] = set()
+    for row in rows:
+        own: list[Mapping[str, Any]] = [row]
+        with suppress(RowError):
+            own = own_columns(row, Counter())
+        found.update(column for one in own for column in one)
+    return found
 
 
 def _renamed(
@@ -179,6 +206,40 @@ def _renamed(
         return given
     seen.update(given)
     return rename_columns(given, rename, where)
+
+
+def _by_prompt(records: Iterable[Record], how: Conversion, report: LoadReport) -> Iterator[Record]:
+    """Scored answers as one ranking for each prompt; bad rows as they are.
+
+    All rows are read, and kept in memory, before the first ranking is there.
+    """
+    found: dict[str, tuple[str, Row]] = {}
+    lost: dict[str, None] = {}
+    for where, given in records:
+        one = how.afresh()
+        try:
+            if isinstance(given, RowError):
+                raise given
+            (row,) = one(given)
+            key = prompt_key(row)
+        except RowError as error:
+            yield where, error
+            continue
+        how.notes.update(one.notes)
+        report.rows_read += 1
+        ranking = {"prompt": row["prompt"], "completions": [], "ratings": []}
+        _, ranking = found.setdefault(key, (where, ranking))
+        ranking["completions"].append(row["completion"])
+        ranking["ratings"].append(row["score"])
+        lost.update(dict.fromkeys(row.keys() - {"prompt", "completion", "score"}))
+    if lost:
+        how.notes[f"of each scored answer only text and score kept, not {', '.join(lost)}"] += 1
+    for where, ranking in found.values():
+        if len(ranking["completions"]) < 2:
+            how.left_out["answers that are alone with their prompt"] += 1
+            continue
+        report.rows_read -= 1  # whoever reads it counts it
+        yield where, ranking
 
 
 def _usual_signature(rows: list[Row], how: Conversion) -> dict[str, str]:

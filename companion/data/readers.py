@@ -236,13 +236,16 @@ def _number(cell: str) -> float | str | None:
         return cell if cell.strip() else None
 
 
+_LABELS: Final = {"true": True, "false": False, "1": 1, "0": 0, "": None}
 #: How the cells of a field are read; those of another column are guessed from the whole column.
 _CELLS: Final[dict[str, Callable[[str], Any]]] = {
     **dict.fromkeys(
         (
             *("prompt", "chosen", "rejected", "completion", "a", "b", "instruction", "input"),
             *("question", "query", "context", "messages", "conversations", "output"),
-            *("rejected_response", "rejected_messages", "chosen_response"),
+            *("rejected_response", "rejected_messages", "chosen_response", "response"),
+            *("conversation_a", "conversation_b", "response1", "response2", "response_0"),
+            *("response_1", "response_2", "response_a", "response_b"),
         ),
         _text_or_messages,
     ),
@@ -255,7 +258,7 @@ _CELLS: Final[dict[str, Callable[[str], Any]]] = {
         lambda cell: _from_json(cell) if cell.strip() else None,
     ),
     "margin": _number,
-    "label": lambda cell: {"true": True, "false": False, "": None}.get(cell.strip().lower(), cell),
+    "label": lambda cell: _LABELS.get(cell.strip().lower(), cell),
 }
 
 

@@ -72,7 +72,7 @@ CASES: list[tuple[str, Callable[..., dict[str, Any]], dict[str, Any], str, str]]
     ("pairs", chat, {"prompt": said("user", 5)}, "wrong type", "prompt"),
     ("pairs", chat, {"rejected": GOOD}, "chosen equals rejected", "chosen"),
     ("pairs", chat, {"prompt": ...}, "no shared prompt", "chosen"),
-    ("outcomes", outcome, {"label": 1}, "label not bool", "label"),
+    ("outcomes", outcome, {"label": 2}, "label not bool", "label"),
     ("outcomes", outcome, {"label": "true"}, "label not bool", "label"),
     ("outcomes", outcome, {"label": None}, "null", "label"),
     ("outcomes", outcome, {"label": ...}, "missing field", "label"),
