@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final
 
-from companion.data.columns import array_of, exact_dataset, json_fields, reader_of
+from companion.data.columns import array_of, exact_dataset, json_fields, mappings, reader_of
 from companion.data.formats import (
     Conversion,
     Row,
@@ -249,13 +249,53 @@ def _usual_signature(rows: list[Row], how: Conversion) -> dict[str, str]:
     for row in rows:
         with suppress(RowError):
             for converted in trial(row)[:1]:
-                for key, value in signature(converted).items():
+                types = {f"type of {key}": kind for key, kind in _types(converted)}
+                for key, value in (signature(converted) | types).items():
                     seen.setdefault(key, Counter())[value] += 1
     return {key: counts.most_common(1)[0][0] for key, counts in seen.items()}
 
 
+#: columns whose form :func:`companion.data.formats.signature` says
+_CANONICAL: Final = frozenset(
+    ("prompt", "chosen", "rejected", "completion", "completions", "labels", "ranks", "ratings")
+)
+
+
+def _types(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What Arrow must find in all rows of the other columns, where it does not take anything."""
+    for key, value in row.items():
+        if key not in _CANONICAL and (kind := _type(value)):
+            yield key, kind
+
+
+def _type(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "large number"
+    if isinstance(value, (int, float)):
+        return "number"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, (list, tuple)) and not any(mappings([value])):
+        inner = set(map(_type, value)) - {None}
+        return f"list of {' and '.join(sorted(map(str, inner)))}" if inner else None
+    return None
+
+
+def _check_types(row: Row, usual: dict[str, str]) -> None:
+    for key, found in _types(row):
+        if "large" in found:
+            raise RowError("number too large", key)
+        expected = usual.setdefault(f"type of {key}", found)
+        if " and " in found:
+            raise RowError("mixed types", key, found)
+        if found != expected:
+            raise RowError("mixed types", key, f"{found} here, {expected} in other rows")
+
+
 def _convert(
-    record: Record, how: Conversion, usual: Mapping[str, str], report: LoadReport
+    record: Record, how: Conversion, usual: dict[str, str], report: LoadReport
 ) -> list[Row]:
     where, given = record
     one = how.afresh()  # a row that fails half-way must not leave its notes behind
@@ -265,6 +305,7 @@ def _convert(
         rows = one(given)
         for row in rows:
             _check_signature(row, given, usual)
+            _check_types(row, usual)
     except RowError as error:
         report.add(RowProblem.of(error, where))
         return []

@@ -107,6 +107,9 @@ def _clean_message(message: Any, name: str, index: int) -> Message:
         raise RowError(
             "wrong type", name, f"content of message {index} is {type(content).__name__}, no text"
         )
+    calls = clean.get("tool_calls") or []
+    if not isinstance(calls, (list, tuple)) or not all(isinstance(c, Mapping) for c in calls):
+        raise RowError("wrong type", name, f"tool_calls of message {index} are no list of objects")
     rest = {k: v for k, v in clean.items() if k not in ("role", "content")}
     return {"role": role, "content": content, **rest}
 

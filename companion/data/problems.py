@@ -26,7 +26,8 @@ CURES: Final[dict[str, str]] = {
     "missing field": "add the field, or rename a column to it (--columns old=new, in Python "
     "columns={'old': 'new'})",
     "wrong type": "write text as a string, or as a list of {role, content} messages",
-    "mixed types": "give all rows of a file the same form: all text or all messages",
+    "mixed types": "give a field the same form in all rows of a file: all text or all messages, "
+    "all numbers; or leave the column out (--columns NAME=)",
     "unknown role": "use the roles system, developer, user, assistant, tool",
     "empty completion": "leave the row out: an empty text has nothing to score",
     "chosen equals rejected": "leave the row out: equal texts hold no preference",
@@ -36,6 +37,7 @@ CURES: Final[dict[str, str]] = {
     "label not bool": "write true (right) or false (wrong), or 1 and 0",
     "no ratings": "leave the row out: none of its steps has a rating",
     "not text": "leave the row out: a text model does not read images or other blocks",
+    "nested too deeply": "a row's values may be nested 50 deep",
     "number too large": "write it as text; a column of numbers holds 64 bits",
     "unknown label": "write +1 (right), 0 (neutral), -1 (wrong), null (none), or true and false",
     "unknown preference": "write a, b or tie; or as the data set does (companion data --help)",

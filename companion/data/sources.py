@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from companion.data.columns import exact, reader_of
-from companion.data.readers import Record, file_format, read_file
+from companion.data.readers import Record, file_format, read_file, refuse_pipe
 from companion.errors import DataError
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -55,6 +55,7 @@ def open_source(
         return "dataset", _rows(source, "dataset")
     text = os.fspath(source)
     path = Path(text).expanduser()
+    refuse_pipe(path)
     if path.is_file():
         return path.name, read_file(path, rename)
     if path.is_dir():
