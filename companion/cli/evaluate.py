@@ -36,8 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_config", help="configuration of a hub dataset")
     add_flags(
         parser,
-        *("columns", "limit", "device", "max_tokens_per_batch", "packing", "max_length", "dtype"),
+        *(
+            "columns",
+            "limit",
+            "on_error",
+            "device",
+            "max_tokens_per_batch",
+            "packing",
+            "max_length",
+            "dtype",
+        ),
         *("text", "revision", "trust_remote_code", *REMOTE),
+        on_error="a row that cannot be read, formatted or scored stops the run, or is left out, "
+        "counted and named",
         device="cpu, cuda, …; a GPU is taken if there is one",
         max_tokens_per_batch="tokens computed in a batch; the scorer's own choice if not given",
         packing="auto: no padding, and a pair's prompt computed once, where that is exact for the "
@@ -60,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model}: there is no HTML report for a model of the kind {kind}", "take --json"
         )
     # The data first: a wrong path is found in a moment, a model may take minutes.
-    rows, row_kind = _load(args, kind)
+    rows, row_kind, skipped = _load(args, kind)
     scorer = open_scorer(args)
     scorer.processes = args.processes
     said = len(scorer.notes)
@@ -77,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.url:
         info["url"] = args.url
-    result = _evaluate(scorer, rows, row_kind, info)
+    if skipped:
+        info["skipped"] = skipped
+    result = _evaluate(scorer, rows, row_kind, info, args.on_error)
     if args.processes is not None and not args.processes.is_main_process:
         return 0
     print(f"{args.model} on {args.dataset_name}\n\n{result.table()}")
@@ -98,29 +111,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace, kind: str) -> tuple[Any, str]:
-    """The rows, and of which kind they are."""
+def _load(args: argparse.Namespace, kind: str) -> tuple[Any, str, dict[str, int]]:
+    """The rows, of which kind they are, and how many could not be read, by reason."""
     from companion.data.loading import load_rows_with_report
     from companion.evaluation.tokens import ROWS
     from companion.layouts import columns_of
 
-    rows, report = load_rows_with_report(
-        args.dataset_name,
-        kind=ROWS.get(kind, "auto"),
-        split=args.dataset_split,
-        name=args.dataset_config,
-        limit=args.limit,
-        columns=columns_of(args.columns),
-    )
+    def load(rows: str) -> Any:
+        return load_rows_with_report(
+            args.dataset_name,
+            kind=rows,
+            split=args.dataset_split,
+            name=args.dataset_config,
+            limit=args.limit,
+            columns=columns_of(args.columns),
+            on_error=args.on_error,
+        )
+
+    rows, report = load(ROWS.get(kind, "auto"))
+    if kind == "scalar" and report.kind == "scores":
+        rows, report = load("pairs")  # of the answers to one prompt
     if kind == "scalar" and report.kind not in ("pairs", "rankings"):
         raise DataError(
             f"{args.dataset_name}: holds {report.kind}, but {args.model} gives one score a text",
             "evaluate it on pairs or rankings",
         )
-    return rows, report.kind
+    return rows, report.kind, dict(report.skipped)
 
 
-def _evaluate(scorer: Any, rows: Any, kind: str, info: dict[str, Any]) -> Any:
+def _evaluate(scorer: Any, rows: Any, kind: str, info: dict[str, Any], on_error: str) -> Any:
     """The figures that belong to the kind of the rows."""
     from companion.evaluation.pairs import evaluate_pairs
     from companion.evaluation.rankings import evaluate_rankings
@@ -135,4 +154,4 @@ def _evaluate(scorer: Any, rows: Any, kind: str, info: dict[str, Any]) -> Any:
     if scorer.processes is not None:  # the bar is that of the first process
         total = -(-total // scorer.processes.num_processes)
     with progress_bar("scoring", "texts", total) as moved:
-        return evaluate(scorer, rows, info=info, progress=moved["progress"])
+        return evaluate(scorer, rows, info=info, on_error=on_error, progress=moved["progress"])
