@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from companion.cli.shared import add_fields, add_flags, picked
+from companion.cli.shared import add_fields, add_flags, one_or_all, picked
 from companion.data.formats import KINDS, MARGINS
 from companion.errors import DataError
 from companion.layouts import columns_of
@@ -106,7 +106,8 @@ _OUTPUT_HELP: Final = "file to write: .jsonl, .jsonl.gz, .json, .csv or .parquet
 
 def _source_arguments(parser: argparse.ArgumentParser, on_error: bool = False) -> None:
     add = parser.add_argument
-    add("source", metavar="FILE", help="file, folder or hub id")
+    text = "file, glob, folder, hub id, several of them, or a mixture (.yaml)"
+    add("source", metavar="FILE", nargs="+", help=text)
     kinds, text = ("auto", *KINDS), "what the rows are; auto goes by the columns"
     add("--kind", choices=kinds, default="auto", help=text)
     add("--split", default="train", help="split of a folder or hub dataset; train[:100] works too")
@@ -171,7 +172,7 @@ def _load(args: argparse.Namespace, on_error: str, shown: int = 5) -> tuple[Data
     from companion.data.loading import load_rows_with_report
 
     return load_rows_with_report(
-        args.source,
+        one_or_all(args.source),
         columns=columns_of(args.columns),
         on_error=on_error,
         max_problems=shown,

@@ -11,6 +11,7 @@ from companion.cli.shared import (
     REMOTE,
     add_flags,
     check_target,
+    one_or_all,
     open_scorer,
     progress_bar,
     say_noticed,
@@ -28,9 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--dataset_name",
         required=True,
+        nargs="+",
         metavar="DATA",
         help="pairs or rankings, outcomes for an outcome model, steps for a process model: a file "
-        "(.jsonl, .jsonl.gz, .parquet, .csv), a folder, or a hub id",
+        "(.jsonl, .jsonl.gz, .parquet, .csv), a glob, a folder, a hub id, several of them, or a "
+        "mixture (.yaml)",
     )
     add("--dataset_split", default="test", help="split; a single file has but one")
     add("--dataset_config", help="configuration of a hub dataset")
@@ -63,8 +66,11 @@ def run(args: argparse.Namespace) -> int:
     """Load, score, compute, print; return 0."""
     for target in (args.json, args.report):
         check_target(target)
+    from companion.data.sources import source_name
     from companion.scoring import model_kind
 
+    args.dataset_name = one_or_all(args.dataset_name)
+    named = source_name(args.dataset_name)
     kind = model_kind(args.model, revision=args.revision)
     if args.report is not None and kind != "scalar":
         raise DataError(
@@ -79,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
     info = {
         "model": args.model,
-        "dataset": args.dataset_name,
+        "dataset": named,
         "split": args.dataset_split,
         "config": args.dataset_config,
         "row_limit": args.limit,
@@ -93,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     result = _evaluate(scorer, rows, row_kind, info, args.on_error)
     if args.processes is not None and not args.processes.is_main_process:
         return 0
-    print(f"{args.model} on {args.dataset_name}\n\n{result.table()}")
+    print(f"{args.model} on {named}\n\n{result.table()}")
     say_noticed(scorer, said)
     dropped = result.metrics["dropped"]
     noun = "pairs" if row_kind == "rankings" else row_kind
@@ -106,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     if args.report is not None:
         from companion.evaluation.report import write_report
 
-        title = f"{Path(args.model).name or args.model} on {Path(args.dataset_name).name}"
+        title = f"{Path(args.model).name or args.model} on {Path(named).name}"
         print(f"report: {write_report(args.report, title=title, evaluation=result, run_info=info)}")
     return 0
 

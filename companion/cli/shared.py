@@ -106,6 +106,11 @@ def add_fields(parser: Any, cls: Any, text_of: Callable[[str], str]) -> None:
         parser.add_argument(f"--{item.name}", default=item.default, help=text_of(item.name), **kind)
 
 
+def one_or_all(names: list[str]) -> str | list[str]:
+    """What a flag with several values holds: the value, if there is one alone."""
+    return names[0] if len(names) == 1 else names
+
+
 def picked(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Some of the flags, as keyword arguments."""
     return {name: getattr(args, name) for name in names}

@@ -8,6 +8,7 @@ tables, a few thousand at a time, and many rows lie on the disk. Chapter 4.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,11 +26,21 @@ from companion.data.formats import (
     find_conversion,
     signature,
 )
+from companion.data.mixing import (
+    MixSource,
+    counts_of,
+    drawn,
+    is_mix,
+    keep_recipe,
+    read_mix,
+    shuffled,
+)
 from companion.data.problems import SHOWN, LoadReport, RowError, RowProblem
 from companion.data.published import own_columns
 from companion.data.readers import Record
-from companion.data.sources import open_source, split_name
-from companion.data.splits import prompt_key
+from companion.data.sources import open_source, source_name, split_name
+from companion.data.splits import dataset_fingerprint, prompt_key
+from companion.data.writing import plain_row
 from companion.errors import DataError
 from companion.layouts import has_turns, rename_columns
 
@@ -70,7 +81,8 @@ def load_rows(
     ----------
     source : str, path, Dataset, DatasetDict or list of dict
         A file (.jsonl, .json, .csv, .tsv, .parquet; text also .gz), a folder (``save_to_disk``, or
-        data files by split), a hub id, or rows in memory.
+        data files by split), a glob, a hub id, several of these as a list (one set of rows), a
+        mixture of sources by weight (.yaml, :mod:`companion.data.mixing`), or rows in memory.
     kind : str
         ``pairs``, ``rankings``, ``outcomes``, ``steps``, ``prompts`` (see
         :mod:`companion.data.formats`), or ``auto``: by the columns.
@@ -129,6 +141,34 @@ def load_rows_with_report(
     max_problems: int = SHOWN,
 ) -> tuple[Dataset, LoadReport]:
     """As :func:`load_rows`, with the :class:`LoadReport` of what became of the rows."""
+    settings: dict[str, Any] = {
+        "split": split,
+        "limit": limit,
+        "columns": columns,
+        "margins": margins,
+        "on_error": on_error,
+        "max_problems": max_problems,
+    }
+    if is_mix(source):
+        return _load_mix(source, kind, **settings)
+    return _load(source, kind, name=name, revision=revision, **settings)
+
+
+def _load(
+    source: Any,
+    kind: str,
+    *,
+    split: str,
+    name: str | None,
+    limit: int | None,
+    columns: Mapping[str, str] | None,
+    margins: str,
+    on_error: str,
+    revision: str | None,
+    max_problems: int,
+    chat: bool = False,
+) -> tuple[Dataset, LoadReport]:
+    """The rows of one source; with `chat`, conversations, as in the rest of a mixture."""
     if on_error not in ("raise", "skip"):
         raise DataError(f"on_error={on_error!r}", "take raise or skip")
     if limit is not None and limit < 1:
@@ -151,7 +191,7 @@ def load_rows_with_report(
     if usable:
         kind = detect_kind(names) if kind == "auto" else kind
         how = find_conversion(names, kind, margins)
-        how.chat = any(has_turns(row) for row in usable)
+        how.chat = chat or any(has_turns(row) for row in usable)
     else:
         how = Conversion(kind, "unreadable rows", margins)
     report = LoadReport(
@@ -185,6 +225,88 @@ def load_rows_with_report(
     report.rows_kept = len(dataset)
     if report.skipped or report.left_out or report.notes:
         logger.warning(report.summary())
+    return dataset, report
+
+
+def _load_mix(
+    source: str | os.PathLike[str],
+    kind: str,
+    *,
+    split: str,
+    limit: int | None,
+    columns: Mapping[str, str] | None,
+    max_problems: int,
+    **settings: Any,
+) -> tuple[Dataset, LoadReport]:
+    """Rows of several sources by weight, each read by its own layout."""
+    mix = read_mix(source)
+
+    def load(one: MixSource, kind: str, chat: bool = False) -> tuple[Dataset, LoadReport]:
+        return _load(
+            one.dataset_name,
+            kind,
+            split=one.split or split_name(split),
+            name=one.config,
+            revision=one.revision,
+            limit=one.limit,
+            columns={**(columns or {}), **one.columns},
+            max_problems=max_problems,
+            chat=chat,
+            **settings,
+        )
+
+    loaded: list[tuple[Dataset, LoadReport]] = []
+    for one in mix.sources:
+        loaded.append(load(one, loaded[0][1].kind if loaded else kind))
+    forms = [signature(plain_row(rows[0])) for rows, _ in loaded]
+    if any("messages" in form.values() for form in forms):
+        for i, form in enumerate(forms):
+            if "messages" not in form.values():
+                loaded[i] = load(mix.sources[i], loaded[i][1].kind, chat=True)
+    names = [source_name(one.dataset_name) for one in mix.sources]
+    counts = counts_of(mix, [len(rows) for rows, _ in loaded], names)
+
+    layout = f"a mixture by seed {mix.seed}"
+    report = LoadReport(os.fspath(source), loaded[0][1].kind, layout, max_problems=max_problems)
+    report.mix = {"seed": mix.seed, "rows": sum(counts), "sources": []}
+    builder, usual, expected = _TableBuilder(), {}, {}  # type: ignore[var-annotated]
+    for i, ((rows, own), one, n, place) in enumerate(
+        zip(loaded, mix.sources, counts, names, strict=True)
+    ):
+        taken = rows.select(drawn(len(rows), n, mix.seed, i))
+        for number, given in enumerate(taken):
+            row = {key: value for key, value in plain_row(given).items() if value is not None}
+            where = f"{place}, row {number} of those taken"
+            try:
+                expected = expected or signature(row)
+                _check_signature(row, given, expected)
+                _check_types(row, usual)
+            except RowError as error:
+                raise DataError(
+                    f"the sources of {source} do not fit together: {RowProblem.of(error, where)}",
+                    "give all of them prompts, and margins or none (margins='none'); leave other "
+                    "columns out (columns: [id=])",
+                ) from error
+            builder.add(row, where)
+        report.rows_read += own.rows_read
+        for name in ("skipped", "left_out", "notes"):
+            getattr(report, name).update(getattr(own, name))
+        report.problems = [*report.problems, *own.problems][:max_problems]
+        report.notes[f"taken of the {len(rows):,} of {place} (weight {float(one.weight):g})"] = n
+        report.mix["sources"].append(
+            {
+                "source": place,
+                "weight": float(one.weight),
+                "held": len(rows),
+                "taken": n,
+                "sha256": dataset_fingerprint(taken),
+            }
+        )
+    dataset = builder.dataset().select(shuffled(sum(counts), mix.seed))
+    dataset = _slice(dataset, split, limit)
+    keep_recipe(dataset, report.mix)
+    report.rows_kept = len(dataset)
+    logger.warning(report.summary())
     return dataset, report
 
 

@@ -90,6 +90,8 @@ class LoadReport:
         What was changed on the way (``prompt text made a user message``), with the count.
     problems : list of RowProblem
         The first few bad rows.
+    mix : dict or None
+        Of a mixture what it was made of.
     """
 
     source: str
@@ -102,6 +104,7 @@ class LoadReport:
     notes: Counter[str] = field(default_factory=Counter)
     problems: list[RowProblem] = field(default_factory=list)
     max_problems: int = SHOWN
+    mix: dict[str, Any] | None = None
 
     @property
     def bad(self) -> int:
@@ -144,4 +147,6 @@ class LoadReport:
         """Plain types, for a JSON file."""
         out = {key: dict(v) if isinstance(v, Counter) else v for key, v in vars(self).items()}
         del out["max_problems"]
+        if self.mix is None:
+            del out["mix"]
         return out | {"problems": [str(problem) for problem in self.problems]}
