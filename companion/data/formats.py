@@ -236,6 +236,11 @@ def signature(row: Mapping[str, Any]) -> dict[str, str]:
     if "ranks" in row and completions and not row.keys() & {"chosen", "completion"}:
         out["completions"] = form(completions[0])
         out["ratings"] = "numbers" if "ratings" in row else "none"
+    labels = row.get("labels") or ()
+    if any(isinstance(label, float) for label in labels):  # (1 and 0 are either)
+        out["labels"] = "probabilities"
+    elif -1 in labels:
+        out["labels"] = "classes"
     return out
 
 
@@ -428,7 +433,8 @@ def _fit_forms(
         plain(parts["prompt"]).split()
     ):
         raise RowError("prompt is another", "prompt")
-    return parts["prompt"], parts["chosen"], parts["rejected"]
+    shared = clean_text(parts["prompt"], "prompt", empty="empty prompt")
+    return shared, parts["chosen"], parts["rejected"]
 
 
 def _margin(row: Mapping[str, Any], how: Conversion) -> dict[str, float]:

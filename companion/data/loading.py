@@ -436,9 +436,9 @@ def _convert(
     return rows
 
 
-def _check_signature(row: Row, given: Row, usual: Mapping[str, str]) -> None:
+def _check_signature(row: Row, given: Row, usual: dict[str, str]) -> None:
     for name, found in signature(row).items():
-        expected = usual.get(name, found)
+        expected = usual.setdefault(name, found)
         if found == expected:
             continue
         if found == "none":

@@ -155,6 +155,8 @@ def _rated_steps(
         if not isinstance(step, Mapping):
             raise RowError("wrong type", where, "a step is an object with completions")
         given, chosen = step.get("completions") or [], step.get("chosen_completion")
+        if not isinstance(given, list):
+            raise RowError("wrong type", f"{where}.completions", f"{type(given).__name__}, no list")
         for place, one in enumerate(given):
             if not isinstance(one, Mapping) or not isinstance(one.get("text"), str):
                 raise RowError("missing field", f"{where}.completions[{place}].text")
