@@ -73,7 +73,7 @@ class SourceArguments:
     dataset_mix: str | None = setting(
         None,
         "In place of dataset_name: a YAML file of sources with weights, which are mixed in exact "
-        "counts (book, 'Training'; companion.data.mixing). The manifest keeps the recipe.",
+        "counts (README; companion.data.mixing). The manifest keeps the recipe.",
     )
     dataset_config: str | None = setting(None, "Configuration of a hub dataset.")
     dataset_revision: str | None = setting(None, "Branch, tag or commit of a hub dataset.")
