@@ -49,6 +49,7 @@ _NAMES: Final = frozenset((*_SUSPECTS, *_ALONE, *_SYSTEM, *_REPLIES))
 ANSWERS: Final = (
     *("chosen", "rejected", "completion", "completions", "a", "b", "response_a", "response_b"),
     *("completion_a", "completion_b", "conversation_a", "conversation_b"),
+    *("response_0", "response_1", "response_2", "response1", "response2"),
 )
 #: ShareGPT's names for the roles
 ALIASES: Final = {"human": "user", "gpt": "assistant"}

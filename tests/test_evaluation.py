@@ -214,6 +214,68 @@ def test_command(
     assert re.search(r"pairs scored +5 ", printed)
 
 
+def test_bad_rows_are_skipped_counted_and_named(
+    tiny_reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(role: str, text: str, **more: Any) -> list[dict[str, Any]]:
+        return [{"role": role, "content": text, **more}]
+
+    rows = [
+        {
+            "prompt": said("user", f"Ana has {i}"),
+            "chosen": said("assistant", "boxes"),
+            "rejected": said("assistant", "no"),
+        }
+        for i in range(6)
+    ]
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"x": "boxes"}}}]
+    unwritten = rows[0] | {"chosen": said("assistant", "", tool_calls=calls)}
+    bad = [
+        json.dumps(unwritten),  # (the template leaves it out)
+        json.dumps(rows[1] | {"chosen": None}),
+        json.dumps(rows[1])[:-1] + ', "id": NaN}',
+        json.dumps(rows[1])[:-1] + ', "id": ' + "9" * 5000 + "}",
+        json.dumps(rows[1] | {"extra": "\ud800"}),
+        "{",
+    ]
+    good = [json.dumps(row) for row in rows]
+    (tmp_path / "good.jsonl").write_text("\n".join(good))
+    mixed = [line for two in zip(good, bad, strict=True) for line in two]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(mixed))
+    found = {}
+    for name, more in (("good", []), ("mixed", ["--on_error", "skip"])):
+        data = ["--dataset_name", str(tmp_path / f"{name}.jsonl"), "--device", "cpu"]
+        out = ["--json", str(tmp_path / f"{name}.json")]
+        assert main(["evaluate", "--model", str(tiny_reward), *data, *out, *more]) == 0
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    want, got = (found[name]["metrics"] for name in ("good", "mixed"))
+    assert (got["n"], got["accuracy"], got["loss"]) == (6, want["accuracy"], want["loss"])
+    assert found["mixed"]["info"]["skipped"] == {"null": 1, "malformed JSON": 4}
+    assert "1 of 7 pairs: row 1, 'chosen': the chat template leaves out" in capsys.readouterr().err
+    data = ["--dataset_name", str(tmp_path / "mixed.jsonl"), "--device", "cpu"]
+    assert main(["evaluate", "--model", str(tiny_reward), *data]) == 2
+    assert "5 of 12 rows cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["scores", "several"])
+def test_answers_with_scores_and_several_sides_are_evaluated(
+    kind: str, tiny_reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"Ana {i}", "response": text, "score": score}
+        for i in range(3)
+        for text, score in (("boxes", 1), ("no", 0), ("3", 0))
+    ]
+    if kind == "several":
+        sides = {"chosen": ["boxes"], "rejected": ["no", "3"]}
+        rows = [{"prompt": f"Ana {i}", **sides} for i in range(3)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--dataset_name", str(path), "--device", "cpu"]
+    assert main(["evaluate", "--model", str(tiny_reward), *data]) == 0
+    assert re.search(r"pairs scored +6 ", capsys.readouterr().out)
+
+
 def test_command_refuses(
     tiny_reward: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -18,7 +19,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from companion import RewardScorer, score_file
+from companion import RewardScorer, score_file, write_rows as save
 from companion.cli.main import main
 from companion.errors import DataError, ModelError, ReadoutError
 from companion.models import (
@@ -378,7 +379,7 @@ def test_bad_lines_are_named_or_written(
     source.write_text('\n"Ana"\n{"prompt": "Ana"\n{"text": ""}\n7\n{"text": "Ben", "error": "x"}\n')
     arguments = command(tiny_reward, source, output)
     assert main(arguments) == 2
-    assert "in.jsonl line 3: no valid JSON" in capsys.readouterr().err
+    assert "in.jsonl line 3: malformed JSON" in capsys.readouterr().err
     assert main([*arguments, "--on_error", "skip", "--fields", "*", "--overwrite"]) == 0
     written = read_rows(output)
     assert ["error" in r for r in written] == [False, True, True, True, False]
@@ -386,6 +387,70 @@ def test_bad_lines_are_named_or_written(
     assert "line 4" in written[2]["error"]
     assert written[4]["input_error"] == "x"
     assert "3 without a score" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".tsv", ".parquet"])
+def test_tables_are_scored_as_lines_are(scorer: RewardScorer, tmp_path: Path, suffix: str) -> None:
+    rows = write_rows(tmp_path / "in.jsonl", 12)
+    rows[3] |= {"terminated": False, "note": float("nan") if suffix == ".parquet" else "x"}
+    save(rows, tmp_path / f"in{suffix}")
+    settings: Any = {"fields": ["*"], "chunk_rows": 5}
+    score_file(scorer, tmp_path / f"in{suffix}", tmp_path / "a.jsonl", **settings)
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows).replace("NaN", "null")
+    )
+    score_file(scorer, tmp_path / "in.jsonl", tmp_path / "b.jsonl", **settings)
+    found, want = read_rows(tmp_path / "a.jsonl"), read_rows(tmp_path / "b.jsonl")
+    for one, other in zip(found, want, strict=True):
+        filled = {k: v for k, v in one.items() if v not in (None, "")}
+        assert filled == {k: v for k, v in other.items() if v is not None}
+    # and goes on where it was stopped
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found[:7]))
+    report = score_file(scorer, tmp_path / f"in{suffix}", tmp_path / "a.jsonl", **settings)
+    assert (report.resumed_at, report.scored) == (7, 5)
+
+
+def test_a_bad_row_of_a_table_is_named(scorer: RewardScorer, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("prompt,completion\nAna,no\nAna\nAna,boxes\n")
+    with pytest.raises(DataError, match=r"in.csv, row 1 \(line 3\): malformed CSV \(fewer cells"):
+        score_file(scorer, tmp_path / "in.csv", tmp_path / "out.jsonl")
+    report = score_file(
+        scorer, tmp_path / "in.csv", tmp_path / "out.jsonl", on_error="skip", overwrite=True
+    )
+    assert (report.scored, report.without_score) == (2, 1)
+    assert "row 1 (line 3)" in read_rows(tmp_path / "out.jsonl")[1]["error"]
+
+
+def test_pipes_and_empty_inputs_are_refused(
+    scorer: RewardScorer, tiny_reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for name, words in (("pipe.jsonl", "pipe or a device"), ("empty.jsonl", "no rows")):
+        assert main(command(tiny_reward, tmp_path / name, tmp_path / "out.jsonl")) == 2
+        assert words in capsys.readouterr().err
+        ranked = ["rank", "--model", str(tiny_reward), "--device", "cpu"]
+        assert (
+            main([*ranked, "--input", str(tmp_path / name), "--output", str(tmp_path / "b")]) == 2
+        )
+        assert words in capsys.readouterr().err
+        assert main(["data", "check", str(tmp_path / name)]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+    report = score_file(scorer, tmp_path / "empty.jsonl", tmp_path / "out.jsonl", allow_empty=True)
+    assert report.rows == 0
+
+
+@pytest.mark.parametrize("after", ["", '"Ana"\n' * 9])
+def test_an_input_that_changes_under_way_is_noticed(
+    scorer: RewardScorer, tmp_path: Path, after: str
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('"Ana has 3"\n' * 6)
+    with pytest.raises(DataError, match=f"6 rows were counted and {after.count('A')} read"):
+        score_file(
+            scorer, source, tmp_path / "out.jsonl", on_total=lambda _: source.write_text(after)
+        )
 
 
 def test_command_refuses_bad_paths(

@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from companion.cli.shared import add_fields, add_flags, picked
+from companion.cli.shared import add_fields, add_flags, one_or_all, picked
 from companion.data.formats import KINDS, MARGINS
 from companion.errors import DataError
 from companion.layouts import columns_of
@@ -45,8 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "completions: Alpaca and LLaMA-Factory (instruction, input, system, history; or "
         "conversations with one message each in chosen and rejected), ms-swift (messages or query, "
         "with rejected_response or rejected_messages), ShareGPT (conversations), axolotl (system, "
-        "question), transcripts of hh-rlhf, UltraFeedback. A column that may hold the prompt and "
-        "is not read is an error; --columns says what it is."
+        "question), transcripts of hh-rlhf, UltraFeedback, RewardBench 2 (several chosen and "
+        "rejected), HelpSteer3 (overall_preference), PKU-SafeRLHF (better_response_id, or "
+        "safer_response_id), Chatbot Arena (winner), scores (prompt, response, score: the answers "
+        "to one prompt make pairs), PRM800K, Math-Shepherd, content blocks of text. A column that "
+        "may hold the prompt and is not read is an error; --columns says what it is."
     )
     actions = parser.add_subparsers(
         dest="action", metavar="ACTION", required=True, parser_class=_ActionParser
@@ -103,7 +106,8 @@ _OUTPUT_HELP: Final = "file to write: .jsonl, .jsonl.gz, .json, .csv or .parquet
 
 def _source_arguments(parser: argparse.ArgumentParser, on_error: bool = False) -> None:
     add = parser.add_argument
-    add("source", metavar="FILE", help="file, folder or hub id")
+    text = "file, glob, folder, hub id, several of them, or a mixture (.yaml)"
+    add("source", metavar="FILE", nargs="+", help=text)
     kinds, text = ("auto", *KINDS), "what the rows are; auto goes by the columns"
     add("--kind", choices=kinds, default="auto", help=text)
     add("--split", default="train", help="split of a folder or hub dataset; train[:100] works too")
@@ -168,7 +172,7 @@ def _load(args: argparse.Namespace, on_error: str, shown: int = 5) -> tuple[Data
     from companion.data.loading import load_rows_with_report
 
     return load_rows_with_report(
-        args.source,
+        one_or_all(args.source),
         columns=columns_of(args.columns),
         on_error=on_error,
         max_problems=shown,

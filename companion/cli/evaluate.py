@@ -15,6 +15,7 @@ from companion.cli.shared import (
     REMOTE,
     add_flags,
     check_target,
+    one_or_all,
     open_scorer,
     picked,
     progress_bar,
@@ -40,9 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--dataset_name",
         required=True,
+        nargs="+",
         metavar="DATA",
         help="pairs or rankings, outcomes for an outcome model, steps for a process model: a file "
-        "(.jsonl, .jsonl.gz, .parquet, .csv), a folder, or a hub id",
+        "(.jsonl, .jsonl.gz, .parquet, .csv), a glob, a folder, a hub id, several of them, or a "
+        "mixture (.yaml)",
     )
     add(
         "--dataset_split",
@@ -51,10 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_config", help="configuration of a hub dataset")
     add_flags(
         parser,
-        *("columns", "limit", "device", "max_tokens_per_batch", "packing", "max_length", "dtype"),
-        *("text", "revision", "trust_remote_code", "device_map", "load_in_4bit"),
+        *("columns", "limit", "on_error", "device", "max_tokens_per_batch", "packing"),
+        *("max_length", "dtype", "text", "revision", "trust_remote_code", "device_map"),
+        "load_in_4bit",
         *READING,
         *REMOTE,
+        on_error="a row that cannot be read, formatted or scored stops the run, or is left out, "
+        "counted and named",
         device="cpu, cuda, …; a GPU is taken if there is one",
         max_tokens_per_batch="tokens computed in a batch; the scorer's own choice if not given",
         packing="auto: no padding, and a pair's prompt computed once, where that is exact for the "
@@ -93,20 +99,23 @@ def run(args: argparse.Namespace) -> int:
     """Load, score, compute, print; return 0."""
     for target in (args.json, args.report):
         check_target(target)
+    from companion.data.sources import source_name
+    from companion.scoring import model_kind
+
+    args.dataset_name = one_or_all(args.dataset_name)
+    named = source_name(args.dataset_name)
     if args.benchmark is not None:
-        return _benchmark(args)
+        return _benchmark(args, named)
     for name in ("judge", "base_url", "cache"):
         if getattr(args, name) is not None:
             raise DataError(f"--{name} goes with --benchmark", "companion judge judges other rows")
-    from companion.scoring import model_kind
-
     kind = model_kind(args.model, revision=args.revision, read_as=read_as(args))
     if args.report is not None and kind != "scalar":
         raise DataError(
             f"{args.model}: there is no HTML report for a model of the kind {kind}", "take --json"
         )
     # The data first: a wrong path is found in a moment, a model may take minutes.
-    rows, row_kind = _load(args, kind)
+    rows, row_kind, skipped = _load(args, kind)
     scorer = open_scorer(args)
     scorer.processes = args.processes
     said = len(scorer.notes)
@@ -114,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
     info = {
         "model": args.model,
-        "dataset": args.dataset_name,
+        "dataset": named,
         "split": args.dataset_split or "test",
         "config": args.dataset_config,
         "row_limit": args.limit,
@@ -123,10 +132,12 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.url:
         info["url"] = args.url
-    result = _evaluate(scorer, rows, row_kind, info)
+    if skipped:
+        info["skipped"] = skipped
+    result = _evaluate(scorer, rows, row_kind, info, args.on_error)
     if args.processes is not None and not args.processes.is_main_process:
         return 0
-    print(f"{args.model} on {args.dataset_name}\n\n{result.table()}")
+    print(f"{args.model} on {named}\n\n{result.table()}")
     say_noticed(scorer, said)
     dropped = result.metrics["dropped"]
     noun = "pairs" if row_kind == "rankings" else row_kind
@@ -139,12 +150,12 @@ def run(args: argparse.Namespace) -> int:
     if args.report is not None:
         from companion.evaluation.report import write_report
 
-        title = f"{Path(args.model).name or args.model} on {Path(args.dataset_name).name}"
+        title = f"{Path(args.model).name or args.model} on {Path(named).name}"
         print(f"report: {write_report(args.report, title=title, evaluation=result, run_info=info)}")
     return 0
 
 
-def _benchmark(args: argparse.Namespace) -> int:
+def _benchmark(args: argparse.Namespace, named: str) -> int:
     """A published benchmark: load, ask, compute, print; return 0."""
     from companion import __version__
     from companion.evaluation import evaluate_benchmark
@@ -154,7 +165,7 @@ def _benchmark(args: argparse.Namespace) -> int:
     rows, names = _benchmark_rows(args)
     info = {
         **picked(args, "model", "benchmark", "judge"),
-        "dataset": args.dataset_name,
+        "dataset": named,
         "row_limit": args.limit,
         "companion": __version__,
     }
@@ -172,10 +183,11 @@ def _benchmark(args: argparse.Namespace) -> int:
         said = 0 if args.judge else len(model.notes)
         unit = "answers" if args.judge else "texts"
         moved = stack.enter_context(progress_bar("scoring", unit))
-        result = evaluate_benchmark(model, rows, args.benchmark, names=names, info=info, **moved)
+        how = {"names": names, "on_error": args.on_error, "info": info}
+        result = evaluate_benchmark(model, rows, args.benchmark, **how, **moved)
     if args.processes is not None and not args.processes.is_main_process:
         return 0
-    print(f"{args.model} on {args.dataset_name}\n\n{result.table()}")
+    print(f"{args.model} on {named}\n\n{result.table()}")
     if not args.judge:
         say_noticed(model, said)
     for reason, count in result.metrics["dropped"]["reasons"].items():
@@ -206,7 +218,9 @@ def _benchmark_rows(args: argparse.Namespace) -> tuple[list[Any], list[str]]:
     if args.limit is not None and args.limit < 1:
         raise DataError(f"limit={args.limit} keeps no rows", "give a positive number")
     splits = [args.dataset_split] if args.dataset_split else list(benchmark.splits)
-    if Path(args.dataset_name).is_file():  # it is all splits in one
+    if (
+        isinstance(args.dataset_name, str) and Path(args.dataset_name).is_file()
+    ):  # it is all splits in one
         splits = splits[:1]
     columns = columns_of(args.columns)
     found: list[tuple[str, Any]] = []
@@ -215,33 +229,39 @@ def _benchmark_rows(args: argparse.Namespace) -> tuple[list[Any], list[str]]:
             args.dataset_name, split=split, name=args.dataset_config, revision=None, rename=columns
         )
         rest = None if args.limit is None else args.limit - len(found)
-        found += islice(raw_rows(records, source, columns), rest)
+        found += islice(raw_rows(records, source, columns, on_error=args.on_error), rest)
     return [row for _, row in found], [where for where, _ in found]
 
 
-def _load(args: argparse.Namespace, kind: str) -> tuple[Any, str]:
-    """The rows, and of which kind they are."""
+def _load(args: argparse.Namespace, kind: str) -> tuple[Any, str, dict[str, int]]:
+    """The rows, of which kind they are, and how many could not be read, by reason."""
     from companion.data.loading import load_rows_with_report
     from companion.evaluation.tokens import ROWS
     from companion.layouts import columns_of
 
-    rows, report = load_rows_with_report(
-        args.dataset_name,
-        kind=ROWS.get(kind, "auto"),
-        split=args.dataset_split or "test",
-        name=args.dataset_config,
-        limit=args.limit,
-        columns=columns_of(args.columns),
-    )
+    def load(rows: str) -> Any:
+        return load_rows_with_report(
+            args.dataset_name,
+            kind=rows,
+            split=args.dataset_split or "test",
+            name=args.dataset_config,
+            limit=args.limit,
+            columns=columns_of(args.columns),
+            on_error=args.on_error,
+        )
+
+    rows, report = load(ROWS.get(kind, "auto"))
+    if kind == "scalar" and report.kind == "scores":
+        rows, report = load("pairs")  # of the answers to one prompt
     if kind == "scalar" and report.kind not in ("pairs", "rankings"):
         raise DataError(
             f"{args.dataset_name}: holds {report.kind}, but {args.model} gives one score a text",
             "evaluate it on pairs or rankings",
         )
-    return rows, report.kind
+    return rows, report.kind, dict(report.skipped)
 
 
-def _evaluate(scorer: Any, rows: Any, kind: str, info: dict[str, Any]) -> Any:
+def _evaluate(scorer: Any, rows: Any, kind: str, info: dict[str, Any], on_error: str) -> Any:
     """The figures that belong to the kind of the rows."""
     from companion.evaluation.pairs import evaluate_pairs
     from companion.evaluation.rankings import evaluate_rankings
@@ -256,4 +276,4 @@ def _evaluate(scorer: Any, rows: Any, kind: str, info: dict[str, Any]) -> Any:
     if scorer.processes is not None:  # the bar is that of the first process
         total = -(-total // scorer.processes.num_processes)
     with progress_bar("scoring", "texts", total) as moved:
-        return evaluate(scorer, rows, info=info, progress=moved["progress"])
+        return evaluate(scorer, rows, info=info, on_error=on_error, progress=moved["progress"])

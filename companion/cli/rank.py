@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--input",
         required=True,
-        help=".jsonl or .jsonl.gz; each line an object with prompt and, without --policy, "
+        help=".jsonl, .jsonl.gz, .json, .csv or .parquet; each row has prompt and, without "
+        "--policy, "
         "completions (a list)",
     )
     add(

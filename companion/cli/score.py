@@ -1,4 +1,4 @@
-"""``companion score``: score a JSONL file; a run that was stopped goes on where it was.
+"""``companion score``: score a file; a run that was stopped goes on where it was.
 
 Started by torchrun or ``accelerate launch``, its processes share the rows.
 """
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--input",
         required=True,
-        help=".jsonl or .jsonl.gz; each line a text, a list of messages, or an object with "
+        help=".jsonl, .jsonl.gz, .json, .csv or .parquet; each row a text, a list of messages, or "
+        "an object with "
         "prompt and completion (or a known layout: instruction, question, …), messages, or text",
     )
     add("--output", required=True, help=".jsonl, one line for each row, in order")

@@ -154,6 +154,11 @@ def add_fields(parser: Any, cls: Any, text_of: Callable[[str], str]) -> None:
         parser.add_argument(f"--{item.name}", default=item.default, help=text_of(item.name), **kind)
 
 
+def one_or_all(names: list[str]) -> str | list[str]:
+    """What a flag with several values holds: the value, if there is one alone."""
+    return names[0] if len(names) == 1 else names
+
+
 def picked(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Some of the flags, as keyword arguments."""
     return {name: getattr(args, name) for name in names}
@@ -219,15 +224,24 @@ def _open_remote(args: argparse.Namespace, also_local: bool) -> Any:
     )
 
 
-def raw_rows(records: Any, source: str, columns: dict[str, str]) -> Iterator[tuple[str, Any]]:
-    """Place and row of the records of a source, as they are but for renamed columns."""
+def raw_rows(
+    records: Any, source: str, columns: dict[str, str], *, on_error: str = "raise"
+) -> Iterator[tuple[str, Any]]:
+    """Place and row of the records of a source, as they are but for renamed columns.
+
+    With ``skip`` a record that cannot be read is said and left out.
+    """
     from companion.data.problems import RowError, RowProblem
     from companion.layouts import rename_columns
 
     for where, row in records:
-        if isinstance(row, RowError):
-            raise DataError(f"{source}: {RowProblem.of(row, where)}")
-        yield where, rename_columns(row, columns, where) if columns else dict(row)
+        if not isinstance(row, RowError):
+            yield where, rename_columns(row, columns, where) if columns else dict(row)
+            continue
+        said = f"{source}: {RowProblem.of(row, where)}"
+        if on_error == "raise":
+            raise DataError(said)
+        print(f"left out: {said}", file=sys.stderr)
 
 
 def say_notes(loaded: Any) -> None:

@@ -63,7 +63,7 @@ def array_of(values: list[Any], as_json: Iterable[str] = ()) -> pa.Array:
 
     fields = set(as_json)
     if WHOLE not in fields:
-        messages = list(_mappings(values))
+        messages = list(mappings(values))
         if not messages and not fields:
             return pa.array(values)
         if all("role" in m and isinstance(m.get("content", ""), str) for m in messages) and not any(
@@ -83,13 +83,13 @@ def array_of(values: list[Any], as_json: Iterable[str] = ()) -> pa.Array:
         return pa.array(values)
 
 
-def _mappings(values: Iterable[Any]) -> Iterable[Mapping[str, Any]]:
+def mappings(values: Iterable[Any]) -> Iterable[Mapping[str, Any]]:
     """All mappings that stand in lists, however deep, or alone."""
     for value in values:
         if isinstance(value, Mapping):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from _mappings(value)
+            yield from mappings(value)
 
 
 def _array(values: list[Any], fields: set[str]) -> pa.Array:

@@ -1,4 +1,4 @@
-"""The five kinds of row, and how the forms that files have become them.
+"""The six kinds of row, and how the forms that files have become them.
 
 ===========  ======================================================================================
 kind         fields
@@ -6,7 +6,9 @@ kind         fields
 pairs        ``prompt`` (may be absent for text), ``chosen``, ``rejected``, ``margin`` (optional)
 rankings     ``prompt``, ``completions``, ``ranks`` (1 is best; equal ranks are ties, null is no
              rank), ``ratings`` (optional)
-outcomes     ``prompt``, ``completion``, ``label`` (bool: right or wrong)
+outcomes     ``prompt``, ``completion``, ``label`` (bool, or 1 and 0: right or wrong)
+scores       ``prompt``, ``completion``, ``score``; read as pairs or rankings, the answers to one
+             prompt are compared
 steps        ``prompt``, ``completions`` (the steps, text), ``labels`` (+1, 0, −1 or null each; or
              probabilities in [0, 1] that the step is good), ``rest`` (optional: steps that follow)
 prompts      ``prompt``
@@ -14,7 +16,9 @@ prompts      ``prompt``
 
 A prompt under another name (``instruction`` and ``input``, ``question``, ``messages``,
 ``conversations``, …) with ``system`` and ``history`` is read by :mod:`companion.layouts`, whose
-table lists the known layouts; a column that may hold it and is not read is an error.
+table lists the known layouts; a column that may hold it and is not read is an error. Verdicts and
+labels as public data sets have them are read by :mod:`companion.data.published`. Of several
+``chosen`` and ``rejected`` (RewardBench 2) each is compared with each.
 
 A prompt or completion is text or a list of messages, and the same in all rows of a file. Other
 columns (``id``, ``subset``, gold columns) are kept as they are. Chapter 4.
@@ -24,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -44,12 +49,13 @@ from companion.data.messages import (
     same_text,
 )
 from companion.data.problems import RowError
+from companion.data.published import SCORES, STRENGTHS, own_columns
 from companion.errors import DataError
 from companion.layouts import take_out, with_prompt
 
 Row = dict[str, Any]
 
-KINDS: Final = ("pairs", "rankings", "outcomes", "steps", "prompts")
+KINDS: Final = ("pairs", "rankings", "outcomes", "steps", "scores", "prompts")
 
 #: What to do about margins, see :func:`preference_pair`.
 MARGINS: Final = ("given", "ratings", "none")
@@ -73,6 +79,16 @@ SIDE_COLUMNS: Final = (
     ("response_a", "response_b"),
     ("completion_a", "completion_b"),
     ("conversation_a", "conversation_b"),
+    ("response_0", "response_1"),
+    ("response_1", "response_2"),
+    ("response1", "response2"),
+)
+#: what is called so belongs to a preference, and a row that has it is no mere prompt
+_COMPARED: Final = re.compile(
+    r"chosen|reject|prefer|winner|better|worse|verdict"
+    r"|(response|completion|answer|output|conversation|candidate|reply|generation|choice)s?"
+    r"_?([ab]|\d+)$",
+    re.IGNORECASE,
 )
 #: columns that hold the prompt in some files, if one knows that they hold prompts
 _PROMPTS: Final = ("question", "query", "input", "messages", "conversations")
@@ -81,7 +97,7 @@ VERDICT_COLUMNS: Final = ("preference", "winner", "label")
 _VERDICTS: Final = {
     **dict.fromkeys(("a", "model_a", "response_a", "completion_a"), "a"),
     **dict.fromkeys(("b", "model_b", "response_b", "completion_b"), "b"),
-    **dict.fromkeys(("tie", "tie (bothbad)", "both", "neither", "equal"), "tie"),
+    **dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "both", "neither", "equal"), "tie"),
     "none": "none",  # a judge whose answer could not be read
 }
 
@@ -95,8 +111,12 @@ _FIELDS: Final = {
     "rankings": "prompt, completions, and ranks or ratings",
     "outcomes": "prompt, completion, label",
     "steps": "prompt, completions, labels",
+    "scores": "prompt, completion, score",
     "prompts": "prompt",
 }
+
+#: kind -> layouts that fit another kind better, if nobody says which it is
+_LATER: Final = {"pairs": ("rankings", "scores"), "rankings": ("preferences", "scores")}
 
 
 @dataclass
@@ -126,8 +146,10 @@ class Conversion:
 
     def __call__(self, row: Mapping[str, Any]) -> list[Row]:
         """One row of the source to a list of rows. Raises RowError."""
-        row = with_prompt(row, self.notes, alone=self.kind == "prompts", chat=self.chat)
-        rows = _CONVERTERS[self.kind, self.layout](row, self)
+        rows: list[Row] = []
+        for own in own_columns(row, self.notes):
+            own = with_prompt(own, self.notes, alone=self.kind == "prompts", chat=self.chat)
+            rows += _CONVERTERS[self.kind, self.layout](own, self)
         for name in ("prompt", "chosen", "rejected", "completion"):
             if any(
                 str(out.get(name)).strip().lower() in _MISSING and out.get(name) for out in rows
@@ -145,9 +167,17 @@ def detect_kind(columns: Iterable[str]) -> str:
         If no kind fits.
     """
     names = set(columns)
-    for kind in ("pairs", "steps", "rankings", "outcomes", "prompts"):
+    for kind in ("pairs", "steps", "rankings", "scores", "outcomes", "prompts"):
         layout = _layout(names, kind)
-        if layout is not None and (kind, layout) != ("pairs", "rankings"):
+        compared = sorted(filter(_COMPARED.search, names)) if kind == "prompts" else []
+        if compared and layout is not None:
+            raise DataError(
+                f"beside a prompt there is {', '.join(compared)}: are these pairs? No known layout "
+                "has these columns",
+                f"rename columns (columns={{'old': 'new'}}) to {_FIELDS['pairs']}; if the prompts "
+                "alone are meant, say so (kind='prompts', --kind prompts)",
+            )
+        if layout is not None and layout not in _LATER.get(kind, ()):
             return kind
     raise DataError(
         f"no kind of rows has the columns {', '.join(sorted(names)) or '(none)'}",
@@ -160,11 +190,13 @@ def _layout(names: set[str], kind: str, asked: bool = False) -> str | None:
     # (with a completion, `label` says whether that is right)
     verdicts = names & set(VERDICT_COLUMNS) - ({"label"} if "completion" in names else set())
     judged = verdicts and any(set(s) <= names for s in SIDE_COLUMNS)
+    scored = "completion" in names and "label" not in names and names & set(SCORES)
     fits = {
         "preferences": names & {"chosen", "rejected", "rejected_response", "rejected_messages"},
         "judgements": judged,
         "rankings": "completions" in names and "labels" not in names,
-        "outcomes": names & {"completion", "label"} and "chosen" not in names,
+        "scores": scored and not names & {"chosen", "rejected"},
+        "outcomes": names & {"completion", "label"} and "chosen" not in names and not scored,
         "steps": "labels" in names,
         "prompts": names & {"prompt", "instruction", *(_PROMPTS if asked else ())},
     }
@@ -204,6 +236,11 @@ def signature(row: Mapping[str, Any]) -> dict[str, str]:
     if "ranks" in row and completions and not row.keys() & {"chosen", "completion"}:
         out["completions"] = form(completions[0])
         out["ratings"] = "numbers" if "ratings" in row else "none"
+    labels = row.get("labels") or ()
+    if any(isinstance(label, float) for label in labels):  # (1 and 0 are either)
+        out["labels"] = "probabilities"
+    elif -1 in labels:
+        out["labels"] = "classes"
     return out
 
 
@@ -214,8 +251,8 @@ def without(row: Mapping[str, Any], *names: str) -> Row:
 
 def side_columns(row: Mapping[str, Any]) -> tuple[str, str]:
     """What the row calls the two sides of a judgement."""
-    named = (pair for pair in SIDE_COLUMNS if pair[0] in row or pair[1] in row)
-    return next(named, SIDE_COLUMNS[0])
+    present = {pair: sum(side in row for side in pair) for pair in SIDE_COLUMNS}
+    return max(present, key=lambda pair: present[pair])  # the first of those with the most
 
 
 def verdict_column(row: Mapping[str, Any]) -> str:
@@ -238,9 +275,13 @@ def finite(value: Any, name: str, reason: str) -> float:
         raise RowError("null", name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RowError(reason, name, f"{value!r} is {type(value).__name__}, no number")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise RowError(reason, name, "more digits than a float holds") from error
+    if not math.isfinite(number):
         raise RowError(reason, name, f"{value}")
-    return float(value)
+    return number
 
 
 def _one_form(prompt: Text, completion: Text, notes: Counter[str]) -> tuple[Text, Text]:
@@ -274,6 +315,8 @@ def preference_pair(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     """
     notes = how.notes
     chosen, rejected = require(row, "chosen"), require(row, "rejected")
+    if _several(chosen) or _several(rejected):
+        return _each_pair(row, how)
     prompt: Any = row.get("prompt")
     _check_verdict(row, chosen, rejected)
     if is_transcript(chosen) and is_transcript(rejected):
@@ -304,6 +347,47 @@ def preference_pair(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     pair |= {"chosen": chosen, "rejected": rejected}
     pair |= _margin(row, how)
     return [pair | without(row, "prompt", "chosen", "rejected", "margin")]
+
+
+def _several(value: Any) -> bool:
+    """Whether it is a list of completions: of texts, or of lists of messages."""
+    if not isinstance(value, list) or not value:
+        return False
+    return isinstance(value[0], str) or all(isinstance(item, list) for item in value)
+
+
+def _each_pair(row: Mapping[str, Any], how: Conversion) -> list[Row]:
+    """Every chosen against every rejected one, where a row has several (RewardBench 2)."""
+    sides = [row[name] if _several(row[name]) else [row[name]] for name in ("chosen", "rejected")]
+    pairs: list[Row] = []
+    for i, chosen in enumerate(sides[0]):
+        for j, rejected in enumerate(sides[1]):
+            try:
+                pairs += preference_pair({**row, "chosen": chosen, "rejected": rejected}, how)
+            except RowError as error:
+                place = {"chosen": i, "rejected": j}.get(error.field or "")
+                error.field += "" if place is None else f"[{place}]"  # type: ignore[operator]
+                raise
+            if row.get("id") is not None and len(sides[0]) * len(sides[1]) > 1:
+                pairs[-1]["id"] = f"{row['id']}/{i}>{j}"
+    if len(pairs) > 1:
+        how.notes["several chosen or rejected: each chosen one against each rejected one"] += 1
+    return pairs
+
+
+def _sides_ranked(row: Mapping[str, Any], how: Conversion) -> list[Row]:
+    """The chosen completions share the first rank, the rejected ones the second."""
+    texts: dict[str, list[Any]] = {"chosen": [], "rejected": []}
+    for pair in preference_pair(row, how):
+        for name, found in texts.items():
+            if pair[name] not in found:
+                found.append(pair[name])
+    ranks = [1] * len(texts["chosen"]) + [2] * len(texts["rejected"])
+    rest = without(row, "chosen", "rejected", "margin")
+    given = {**rest, "completions": texts["chosen"] + texts["rejected"], "ranks": ranks}
+    if "prompt" in pair:
+        given["prompt"] = pair["prompt"]
+    return _ranking(given, how)
 
 
 def _check_verdict(row: Mapping[str, Any], chosen: Any, rejected: Any) -> None:
@@ -349,11 +433,15 @@ def _fit_forms(
         plain(parts["prompt"]).split()
     ):
         raise RowError("prompt is another", "prompt")
-    return parts["prompt"], parts["chosen"], parts["rejected"]
+    shared = clean_text(parts["prompt"], "prompt", empty="empty prompt")
+    return shared, parts["chosen"], parts["rejected"]
 
 
 def _margin(row: Mapping[str, Any], how: Conversion) -> dict[str, float]:
     margins, notes = how.margins, how.notes
+    strength = next((name for name in STRENGTHS if name in row), None)
+    if margins == "ratings" and strength is not None:
+        return {"margin": abs(finite(row[strength], strength, "rating not finite"))}
     columns = next((pair for pair in SCORE_COLUMNS if pair[0] in row and pair[1] in row), None)
     if margins == "ratings":
         if columns is None:
@@ -565,12 +653,23 @@ def _outcome(row: Mapping[str, Any], how: Conversion) -> list[Row]:
     prompt = prompt_of(row)
     completion = completion_of(row)
     label = require(row, "label")
+    if isinstance(label, (int, float)) and label in (0, 1) and not isinstance(label, bool):
+        how.notes["labels 1 and 0 read as right and wrong"] += 1
+        label = bool(label)
     if not isinstance(label, bool):
         raise RowError("label not bool", "label", f"{label!r} is {type(label).__name__}")
     prompt, completion = _one_form(prompt, completion, how.notes)
     prompt, (completion,) = take_out(prompt, [completion], how.notes)
     rest = without(row, "prompt", "completion", "label")
     return [{"prompt": prompt, "completion": completion, "label": label, **rest}]
+
+
+def _scored_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:
+    """One completion and its score, under whichever of its names."""
+    name = _first_filled(row, SCORES) or SCORES[0]
+    score = finite(require(row, name), name, "rating not finite")
+    (outcome,) = _outcome({**without(row, *SCORES), "label": True}, how)
+    return [{**without(outcome, "label"), "score": score}]
 
 
 def _step_row(row: Mapping[str, Any], how: Conversion) -> list[Row]:
@@ -640,6 +739,10 @@ _CONVERTERS: Final[dict[tuple[str, str], Callable[[Mapping[str, Any], Conversion
     ("pairs", "judgements"): _judged_pair,
     ("pairs", "rankings"): _ranking_pairs,
     ("rankings", "rankings"): _ranking,
+    ("rankings", "preferences"): _sides_ranked,
+    ("scores", "scores"): _scored_row,
+    ("pairs", "scores"): _scored_row,
+    ("rankings", "scores"): _scored_row,
     ("outcomes", "outcomes"): _outcome,
     ("steps", "steps"): _step_row,
     ("prompts", "prompts"): _prompt_row,

@@ -101,12 +101,28 @@ def _clean_message(message: Any, name: str, index: int) -> Message:
     if "content" not in clean and not clean.get("tool_calls"):
         raise RowError("missing field", name, f"message {index} has no content")
     content = clean.get("content", "")
+    if isinstance(content, (list, tuple)):  # blocks, which a template of text would not write
+        content = "".join(_block_text(block, name, index) for block in content)
     if not isinstance(content, str):
         raise RowError(
             "wrong type", name, f"content of message {index} is {type(content).__name__}, no text"
         )
+    calls = clean.get("tool_calls") or []
+    if not isinstance(calls, (list, tuple)) or not all(isinstance(c, Mapping) for c in calls):
+        raise RowError("wrong type", name, f"tool_calls of message {index} are no list of objects")
     rest = {k: v for k, v in clean.items() if k not in ("role", "content")}
     return {"role": role, "content": content, **rest}
+
+
+def _block_text(block: Any, name: str, index: int) -> str:
+    """The text of a content block, ``{"type": "text", "text": …}``; another kind is refused."""
+    if isinstance(block, str):
+        return block
+    text = block.get("text") if isinstance(block, Mapping) else None
+    kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
+    if not isinstance(text, str) or kind not in (None, "text"):
+        raise RowError("not text", name, f"message {index} has a block of the type {kind!r}")
+    return text
 
 
 def same_text(a: Text, b: Text) -> bool:

@@ -26,16 +26,21 @@ CURES: Final[dict[str, str]] = {
     "missing field": "add the field, or rename a column to it (--columns old=new, in Python "
     "columns={'old': 'new'})",
     "wrong type": "write text as a string, or as a list of {role, content} messages",
-    "mixed types": "give all rows of a file the same form: all text or all messages",
+    "mixed types": "give a field the same form in all rows of a file: all text or all messages, "
+    "all numbers; or leave the column out (--columns NAME=)",
     "unknown role": "use the roles system, developer, user, assistant, tool",
     "empty completion": "leave the row out: an empty text has nothing to score",
     "chosen equals rejected": "leave the row out: equal texts hold no preference",
     "no shared prompt": "chosen and rejected must begin with the same messages, or add a prompt",
     "margin not finite": "give a finite number, or leave the field out of all rows",
     "rating not finite": "give each completion a finite number",
-    "label not bool": "write true (right) or false (wrong)",
+    "label not bool": "write true (right) or false (wrong), or 1 and 0",
+    "no ratings": "leave the row out: none of its steps has a rating",
+    "not text": "leave the row out: a text model does not read images or other blocks",
+    "nested too deeply": "a row's values may be nested 50 deep",
+    "number too large": "write it as text; a column of numbers holds 64 bits",
     "unknown label": "write +1 (right), 0 (neutral), -1 (wrong), null (none), or true and false",
-    "unknown preference": "write a, b or tie",
+    "unknown preference": "write a, b or tie; or as the data set does (companion data --help)",
     "lengths differ": "give as many of the one as of the other",
     "too few completions": "give at least two completions to rank",
     "printed messages": "write messages as JSON (pandas' to_json does); to_csv prints Python",
@@ -85,6 +90,8 @@ class LoadReport:
         What was changed on the way (``prompt text made a user message``), with the count.
     problems : list of RowProblem
         The first few bad rows.
+    mix : dict or None
+        Of a mixture what it was made of.
     """
 
     source: str
@@ -97,6 +104,7 @@ class LoadReport:
     notes: Counter[str] = field(default_factory=Counter)
     problems: list[RowProblem] = field(default_factory=list)
     max_problems: int = SHOWN
+    mix: dict[str, Any] | None = None
 
     @property
     def bad(self) -> int:
@@ -139,4 +147,6 @@ class LoadReport:
         """Plain types, for a JSON file."""
         out = {key: dict(v) if isinstance(v, Counter) else v for key, v in vars(self).items()}
         del out["max_problems"]
+        if self.mix is None:
+            del out["mix"]
         return out | {"problems": [str(problem) for problem in self.problems]}

@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 import sys
 import zlib
@@ -70,7 +71,7 @@ def read_file(path: Path, rename: Mapping[str, str] | None = None) -> Iterator[R
     if kind == "parquet":
         yield from _read_parquet(path)
         return
-    with _open_bytes(path) as handle:
+    with open_bytes(path) as handle:
         if kind == "jsonl":
             yield from _read_jsonl(handle, path.name)
             return
@@ -89,9 +90,25 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
+def refuse_pipe(path: Path) -> None:
+    """Refuse a pipe or a device: who counts rows first, or asks whether it is gzip, reads twice.
+
+    Raises
+    ------
+    DataError
+        Before it is opened, which would wait for a writer.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(
+            f"{path}: is a pipe or a device, and the rows are read more than once",
+            "write them to a file first, and give that",
+        )
+
+
 @contextmanager
-def _open_bytes(path: Path) -> Iterator[BinaryIO]:
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
     """The file's bytes, unpacked if gzip; damage becomes a DataError with the file's name."""
+    refuse_pipe(path)
     try:
         with open(path, "rb") as raw:
             packed = raw.read(2) == b"\x1f\x8b"  # by content: `.jsonl` files are sometimes gzip
@@ -107,8 +124,89 @@ def _open_bytes(path: Path) -> Iterator[BinaryIO]:
         raise DataError(
             f"{path.name}: the gzip file is damaged or cut short ({error})", "copy it again"
         ) from error
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file", "check the path") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+#: deepest row: Arrow has types of 64 levels, and who walks by recursion comes to an end
+_DEEPEST: Final = 50
+
+
+class _NoJson(ValueError):
+    """NaN or Infinity, which Python reads and JSON does not know."""
+
+
+def _refuse_constant(name: str) -> Any:
+    raise _NoJson(name)
+
+
+_DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of one JSON text that any reader takes.
+
+    Raises
+    ------
+    RowError
+        Also for NaN and Infinity, half of a surrogate pair (valid JSON, but no text that can be
+        stored), integers of more digits than Python reads, and what is nested too deeply.
+    """
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        value = _DECODER.decode(text)
+        _check_value(value, text)
+    except json.JSONDecodeError as error:
+        raise RowError("malformed JSON", None, f"{error.msg} at column {error.colno}") from error
+    except _NoJson as error:
+        given = json.loads(text)
+        items = given.items() if isinstance(given, dict) else ()
+        field = next((key for key, item in items if _holds_constant(item)), None)
+        raise RowError("malformed JSON", field, f"{error} is no JSON") from error
+    except UnicodeError as error:
+        raise RowError("malformed JSON", None, error.reason) from error  # type: ignore[attr-defined]
+    except ValueError as error:  # digits of an integer
+        raise RowError("malformed JSON", None, str(error).split(";")[0]) from error
+    except RecursionError as error:
+        raise RowError("nested too deeply") from error
+    return value
+
+
+def _check_value(value: Any, text: str) -> None:
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    if text.count("[") + text.count("{") > _DEEPEST:
+        level, depth = [value], 0
+        while level := [
+            item
+            for one in level
+            for item in (one.values() if isinstance(one, dict) else one)
+            if isinstance(item, (dict, list))
+        ]:
+            depth += 1
+            if depth > _DEEPEST:
+                raise RecursionError
+
+
+def _holds_constant(value: Any) -> bool:
+    """Whether NaN or an infinity stands anywhere in it."""
+    if isinstance(value, (dict, list)):
+        return any(map(_holds_constant, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def json_lines(handle: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Number (from 1) and bytes of each line that is not blank, without a byte order mark.
+
+    Bytes, so that only a line feed ends a line (U+2028 inside a text does not).
+    """
+    for number, line in enumerate(handle, start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield number, line
 
 
 def _record(value: Any, where: str) -> Record:
@@ -118,24 +216,12 @@ def _record(value: Any, where: str) -> Record:
 
 
 def _read_jsonl(handle: Iterable[bytes], name: str) -> Iterator[Record]:
-    """Bytes, so that only a line feed ends a line (U+2028 inside a text does not)."""
-    for number, line in enumerate(handle, start=1):
-        if not line.strip():
-            continue
+    for number, line in json_lines(handle):
         where = f"{name}, line {number}"
         try:
-            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            if b"\\ud" in line or b"\\uD" in line:
-                # Half of a surrogate pair is valid JSON, but no text that can be stored.
-                json.dumps(value, ensure_ascii=False).encode()
-        except json.JSONDecodeError as error:
-            detail = f"{error.msg} at column {error.colno}"
-            yield where, RowError("malformed JSON", None, detail)
-        except (UnicodeError, RecursionError) as error:
-            yield (
-                where,
-                RowError("malformed JSON", None, getattr(error, "reason", "") or str(error)),
-            )
+            value = parse_json(line)
+        except RowError as error:
+            yield where, error
         else:
             yield _record(value, where)
 
@@ -154,6 +240,11 @@ def _read_json(handle: TextIO, name: str) -> Iterator[Record]:
             f"{name}: malformed JSON at line {error.lineno}, column {error.colno} ({error.msg})",
             "mend the file; a file with one object a line should be named .jsonl",
         ) from error
+    except (ValueError, RecursionError) as error:  # an integer's digits; depth
+        why = str(error).split(";")[0]
+        raise DataError(
+            f"{name}: cannot be read ({why})", "write JSONL, which names the row"
+        ) from error
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
         if {"prompt", "chosen", "rejected", "completion", "instruction", "question", "a"} & set(
@@ -170,7 +261,11 @@ def _read_json(handle: TextIO, name: str) -> Iterator[Record]:
     if not isinstance(value, list):
         raise DataError(f"{name}: holds no rows", "write a list of objects, or JSONL")
     for index, item in enumerate(value):
-        yield _record(item, f"{name}, row {index}")
+        where = f"{name}, row {index}"
+        try:
+            yield _record(parse_json(json.dumps(item)), where)
+        except RowError as error:
+            yield where, error
 
 
 def _read_csv(
@@ -220,8 +315,8 @@ def _read_csv(
 def _from_json(cell: str) -> Any:
     """The cell's value; a cell that is no JSON stays text."""
     try:
-        return json.loads(cell)
-    except json.JSONDecodeError:
+        return parse_json(cell)
+    except RowError:
         return cell
 
 
@@ -236,13 +331,16 @@ def _number(cell: str) -> float | str | None:
         return cell if cell.strip() else None
 
 
+_LABELS: Final = {"true": True, "false": False, "1": 1, "0": 0, "": None}
 #: How the cells of a field are read; those of another column are guessed from the whole column.
 _CELLS: Final[dict[str, Callable[[str], Any]]] = {
     **dict.fromkeys(
         (
             *("prompt", "chosen", "rejected", "completion", "a", "b", "instruction", "input"),
             *("question", "query", "context", "messages", "conversations", "output"),
-            *("rejected_response", "rejected_messages", "chosen_response"),
+            *("rejected_response", "rejected_messages", "chosen_response", "response"),
+            *("conversation_a", "conversation_b", "response1", "response2", "response_0"),
+            *("response_1", "response_2", "response_a", "response_b"),
         ),
         _text_or_messages,
     ),
@@ -255,13 +353,14 @@ _CELLS: Final[dict[str, Callable[[str], Any]]] = {
         lambda cell: _from_json(cell) if cell.strip() else None,
     ),
     "margin": _number,
-    "label": lambda cell: {"true": True, "false": False, "": None}.get(cell.strip().lower(), cell),
+    "label": lambda cell: _LABELS.get(cell.strip().lower(), cell),
 }
 
 
 def _guess(cells: list[str]) -> list[Any]:
     filled = [cell for cell in cells if cell != ""]
-    if filled and all(_NUMBER.fullmatch(cell) for cell in filled):
+    longest = max(map(len, filled), default=0)  # (Python reads 4,300 digits)
+    if filled and longest < 400 and all(_NUMBER.fullmatch(cell) for cell in filled):
         return [json.loads(cell) if cell else None for cell in cells]
     if filled and all(cell.lower() in ("true", "false") for cell in filled):
         return [cell.lower() == "true" if cell else None for cell in cells]

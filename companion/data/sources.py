@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from companion.data.columns import exact, reader_of
-from companion.data.readers import Record, file_format, read_file
+from companion.data.readers import Record, file_format, read_file, refuse_pipe
 from companion.errors import DataError
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -46,6 +48,10 @@ def open_source(
     """
     if isinstance(source, Mapping):  # such as a DatasetDict
         return f"split {split_name(split)!r}", _rows(_pick(source, split, "the mapping"), "dataset")
+    if several := _several(source):
+        return source_name(source), _open_several(
+            several, split=split, name=name, revision=revision, rename=rename
+        )
     if not isinstance(source, (str, os.PathLike)):
         if not isinstance(source, Iterable):
             raise DataError(
@@ -55,6 +61,7 @@ def open_source(
         return "dataset", _rows(source, "dataset")
     text = os.fspath(source)
     path = Path(text).expanduser()
+    refuse_pipe(path)
     if path.is_file():
         return path.name, read_file(path, rename)
     if path.is_dir():
@@ -65,6 +72,40 @@ def open_source(
             "check the path; it is taken from the folder that the command runs in",
         )
     return text, _rows(_load_hub(text, split_name(split), name, revision), text)
+
+
+def source_name(source: Any) -> str:
+    """What to call a source in a table or a manifest: its path or id, or those of several."""
+    return ", ".join(map(os.fspath, source)) if _is_names(source) else str(source)
+
+
+def _is_names(source: Any) -> bool:
+    return (
+        isinstance(source, (list, tuple))
+        and bool(source)
+        and all(isinstance(one, (str, os.PathLike)) for one in source)
+    )
+
+
+def _several(source: Any) -> list[Any]:
+    """The names of several sources, or of the files of a glob; empty for anything else."""
+    if _is_names(source):
+        return list(source)
+    if not isinstance(source, (str, os.PathLike)):
+        return []
+    path = Path(source).expanduser()
+    if not glob.has_magic(str(path)) or path.exists():
+        return []
+    return sorted(found for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
+
+
+def _open_several(sources: Sequence[Any], **settings: Any) -> Iterator[Record]:
+    names = Counter(Path(source).name for source in sources)
+    for source in sources:
+        label, records = open_source(source, **settings)
+        twice = names[Path(source).name] > 1  # the rows of such files are called by their paths
+        for where, row in records:
+            yield where.replace(label, str(source), 1) if twice else where, row
 
 
 def _rows(dataset: Iterable[Mapping[str, Any]], label: str) -> Iterator[Record]:

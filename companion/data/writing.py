@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,8 +29,20 @@ def _plain(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """JSON that any tool reads: UTF-8, one line; dates and other types as text."""
-    return json.dumps(value, ensure_ascii=False, default=str)
+    """JSON that any tool reads: UTF-8, one line; dates and other types as text, NaN as null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null in place of NaN and infinities, for which JSON has no word."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

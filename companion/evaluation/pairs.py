@@ -26,6 +26,7 @@ from companion.scoring.results import PairScores
 
 if TYPE_CHECKING:
     from companion.scoring import Scorer
+    from companion.scoring.scorer import OnError
 
 
 @dataclass
@@ -210,6 +211,7 @@ def evaluate_pairs(
     info: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
     seed: int = 0,
+    on_error: OnError = "raise",
 ) -> PairEvaluation:
     """Score held-out pairs and compute every figure.
 
@@ -228,6 +230,8 @@ def evaluate_pairs(
         Called with the number of texts scored since the last call.
     seed : int, default 0
         Of the bootstrap and the band.
+    on_error : {"raise", "skip"}
+        A pair that cannot be formatted or scored is an error, or dropped with its reason.
 
     Raises
     ------
@@ -237,7 +241,7 @@ def evaluate_pairs(
     rows = [dict(row) for row in dataset]
     if not rows:
         raise DataError("there is no pair to evaluate on", "check the split and the limit")
-    scores = scorer.score_pairs(rows, progress=progress)
+    scores = scorer.score_pairs(rows, on_error=on_error, progress=progress)
     if temperature is None:
         temperature = getattr(scorer.manifest, "temperature", None)
     return scored_pairs(rows, scores, temperature=temperature, info=info, seed=seed).measure()

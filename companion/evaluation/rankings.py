@@ -24,6 +24,7 @@ from companion.functional.resampling import Array, accuracy_interval
 
 if TYPE_CHECKING:
     from companion.scoring import Scorer
+    from companion.scoring.scorer import OnError
 
 #: columns with one entry for each completion
 _OF_COMPLETIONS = ("completions", "ranks", "ratings", "rewards")
@@ -64,6 +65,7 @@ def evaluate_rankings(
     info: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
     seed: int = 0,
+    on_error: OnError = "raise",
 ) -> RankingEvaluation:
     """Score held-out rankings and compute every figure. Chapter 3.
 
@@ -74,7 +76,7 @@ def evaluate_rankings(
     dataset : iterable of mappings
         Rows of the kind ``rankings`` (:mod:`companion.data.formats`), with an optional ``rewards``
         column (the truth of each completion) that gives the limit.
-    temperature, info, progress, seed
+    temperature, info, progress, seed, on_error
         As for :func:`companion.evaluation.evaluate_pairs`.
 
     Raises
@@ -91,7 +93,7 @@ def evaluate_rankings(
         texts += [{**shared, "completion": completion} for completion in row["completions"]]
         names += [f"row {i}, completion {k}" for k in range(len(row["completions"]))]
         ends.append(len(texts))
-    scores = scorer.score(texts, names=names, progress=progress)
+    scores = scorer.score(texts, names=names, on_error=on_error, progress=progress)
     if temperature is None:
         temperature = getattr(scorer.manifest, "temperature", None)
     return scored_rankings(

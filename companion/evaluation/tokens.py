@@ -28,6 +28,7 @@ from companion.models.readout import TokenReadout
 
 if TYPE_CHECKING:
     from companion.scoring import Scorer
+    from companion.scoring.scorer import OnError
 
 #: kind of model -> kind of the rows that it is evaluated on
 ROWS = {"outcome": "outcomes", "process": "steps"}
@@ -300,6 +301,7 @@ def evaluate_tokens(
     info: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
     seed: int = 0,
+    on_error: OnError = "raise",
 ) -> TokenEvaluation:
     """Score held-out rows with an outcome or process model and compute every figure. Chapter 3.
 
@@ -317,6 +319,8 @@ def evaluate_tokens(
         Called with the number of texts scored since the last call.
     seed : int, default 0
         Of the bootstrap and the band.
+    on_error : {"raise", "skip"}
+        A row that cannot be formatted or scored is an error, or dropped with its reason.
 
     Raises
     ------
@@ -335,7 +339,7 @@ def evaluate_tokens(
         for i, row in enumerate(rows):
             if row.get("label") not in (0, 1):  # bools are
                 raise DataError(f"row {i}, field 'label': {row.get('label')!r}", "true or false")
-        scores = scorer.score(rows, progress=progress)
+        scores = scorer.score(rows, on_error=on_error, progress=progress)
         found: TokenEvaluation = OutcomeEvaluation(
             list(rows),
             scores.reasons,
@@ -346,7 +350,7 @@ def evaluate_tokens(
         )
     else:
         targets = step_targets(rows, readout, getattr(scorer.manifest, "training", {}))
-        scores = scorer.score(rows, progress=progress)
+        scores = scorer.score(rows, on_error=on_error, progress=progress)
         found = StepEvaluation(
             list(rows), scores.reasons, readout, **about, logits=scores.logits, targets=targets
         )

@@ -102,6 +102,12 @@ def check_messages(value: Sequence[Mapping[str, Any]], where: str) -> list[Messa
             if "from" in message and "value" in message:
                 cure = "rename 'from' to 'role' and 'value' to 'content', gpt to assistant"
             raise DataError(f"{where}: message {number} has the role {role!r}", cure)
+        calls = message.get("tool_calls") or []
+        if not is_messages(calls) or not is_messages([c.get("function", {}) for c in calls]):
+            raise DataError(
+                f"{where}: the tool calls of message {number} are no list of functions",
+                'write [{"type": "function", "function": {"name": …, "arguments": {…}}}]',
+            )
         content = message.get("content")
         if content is None:
             if not message.get("tool_calls"):

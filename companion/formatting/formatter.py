@@ -490,8 +490,13 @@ class RewardFormatter:
         if isinstance(tools, str):  # TRL lets a column of tools be JSON text
             try:
                 tools = json.loads(tools)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: 'tools' is no valid JSON: {error}") from error
+        if tools is not None and not _are_tools(tools):
+            raise DataError(
+                f"{where}: 'tools' is no list of tools",
+                'write [{"type": "function", "function": {"name": …}}]',
+            )
         # (a policy that was given the prompt may echo it: ``drawn`` says that it did)
         both = prompt is not None and completion is not None and not row.get("drawn")
         if both and repeats(prompt, completion):
@@ -501,6 +506,11 @@ class RewardFormatter:
                 "give the completion alone, or the whole text or conversation without 'prompt'",
             )
         kwargs = row.get("chat_template_kwargs")
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise DataError(
+                f"{where}: 'chat_template_kwargs' is a {type(kwargs).__name__}, no mapping",
+                'write e.g. {"enable_thinking": false}',
+            )
         given = Given(f"{where}, {field!r}", terminated, tools, kwargs)
         return self._draft(prompt, completion, given)
 
@@ -913,6 +923,15 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _texts(item)
+
+
+def _are_tools(tools: Any) -> bool:
+    """Whether it is a list of functions, or of their JSON schemas, each with a name or none."""
+    return isinstance(tools, (list, tuple)) and all(
+        callable(tool)
+        or (isinstance(tool, Mapping) and isinstance(tool.get("function", {}), Mapping))
+        for tool in tools
+    )
 
 
 def _n_shared(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -217,7 +217,7 @@ def _call_pieces(call: Any, text: str) -> Iterator[str]:
         if isinstance(arguments, str):
             if _stands(arguments, text):  # JSON text that was written as it is
                 return
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(ValueError, RecursionError):
                 arguments = json.loads(arguments)
         yield from _leaves(arguments)
 
@@ -263,8 +263,10 @@ def repeats(prompt: Any, completion: Any) -> bool:
             return False
         head, whole = _collapsed(prompt), _collapsed(completion)
         return len(whole) > len(head) and whole.startswith(head) and not whole[len(head)].isalnum()
-    if isinstance(prompt, str) or isinstance(completion, str) or not prompt or not completion:
+    if not all(isinstance(x, (list, tuple)) and x for x in (prompt, completion)):
         return False
+    if not isinstance(completion[0], Mapping):
+        return False  # no messages: whoever reads it says so
     if completion[0].get("role") not in ("system", "developer", "user"):
         return False
     asked, given = (

@@ -85,6 +85,8 @@ class ScoreRewards(PipelineStep):
         scorer = load_scorer(self.model, **self.loading)
         for source, target in own:
             with self.track_time("file"):
-                report = score_file(scorer, source, target, whole=True, **self.settings)
+                report = score_file(
+                    scorer, source, target, whole=True, allow_empty=True, **self.settings
+                )
             self.stat_update("rows", value=report.rows, unit="file")
             self.stat_update("without_score", value=report.without_score, unit="file")

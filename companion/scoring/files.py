@@ -1,4 +1,4 @@
-"""Score a JSONL file in chunks; go on where a run was stopped; lose and double no row.
+"""Score a file in chunks; go on where a run was stopped; lose and double no row.
 
 The output has one line for each row of the input, in its order, so the number of whole lines says
 where to go on. A line that was torn by a kill is cut off first. A small file beside the output
@@ -10,11 +10,9 @@ the number of processes may be another when a run goes on. Chapter 6.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +22,9 @@ from typing import IO, Any, TypedDict, Unpack
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
+from companion.data.problems import RowError, RowProblem
+from companion.data.readers import file_format, json_lines, open_bytes, parse_json, read_file
+from companion.data.writing import to_json
 from companion.errors import DataError
 from companion.layouts import rename_columns
 from companion.scoring.processes import across_processes, add_up_counts, in_first_process
@@ -37,8 +38,10 @@ _OURS = frozenset(
         *("token_scores", "step_scores", "step_wrong", "first_error"),
     }
 )
-#: index of a row, and the number and bytes of its line
-Line = tuple[int, tuple[int, bytes]]
+#: a row's place, and what stands there: the bytes of a line, or the row of a table
+Place = tuple[str, bytes | dict[str, Any] | RowError]
+#: index of a row, and its place
+Line = tuple[int, Place]
 _OVERWRITE = "give another output, or --overwrite to begin anew"
 
 
@@ -71,6 +74,8 @@ class Writing(TypedDict, total=False):
     whole : bool
         Let the output appear under its name only when it has all rows; until then it is called
         ``<output>.part``.
+    allow_empty : bool
+        An input without rows is no error, but a file of a corpus.
     """
 
     overwrite: bool
@@ -79,6 +84,7 @@ class Writing(TypedDict, total=False):
     on_total: Progress | None
     processes: PartialState | None
     whole: bool
+    allow_empty: bool
 
 
 def score_file(
@@ -93,7 +99,9 @@ def score_file(
     on_error: OnError = "raise",
     **writing: Unpack[Writing],
 ) -> FileReport:
-    """Score ``input_path`` (.jsonl or .jsonl.gz) into ``output_path`` (.jsonl).
+    """Score ``input_path`` into ``output_path`` (.jsonl).
+
+    The input is .jsonl (also .gz, and any other name), .json, .csv, .tsv or .parquet.
 
     Parameters
     ----------
@@ -109,8 +117,8 @@ def score_file(
     completion_field, terminated, on_error
         As in :meth:`RewardScorer.score`; with ``on_error="skip"`` a bad row gets an ``error``.
     **writing
-        ``overwrite``, ``chunk_rows``, ``progress``, ``on_total``, ``processes`` and ``whole``; see
-        :class:`Writing`.
+        ``overwrite``, ``chunk_rows``, ``progress``, ``on_total``, ``processes``, ``whole`` and
+        ``allow_empty``; see :class:`Writing`.
 
     Returns
     -------
@@ -119,7 +127,8 @@ def score_file(
     Raises
     ------
     DataError
-        For a bad row (file and line), or an output that belongs to another run.
+        For a bad row (file and line), an input without rows or one that is a pipe, or an output
+        that belongs to another run.
     """
     source = Path(input_path)
     reference = scorer.reference
@@ -161,8 +170,9 @@ def write_in_chunks(
     on_total: Progress | None = None,
     processes: PartialState | None = None,
     whole: bool = False,
+    allow_empty: bool = False,
 ) -> FileReport:
-    """Write one record for each row of a JSONL file, in order; go on where a run was stopped.
+    """Write one record for each row of a file, in order; go on where a run was stopped.
 
     Parameters
     ----------
@@ -173,7 +183,7 @@ def write_in_chunks(
         What the records depend on besides the input, as JSON; a run goes on only if it is the same.
     input_path, output_path
         As for :func:`score_file`, with its errors.
-    overwrite, chunk_rows, progress, on_total, processes, whole
+    overwrite, chunk_rows, progress, on_total, processes, whole, allow_empty
         See :class:`Writing`.
     """
     source, target = Path(input_path), Path(output_path)
@@ -193,6 +203,8 @@ def write_in_chunks(
                 target.unlink(missing_ok=True)
             written = part if whole and not target.exists() else target
             digest, rows = _input_digest(source)
+            if not rows and not allow_empty:
+                raise DataError(f"{source}: empty dataset, no rows", "check the file")
             now = {"version": _STATE_VERSION, "input": {"sha256": digest, "rows": rows}, **state}
             written.parent.mkdir(parents=True, exist_ok=True)
             out = stack.enter_context(_locked(written))
@@ -212,7 +224,7 @@ def write_in_chunks(
         while chunk := list(islice(numbered, at_a_time)):
             records = across_processes(chunk, records_of, processes)
             if out is not None:
-                out.write("".join(_to_json(record) for record in records).encode())
+                out.write("".join(to_json(record) + "\n" for record in records).encode())
                 out.flush()
                 os.fsync(out.fileno())
             failed = sum("error" in record for record in records)
@@ -220,6 +232,13 @@ def write_in_chunks(
             report.scored += len(records) - failed
             if progress is not None:
                 progress(len(records))
+        read = report.resumed_at + report.scored + report.without_score
+        if read != rows:
+            raise DataError(
+                f"{source}: {rows} rows were counted and {read} read: the file was changed "
+                "meanwhile",
+                "run again with --overwrite, when nothing writes to it any more",
+            )
         if out is not None and part.exists():
             os.replace(part, target)
     return report
@@ -228,41 +247,44 @@ def write_in_chunks(
 # ---------------------------------------------------------------------- input
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Line number (from 1) and bytes of each line that is not blank."""
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                    line = line[3:]
-                if line.strip():
-                    yield number, line
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file", "check the path") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{path}: is a folder", "give a .jsonl or .jsonl.gz file") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{path} after line {number}: the gzip file is damaged: {error}", "fetch it again"
-        ) from error
+def _lines(path: Path) -> Iterator[Place]:
+    """Place and content of each row."""
+    if file_format(path) not in (None, "jsonl"):
+        yield from read_file(path)
+        return
+    with open_bytes(path) as file:
+        for number, line in json_lines(file):
+            yield f"{path} line {number}", line
 
 
 def _input_digest(path: Path) -> tuple[str, int]:
+    """SHA-256 of what the rows are, and their number."""
     digest, rows = hashlib.sha256(), 0
-    for _, line in _lines(path):
-        digest.update(line)
+    for _, row in _lines(path):
+        digest.update(row if isinstance(row, bytes) else to_json(_described(row)).encode())
         rows += 1
     return digest.hexdigest(), rows
 
 
-def parse_line(path: Path, number: int, line: bytes) -> Any:
-    where = f"{path} line {number}"
+def _described(row: dict[str, Any] | RowError) -> Any:
+    return row if isinstance(row, dict) else [row.reason, row.field, row.detail]
+
+
+def parse_line(place: Place) -> Any:
+    """The row of a line or of a table.
+
+    Raises
+    ------
+    DataError
+        Names the place.
+    """
+    where, given = place
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{where}: no valid JSON: {error}", "one JSON value a line") from error
+        row = parse_json(given) if isinstance(given, bytes) else given
+        if isinstance(row, RowError):
+            raise row
+    except RowError as error:
+        raise RowProblem.of(error, where).as_error() from error
     if not isinstance(row, (dict, str, list)):
         raise DataError(f"{where}: a {type(row).__name__}, not an object, a text or messages")
     return row
@@ -274,7 +296,7 @@ def parse_line(path: Path, number: int, line: bytes) -> Any:
 def _score_chunk(
     scorer: Scorer[Any],
     source: Path,
-    chunk: Sequence[tuple[int, tuple[int, bytes]]],
+    chunk: Sequence[Line],
     fields: Sequence[str],
     completion_field: str,
     terminated: bool | None,
@@ -282,31 +304,29 @@ def _score_chunk(
     columns: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     rows: list[Any] = []
-    for _, (number, line) in chunk:
+    for _, place in chunk:
         try:
-            rows.append(parse_line(source, number, line))
+            rows.append(parse_line(place))
         except DataError as error:
             if on_error == "raise":
                 raise
             rows.append(error)
-    good = [place for place, row in enumerate(rows) if not isinstance(row, DataError)]
-    given = [rows[place] for place in good]
+    good = [i for i, row in enumerate(rows) if not isinstance(row, DataError)]
+    names = [chunk[i][1][0] for i in good]
+    given = [rows[i] for i in good]
     if columns:
         if not chunk[0][0]:
             _check_columns(given, columns, source)
-        named = zip(given, good, strict=True)
         given = [
-            rename_columns(row, columns, f"{source} line {chunk[place][1][0]}")
-            if isinstance(row, dict)
-            else row
-            for row, place in named
+            rename_columns(row, columns, name) if isinstance(row, dict) else row
+            for row, name in zip(given, names, strict=True)
         ]
     scores = scorer.score(
         given,
         terminated=terminated,
         field=completion_field,
         on_error=on_error,
-        names=[f"{source} line {chunk[place][1][0]}" for place in good],
+        names=names,
     )
     records = []
     scored = iter(range(len(good)))
@@ -334,10 +354,6 @@ def _check_columns(rows: Sequence[Any], columns: Mapping[str, str], source: Path
             f"{source}: no column {missing[0]!r} to rename",
             f"there are: {', '.join(sorted(names))}",
         )
-
-
-def _to_json(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from companion.scoring.files import Line, parse_line, write_in_chunks
 from companion.scoring.processes import add_up_counts
 from companion.scoring.reward_function import TEMPLATE_COLUMNS
 from companion.scoring.scorer import OnError, Progress, Scorer
-from companion.search.search import best_first, score_rows
+from companion.search.search import best_first
 
 
 @dataclass
@@ -103,9 +103,10 @@ def rank_file(
     scorer : Scorer
         Here or on a server.
     input_path : path
-        .jsonl or .jsonl.gz. Each row has a ``prompt`` and, without a policy, ``completions``: a
-        list of N texts or lists of messages; optionally ``terminated``, a list of N booleans,
-        and ``tools`` and ``chat_template_kwargs``, which are written out with the best.
+        As of :func:`companion.scoring.score_file`. Each row has a ``prompt`` and, without a policy,
+        ``completions``: a list of N texts or lists of messages; optionally ``terminated``, a list
+        of N booleans, and ``tools`` and ``chat_template_kwargs``, which are written out with the
+        best.
     output_path : path
         The best as rows of ``prompt`` and ``completion``, as TRL's ``SFTTrainer`` takes them, in
         the form (text or messages) of the input. A completion that was cut off is never among
@@ -164,7 +165,7 @@ def rank_file(
     done = write_in_chunks(
         source,
         ranks,
-        lambda chunk: _chunk_records(scorer, source, chunk, policy, sampling, on_error),
+        lambda chunk: _chunk_records(scorer, chunk, policy, sampling, on_error),
         state,
         overwrite=overwrite,
         chunk_rows=chunk_rows,
@@ -188,7 +189,6 @@ def rank_file(
 
 def _chunk_records(
     scorer: Scorer[Any],
-    source: Path,
     chunk: Sequence[Line],
     policy: Policy | None,
     sampling: Mapping[str, Any],
@@ -196,9 +196,9 @@ def _chunk_records(
 ) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     errors: dict[int, DataError] = {}
-    for index, (number, line) in chunk:
+    for index, place in chunk:
         try:
-            rows[index] = _row(parse_line(source, number, line), f"{source} line {number}", policy)
+            rows[index] = _row(parse_line(place), place[0], policy)
         except DataError as error:
             if on_error == "raise":
                 raise
@@ -217,9 +217,16 @@ def _chunk_records(
         if index not in errors
         for text, end in zip(row["completions"], row["terminated"], strict=True)
     ]
-    values, reasons, _ = score_rows(scorer, flat)
+    names = [
+        f"{row['where']}, completion {number}"
+        for index, row in rows.items()
+        if index not in errors
+        for number in range(len(row["completions"]))
+    ]
+    scores = scorer.score(flat, on_error="skip", names=names)
+    values, reasons = scores.raw, scores.reasons
     records, begin = [], 0
-    for index, (number, _) in chunk:
+    for index, (where, _) in chunk:
         if index in errors:
             records.append({"index": index, "error": errors[index].what})
             continue
@@ -227,7 +234,7 @@ def _chunk_records(
         begin = part.stop
         record = _record(index, rows[index], values[part], reasons[part])
         if "error" in record and on_error == "raise":
-            raise DataError(f"{source} line {number}: {record['error']}")
+            raise DataError(f"{where}: {record['error']}")
         records.append(record)
     return records
 

@@ -13,16 +13,20 @@ from typing import Any
 
 from trl import RewardConfig
 
+from companion.data.mixing import is_mix
 from companion.engine.devices import has_bf16
 from companion.errors import CompanionError
 from companion.training.launching import settle_on_cpu
 
 
-def setting(default: Any = MISSING, help: str = "", choices: Any = (), **factory: Any) -> Any:
+def setting(
+    default: Any = MISSING, help: str = "", choices: Any = (), nargs: str = "", **factory: Any
+) -> Any:
     """A field that is a flag of the command line, with its text, and what may be chosen."""
     if default is not MISSING:
         factory["default"] = default
-    return field(metadata={"help": help, **({"choices": choices} if choices else {})}, **factory)
+    more = {name: value for name, value in (("choices", choices), ("nargs", nargs)) if value}
+    return field(metadata={"help": help, **more}, **factory)
 
 
 def not_offered(why: str, default: Any = None) -> Any:
@@ -62,7 +66,14 @@ class SourceArguments:
     _argument_group_name = "data"
 
     dataset_name: str | None = setting(
-        None, "Rows: a file (.jsonl, .parquet, .csv, …), a folder, or a hub id."
+        None,
+        "Rows: a file (.jsonl, .parquet, .csv, …), a glob, a folder, or a hub id; or several.",
+        nargs="+",
+    )
+    dataset_mix: str | None = setting(
+        None,
+        "In place of dataset_name: a YAML file of sources with weights, which are mixed in exact "
+        "counts (README; companion.data.mixing). The manifest keeps the recipe.",
     )
     dataset_config: str | None = setting(None, "Configuration of a hub dataset.")
     dataset_revision: str | None = setting(None, "Branch, tag or commit of a hub dataset.")
@@ -85,6 +96,23 @@ class SourceArguments:
         "Bad rows: stop with all of them named, or skip and count them.",
         choices=["raise", "skip"],
     )
+
+    def __post_init__(self) -> None:
+        names: Any = self.dataset_name
+        if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
+            self.dataset_name = names[0]
+        if self.dataset_mix is None:
+            return
+        if names not in (None, self.dataset_mix):
+            raise CompanionError(
+                "--dataset_name and --dataset_mix are given",
+                "name that source in the mixture too, or leave one of them out",
+            )
+        if not is_mix(self.dataset_mix):
+            raise CompanionError(
+                f"--dataset_mix {self.dataset_mix}: no YAML file", "give a file with sources"
+            )
+        self.dataset_name = self.dataset_mix
 
 
 #: of kinds whose trainer is not TRL's

@@ -20,7 +20,9 @@ from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback
 
 from companion.data.loading import load_rows, load_rows_with_report
+from companion.data.mixing import recipe_of
 from companion.data.pages import release_pages, sparing
+from companion.data.sources import source_name
 from companion.data.splits import (
     dataset_fingerprint,
     duplicate_report,
@@ -244,7 +246,8 @@ def train(
     if main:
         manifest.metrics = test.measure().metrics
         manifest.data = {
-            name: _describe(sources[name], own, reports[name]) for name, own in digests.items()
+            name: _describe(sources[name], own, reports[name], recipe_of(sets[name]))
+            for name, own in digests.items()
         }
         manifest.data["held_out"] |= {"calibration": len(calibration), "test": len(test)}
     reward_model = _save(trainer, start, manifest)
@@ -303,7 +306,7 @@ def load_sets(
     """
     margins = {"margins": data.margins} if isinstance(data, DataArguments) else {}
     rows, held, notes = load_given(data, kind, **margins)
-    source = held_source = str(data.dataset_name)
+    source = held_source = source_name(data.dataset_name)
     if held is None:
         rows, held = split_by_prompt(rows, data.eval_fraction, seed=data.split_seed, exact=True)
     elif data.eval_dataset_name is not None:
@@ -363,10 +366,13 @@ def _halves(given: Dataset, rows: Dataset, data: RowArguments) -> tuple[list[int
     return calibration, test
 
 
-def _describe(source: str, rows: np.ndarray, report: FormatReport) -> dict[str, Any]:
-    """Where a set came from, its fingerprint, and what became of its rows."""
+def _describe(
+    source: str, rows: np.ndarray, report: FormatReport, mix: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Where a set came from, its fingerprint, what became of its rows, the recipe of a mixture."""
     counts = {key: value for key, value in report.to_dict().items() if key != "source"}
-    return {"source": source, "sha256": dataset_fingerprint(rows), **counts}
+    recipe = {} if mix is None else {"mix": mix}
+    return {"source": source, "sha256": dataset_fingerprint(rows), **counts, **recipe}
 
 
 def _check_arguments(model: ModelArguments, data: RowArguments) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from companion import load_rows, load_rows_with_report, write_rows
 from companion.data.problems import CURES
+from companion.data.readers import read_file
 from companion.errors import DataError
 
 USER = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -72,7 +75,7 @@ CASES: list[tuple[str, Callable[..., dict[str, Any]], dict[str, Any], str, str]]
     ("pairs", chat, {"prompt": said("user", 5)}, "wrong type", "prompt"),
     ("pairs", chat, {"rejected": GOOD}, "chosen equals rejected", "chosen"),
     ("pairs", chat, {"prompt": ...}, "no shared prompt", "chosen"),
-    ("outcomes", outcome, {"label": 1}, "label not bool", "label"),
+    ("outcomes", outcome, {"label": 2}, "label not bool", "label"),
     ("outcomes", outcome, {"label": "true"}, "label not bool", "label"),
     ("outcomes", outcome, {"label": None}, "null", "label"),
     ("outcomes", outcome, {"label": ...}, "missing field", "label"),
@@ -88,7 +91,13 @@ CASES: list[tuple[str, Callable[..., dict[str, Any]], dict[str, Any], str, str]]
     ("steps", steps, {"completions": [], "labels": []}, "empty completion", "completions"),
     ("steps", steps, {"completions": "a"}, "wrong type", "completions"),
     ("rankings", ranking, {"ranks": [1, 2]}, "lengths differ", "ranks"),
-    ("rankings", ranking, {"ranks": [1, 2, float("nan")]}, "rating not finite", "ranks[2]"),
+    ("rankings", ranking, {"ranks": [1, 2, float("nan")]}, "malformed JSON", "ranks"),
+    ("rankings", ranking, {"ranks": [1, 2, 10**400]}, "rating not finite", "ranks[2]"),
+    ("pairs", pair, {"id": float("nan")}, "malformed JSON", "id"),
+    ("pairs", pair, {"id": -float("inf")}, "malformed JSON", "id"),
+    ("pairs", pair, {"id": 2**63}, "number too large", "id"),
+    ("pairs", pair, {"votes": [1, 2**64]}, "number too large", "votes"),
+    ("pairs", pair, {"votes": [1, "x"]}, "mixed types", "votes"),
     ("rankings", ranking, {"ranks": [1, 2, "x"]}, "rating not finite", "ranks[2]"),
     ("rankings", ranking, {"ranks": ...}, "missing field", "ranks"),
     ("rankings", ranking, {"completions": ["a"]}, "too few completions", "completions"),
@@ -122,13 +131,15 @@ def test_a_bad_row_is_named(
     assert len(load_rows([make(), make()], kind=kind)) == 2
 
 
-@pytest.mark.parametrize("margin", [float("nan"), float("inf"), "big", True])
+@pytest.mark.parametrize("margin", [float("nan"), float("inf"), "big", True, 10**400])
 def test_a_margin_must_be_a_finite_number(tmp_path: Path, margin: Any) -> None:
     path = tmp_path / "x.jsonl"
     rows = [pair(margin=1), pair(margin=margin)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"line 2, field 'margin': margin not finite"):
+    with pytest.raises(DataError, match=r"line 2, field 'margin': (margin not fin|malformed JSON)"):
         load_rows(path)
+    with pytest.raises(DataError, match=r"row 1, field 'margin': margin not finite"):
+        load_rows(rows)
 
 
 def test_a_margin_that_only_some_rows_have() -> None:
@@ -154,6 +165,8 @@ def test_an_odd_first_row_is_the_odd_one() -> None:
         (b"[1, 2", "Expecting ',' delimiter"),
         (b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}', "invalid start byte"),
         (b'{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}', "surrogates not allowed"),
+        (b'{"prompt": "x", "id": ' + b"9" * 5000 + b"}", "limit (4300 digits)"),
+        (b'{"prompt": "x", "id": NaN}', "NaN is no JSON"),
     ],
 )
 def test_malformed_json_names_the_line(tmp_path: Path, line: bytes, detail: str) -> None:
@@ -162,9 +175,32 @@ def test_malformed_json_names_the_line(tmp_path: Path, line: bytes, detail: str)
     path.write_bytes(b"\n".join([good, b"", good, line, good, b""]))
     with pytest.raises(DataError) as caught:
         load_rows(path)
-    assert "x.jsonl, line 4: malformed JSON" in caught.value.what
+    assert "x.jsonl, line 4" in caught.value.what
+    assert ": malformed JSON" in caught.value.what
     assert detail in caught.value.what
     assert len(load_rows(path, on_error="skip")) == 3
+
+
+@pytest.mark.parametrize("levels", [60, 5000, 200_000])
+def test_a_row_that_is_nested_too_deeply(tmp_path: Path, levels: int) -> None:
+    path = tmp_path / "x.jsonl"
+    deep = json.dumps(pair())[:-1] + ', "extra": ' + "[" * levels + "]" * levels + "}"
+    path.write_text("\n".join([json.dumps(pair()), deep, json.dumps(pair())]))
+    with pytest.raises(DataError, match="line 2: nested too deeply"):
+        load_rows(path)
+    assert len(load_rows(path, on_error="skip")) == 2
+    path.write_text(json.dumps(pair())[:-1] + ', "extra": ' + "[" * 49 + "]" * 49 + "}")
+    assert len(load_rows(path)) == 1
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    os.mkfifo(path)
+    for source in (path, "/dev/null"):
+        with pytest.raises(DataError, match=r"pipe or a device.*\n.*write them to a file"):
+            load_rows(source)
+    with pytest.raises(DataError, match="pipe or a device"):
+        list(read_file(path))
 
 
 def test_a_line_that_is_no_object(tmp_path: Path) -> None:
@@ -315,8 +351,9 @@ def test_wrong_arguments() -> None:
 
 def test_another_column_of_mixed_types_is_named() -> None:
     rows = [pair(id="a"), pair(id="b"), pair(id=3)]
-    with pytest.raises(DataError, match=r"row 2, field 'id': mixed types \(int here, str"):
+    with pytest.raises(DataError, match=r"row 2, field 'id': mixed types \(number here, text in"):
         load_rows(rows)
+    assert load_rows(rows, on_error="skip")["id"][:] == ["a", "b"]
 
 
 @pytest.mark.parametrize("chunks", [16, 1])
@@ -324,7 +361,7 @@ def test_mixed_types_between_chunks(chunks: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("companion.data.loading._CHUNK", 2)
     monkeypatch.setattr("companion.data.loading._CHUNKS", chunks)
     with pytest.raises(DataError, match=r"mixed types: the chunks that begin at dataset, row 0"):
-        load_rows([pair(id="a"), pair(id="b"), pair(id=3), pair(id=4)])
+        load_rows([pair(id="a"), pair(id="b"), pair(id=date.today()), pair(id=date.today())])
 
 
 def test_nothing_usable_is_an_error_even_when_skipping() -> None:

@@ -48,6 +48,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"prompt": "p", "completions": ["a", "b", "c"], "labels": [1, 0, -1], "rest": ["d"]},
         {"prompt": "p", "completions": ["a", "b"], "labels": [None, 1], "rest": []},
     ],
+    "scores": [
+        {"prompt": "p", "completion": "a", "score": 0.5, "id": "1"},
+        {"prompt": "p", "completion": "NA", "score": -1.25, "id": "2"},
+    ],
     "prompts": [{"prompt": USER, "answer": "4"}, {"prompt": USER, "answer": "04"}],
 }
 

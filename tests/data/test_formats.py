@@ -282,6 +282,17 @@ def test_step_labels() -> None:
     assert not report.notes
 
 
+def test_classes_and_probabilities_are_not_mixed() -> None:
+    """Arrow would make -1.0 of -1, which is no probability."""
+    rows = [{"prompt": "p", "completions": ["a", "b"], "labels": x} for x in ([1, -1], [0.5, 1])]
+    with pytest.raises(
+        DataError, match=r"field 'labels': mixed types \(probabilities here, classes"
+    ):
+        load_rows(rows, kind="steps")
+    rows[0]["labels"] = [1, 0]  # which may be probabilities, written by JSON
+    assert load_rows(rows, kind="steps")["labels"][:] == [[1, 0], [0.5, 1]]
+
+
 def test_load_report_counts_everything() -> None:
     base = {"prompt": "p", "a": "x", "b": "y"}
     rows = [base | {"preference": v} for v in ("a", "tie", "what", "b")]

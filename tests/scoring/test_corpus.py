@@ -94,7 +94,10 @@ def check(model: Path, corpus: Path) -> None:
         source = source if source.exists() else source.with_suffix(".jsonl.gz")
         plain = corpus.parent / "plain.jsonl"
         arguments = ["--model", str(model), "--input", str(source), "--output", str(plain)]
-        main(["score", *arguments, "--on_error", "skip", "--overwrite"])
+        code = main(["score", *arguments, "--on_error", "skip", "--overwrite"])
+        if name == "b.jsonl":  # alone, an empty file is an error
+            assert code == 2
+            plain.write_text("")
         found, expected = (
             [json.loads(line) for line in file.read_text().splitlines()]
             for file in (scores / name, plain)
