@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from companion.data.splits import prompt_key
-from companion.data.writing import write_rows
+from companion.data.writing import write_rows, write_text
 from companion.errors import CompanionError
 from companion.evaluation.pairs import PairEvaluation, evaluate_pairs
 from companion.evaluation.report import write_report
@@ -225,6 +225,18 @@ def run_quickstart(
         row["gold"] = grade(row["prompt"][0]["content"], row["completion"]).reward
         row |= scores.record(i)
     result = QuickstartResult(output, evaluation, canaries, weights, examples, seconds)
+
+    def keep() -> None:
+        record = {
+            "config": asdict(config),
+            "metrics": evaluation.to_dict()["metrics"],
+            "weights": weights,
+            "canaries": {k: v["accuracy"] for k, v in canaries.metrics["subsets"].items()},
+            "seconds": seconds,
+        }
+        write_text(output / _MARK, json.dumps(record, indent=1) + "\n")
+
+    keep()  # (figures that cannot be drawn lose nothing of it)
     write_report(
         result.report,
         title="Quickstart: a reward model for the tutor",
@@ -233,14 +245,7 @@ def run_quickstart(
         run_info=_run_info(config, result),
     )
     lap("report")
-    record = {
-        "config": asdict(config),
-        "metrics": evaluation.to_dict()["metrics"],
-        "weights": weights,
-        "canaries": {k: v["accuracy"] for k, v in canaries.metrics["subsets"].items()},
-        "seconds": seconds,
-    }
-    (output / _MARK).write_text(json.dumps(record, indent=1) + "\n")
+    keep()
     return result
 
 

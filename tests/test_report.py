@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from companion import write_report
 from companion.evaluation import PairEvaluation, evaluate_pairs, figures
+from companion.evaluation.report import inline_figure
 
 EVIL = "<script>alert('x')</script> & <b>\"bold\"</b>"
 
@@ -136,6 +137,23 @@ def test_report_is_complete_escaped_and_self_contained(
     for colour in (figures.BLUE, figures.ORANGE, figures.GREEN, "#222222", "#000000"):
         assert colour.lower() not in svg
     assert "var(--blue)" in svg
+
+
+def test_a_dollar_in_a_name_is_no_formula(result: PairEvaluation, tmp_path: Path) -> None:
+    """And a figure that cannot be drawn does not take the page with it."""
+    figures_ = result.metrics["subsets"]
+    some = next(iter(figures_.values()))
+    figures_["$\\frac{x$ and $5"] = some
+    page = write_report(tmp_path / "r.html", title="t", evaluation=result).read_text()
+    assert "could not be drawn" not in page
+    Page(page)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("<no figure>")
+
+    name, caption, drawn = inline_figure("margins", "Margins", broken)
+    assert (name, caption) == ("margins", "Margins")
+    assert "could not be drawn: &lt;no figure&gt;" in drawn
 
 
 def test_best_and_worst_pairs_are_those(result: PairEvaluation, tmp_path: Path) -> None:

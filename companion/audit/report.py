@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 from companion import __version__
 from companion.audit.outcome import Check, Level, Outcome
+from companion.data.writing import write_text
 from companion.errors import DataError
 from companion.evaluation.tables import format_table, interval
 
@@ -247,7 +248,7 @@ class AuditReport:
         # (a size may be infinite, which JSON has no word for)
         data = _plain(self.to_dict())
         text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-        return _write(path, text + "\n")
+        return write_text(path, text + "\n")
 
     def write_html(self, path: str | os.PathLike[str]) -> Path:
         """Write it as one HTML file that needs no network; folders are made.
@@ -274,7 +275,7 @@ class AuditReport:
                 *(("note", note) for note in self.notes),
             ],
         )
-        return _write(path, page)
+        return write_text(path, page)
 
     def write_junit(self, path: str | os.PathLike[str]) -> Path:
         """Write it as JUnit XML, which CI systems gate on; folders are made.
@@ -314,7 +315,9 @@ class AuditReport:
         suites.append(suite)
         ElementTree.indent(suites)
         text = ElementTree.tostring(suites, encoding="unicode", xml_declaration=True)
-        return _write(path, text.replace("<?xml version='1.0' encoding='us-ascii'?>", _HEAD) + "\n")
+        return write_text(
+            path, text.replace("<?xml version='1.0' encoding='us-ascii'?>", _HEAD) + "\n"
+        )
 
 
 _HEAD: Final = '<?xml version="1.0" encoding="UTF-8"?>'
@@ -379,14 +382,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value
-
-
-def _write(path: str | os.PathLike[str], text: str) -> Path:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # (a lone surrogate, which a tokenizer may give, has no UTF-8)
-    target.write_bytes(text.encode("utf-8", "replace"))
-    return target
 
 
 # ---------------------------------------------------------------------- two audits

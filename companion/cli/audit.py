@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     from companion.audit.waivers import read_waivers, split_limits, split_waivers
 
     for file in (args.json, args.html, args.junit):
-        check_target(file)
+        check_target(file, args.data, args.waivers)
     if args.max_requests is not None and args.max_requests < 0:
         raise DataError(f"--max_requests is {args.max_requests}", "give a positive number")
     waivers = split_waivers(args.waive)

@@ -22,6 +22,7 @@ from companion.cli.shared import (
     progress_bar,
     say_noticed,
 )
+from companion.data.writing import write_text
 from companion.errors import DataError, ModelError
 
 #: flags with which scores are no longer those that the manifest's reference would be of
@@ -84,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score with both, compare, print, write; return 0."""
-    check_target(args.json)
+    check_target(args.json, args.data, *(args.audits or ()))
     if args.audits is not None:
         return _audits(args)
     for name in ("old", "new", "data"):
@@ -139,7 +140,7 @@ def _audits(args: argparse.Namespace) -> int:
     print(found.table())
     if args.json is not None:
         text = json.dumps(found.to_dict(), ensure_ascii=False, indent=1)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        write_text(args.json, text + "\n")
     return 0
 
 

@@ -260,7 +260,7 @@ def _split(args: argparse.Namespace) -> int:
         prompt_key,
         split_by_prompt,
     )
-    from companion.data.writing import whole_file, write_rows
+    from companion.data.writing import check_output, write_rows, write_text
 
     folder = Path(args.output_dir)
     paths = {name: folder / f"{name}.jsonl" for name in ("train", "test")}
@@ -268,6 +268,8 @@ def _split(args: argparse.Namespace) -> int:
     if there and not args.overwrite:
         raise DataError(f"{', '.join(there)} exists", "give another --output_dir, or --overwrite")
     dataset, report = _load(args, args.on_error)
+    for path in paths.values():
+        check_output(path, args.source, regular=True)
     train, test = split_by_prompt(
         dataset, args.test_fraction, seed=args.seed, key=args.by or prompt_key, exact=args.exact
     )
@@ -282,9 +284,8 @@ def _split(args: argparse.Namespace) -> int:
         "overlap": overlap.as_dict(),
         "sha256": {"train": dataset_fingerprint(train), "test": dataset_fingerprint(test)},
     }
-    with whole_file(folder / "split.json") as part_file:
-        text = json.dumps(record, ensure_ascii=False, indent=2)
-        part_file.write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(record, ensure_ascii=False, indent=2)
+    write_text(folder / "split.json", text + "\n")
     print(f"{overlap}\nwritten to {folder}: train.jsonl, test.jsonl, split.json")
     if not overlap.clean:
         print(f"warning: split by {args.by!r}, prompts stand in both parts", file=sys.stderr)
@@ -292,8 +293,9 @@ def _split(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from companion.data.writing import write_rows
+    from companion.data.writing import check_output, write_rows
 
+    check_output(args.output, args.source)
     dataset, report = _load(args, args.on_error)
     written = write_rows(dataset, args.output)
     print(f"{written:,} {report.kind} written to {args.output}")

@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, score, compute, print; return 0."""
     for target in (args.json, args.report):
-        check_target(target)
+        check_target(target, args.dataset_name)
     from companion.data.sources import source_name
     from companion.scoring import model_kind
 

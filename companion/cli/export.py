@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from companion.cli.shared import add_flags, check_target
+from companion.data.writing import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         export.check_target(args.output)
         text = json.dumps(export.contents, indent=2, ensure_ascii=False)
-        args.output.write_text(text + "\n", encoding="utf-8")
+        write_text(args.output, text + "\n")
     if args.json:
         print(json.dumps(export.to_dict(), indent=2, ensure_ascii=False))
         return 0

@@ -94,13 +94,16 @@ def _json(text: str) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Judge the file; 0 if at least one row has a verdict."""
-    check_target(args.report)
+    cache = args.cache or f"{args.output}.cache"
+    check_target(args.output, args.input, cache, regular=True)
+    check_target(args.report, args.input, args.output, cache)
+    check_target(cache, args.input, regular=True)
     from companion.judge import judge_file, judge_report, load_template
 
     template = load_template(args.template)
     if args.report is not None and template.mode != "pairwise":
         raise DataError("--report is for pairs", "leave it out with a pointwise template")
-    judge = open_judge(args, template, args.cache or f"{args.output}.cache")
+    judge = open_judge(args, template, cache)
     with judge, progress_bar("judging", "answers") as moved:
         report = judge_file(
             judge,

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compute, print, write; return 0."""
-    check_target(args.json)
+    check_target(args.json, args.input)
     from companion.data.readers import read_rows
     from companion.judge import annotator_report, judge_report, load_annotations
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from companion.cli.shared import HelpWithExamples, add_flags, check_target
+from companion.data.writing import write_text
 
 _EPILOG = """\
 example:
@@ -57,12 +58,10 @@ def run(args: argparse.Namespace) -> int:
     from companion.monitoring.labelling import Labelling, figure_lines, read_pairs
 
     target = Path(args.output)
-    check_target(args.json)
-    check_target(target)
+    check_target(args.json, args.pairs, target)
+    check_target(target, args.pairs, regular=True)
     if target.suffix != ".jsonl":
         raise DataError(f"{target}: judgements are appended to plain JSONL", "end it with .jsonl")
-    if target.resolve() == Path(args.pairs).resolve():
-        raise DataError(f"{target}: input and output are the same file", "give another --output")
     pairs, notes = read_pairs(args.pairs, columns=columns_of(args.columns), on_error=args.on_error)
     with Labelling(pairs, target, annotator=args.annotator, seed=args.seed) as labelling:
         for note in [*notes, *labelling.notes]:
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.json is not None:
         text = json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        write_text(args.json, text + "\n")
         print(f"figures: {args.json}")
     return 0
 

@@ -5,20 +5,21 @@ returns the exit code. Its line of help stands in the table below, so that ``com
 imports nothing heavy. A command whose flags belong to another parser (``train``, whose fields come
 from dataclasses) takes what follows its name as it is: ``run_argv(argv)``.
 
-Exit codes: 0 success; 1 a run that ended without reaching its goal; 2 wrong use, bad input or a
-full disk; 143 a training that was asked to end (SIGTERM) and saved a checkpoint to go on from. The
-help of a command names those of its own.
+Exit codes: 0 success; 1 a run that ended without reaching its goal; 2 wrong use, bad input, a full
+disk or a folder that cannot be written; 130 Ctrl-C; 143 a training that was asked to end (SIGTERM)
+and saved a checkpoint to go on from. The help of a command names those of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
-from companion.errors import CompanionError, RunEnded
+from companion.errors import CompanionError, RunEnded, system_fault
 
 #: command -> (module, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -85,52 +86,86 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.command not in COMMANDS:
         parser.error(f"no command {args.command!r}; there are: {', '.join(COMMANDS)}")
-    module = importlib.import_module(COMMANDS[args.command][0])
-    started = 1 if args.command in _TRAIN else int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        if started > 1 and not hasattr(module, "SHARES_WORK"):
-            raise CompanionError(
-                f"a launcher started {started} processes of 'companion {args.command}', which "
-                "works in one",
-                "start it without torchrun or accelerate launch",
-            )
-        if args.command in _VERBATIM:
-            return int(module.run_argv(args.rest))
-        sub = argparse.ArgumentParser(
-            prog=f"companion {args.command}",
-            description=COMMANDS[args.command][1],
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        module.add_arguments(sub)
-        # (a command that starts itself again needs its words too)
-        own = {"words": args.rest} if hasattr(module, "KEEPS_WORDS") else {}
-        given, rest = sub.parse_known_args(args.rest, argparse.Namespace(**own))
-        if hasattr(module, "TAKES_SETTINGS"):
-            given.settings = rest
-        elif rest:
-            sub.error(f"unrecognized arguments: {' '.join(rest)}")
-        if hasattr(module, "SHARES_WORK"):
-            given.processes = None
-        if started == 1:
-            return int(module.run(given))
-        from companion.cli.shared import launched
-
-        with launched() as given.processes:
-            return int(module.run(given))
+        code = _run(args.command, args.rest)
+        sys.stdout.flush()  # (what cannot be written shows here, not when the interpreter ends)
+        return code
     except RunEnded as end:
         if not end.said:
             print(f"{end.what}; {end.cure}", file=sys.stderr, flush=True)
         code = end.exit_code
-    except CompanionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # `companion score … | head`
+        _drop_stdout()
         return 0
+    except KeyboardInterrupt:
+        print(f"stopped: companion {args.command} did not come to its end", file=sys.stderr)
+        return 130
+    except Exception as error:
+        fault = error if isinstance(error, CompanionError) else system_fault(error)
+        if fault is None:
+            raise
+        print(f"error: {fault}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _drop_stdout()
+        return 2
     # (outside of the handler, whose traceback holds the group of ranks)
     from companion.cli.shared import leave_process_group
 
     leave_process_group()
     return code
+
+
+def _run(command: str, rest: Sequence[str]) -> int:
+    """Run a command with what follows its name."""
+    module = importlib.import_module(COMMANDS[command][0])
+    started = 1 if command in _TRAIN else int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and not hasattr(module, "SHARES_WORK"):
+        raise CompanionError(
+            f"a launcher started {started} processes of 'companion {command}', which works in one",
+            "start it without torchrun or accelerate launch",
+        )
+    if command in _VERBATIM:
+        return int(module.run_argv(rest))
+    sub = argparse.ArgumentParser(
+        prog=f"companion {command}",
+        description=COMMANDS[command][1],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    module.add_arguments(sub)
+    # (a command that starts itself again needs its words too)
+    own = {"words": rest} if hasattr(module, "KEEPS_WORDS") else {}
+    given, left = sub.parse_known_args(rest, argparse.Namespace(**own))
+    if hasattr(module, "TAKES_SETTINGS"):
+        given.settings = left
+    elif left:
+        sub.error(f"unrecognized arguments: {' '.join(left)}")
+    _refuse_nonsense(given)
+    if hasattr(module, "SHARES_WORK"):
+        given.processes = None
+    if started == 1:
+        return int(module.run(given))
+    from companion.cli.shared import launched
+
+    with launched() as given.processes:
+        return int(module.run(given))
+
+
+def _refuse_nonsense(given: argparse.Namespace) -> None:
+    """No flag of any command takes NaN, an infinity, or a number that no machine counts to."""
+    for name, value in vars(given).items():
+        if isinstance(value, float) and not abs(value) < float("inf"):
+            raise CompanionError(f"--{name} is {value}", "give a finite number")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise CompanionError(f"--{name} is {value}", "give a number below 2**63")
+
+
+def _drop_stdout() -> None:
+    """Let nothing be written when the interpreter ends: it would say so, and exit with 120."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

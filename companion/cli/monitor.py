@@ -18,6 +18,7 @@ from companion.cli.shared import (
     picked,
     progress_bar,
 )
+from companion.data.writing import write_text
 
 _EPILOG = """\
 exit codes of run:
@@ -180,7 +181,7 @@ def _init(args: argparse.Namespace) -> int:
     from companion.errors import DataError
     from companion.monitoring.store import Store
 
-    check_target(args.json)
+    check_target(args.json, args.reference, args.state)
     if args.state.exists():
         raise DataError(
             f"{args.state}: is there already", "name another file, or: companion monitor restart"
@@ -195,7 +196,7 @@ def _init(args: argparse.Namespace) -> int:
 def _restart(args: argparse.Namespace) -> int:
     from companion.monitoring.store import Store
 
-    check_target(args.json)
+    check_target(args.json, args.reference, args.state)
     with Store(args.state) as store, store.alone():
         plan = _plan(args)
         number = store.restart(plan, args.reason)
@@ -242,7 +243,7 @@ def _say_plan(args: argparse.Namespace, plan: Any) -> None:
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
     if args.json is not None:
-        args.json.write_text(json.dumps(plan.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(plan.to_dict(), indent=1) + "\n")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -251,7 +252,7 @@ def _run(args: argparse.Namespace) -> int:
     from companion.monitoring.store import Store
 
     for file in (args.json, args.prometheus):
-        check_target(file)
+        check_target(file, args.labels, args.traffic, args.state)
     for name in REMOTE:
         if name != "url" and getattr(args, name) is not None and not args.url:
             raise DataError(f"--{name} says something of a server", "give its --url too")
@@ -316,7 +317,7 @@ def _report(args: argparse.Namespace) -> int:
     from companion.monitoring.report import write_monitor_report
     from companion.monitoring.store import Store
 
-    check_target(args.output)
+    check_target(args.output, args.state)
     with Store(args.state) as store:
         print(f"report: {write_monitor_report(store, args.output)}")
     return 0

@@ -9,6 +9,7 @@ from companion.cli.shared import (
     READING,
     REMOTE,
     add_flags,
+    check_target,
     loading,
     open_scorer,
     picked,
@@ -56,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Rank the file; 0 if at least one row was ranked, or there was nothing to do."""
+    ranks = args.ranks or f"{args.output}.ranks.jsonl"
+    for target in (args.output, ranks, args.pairs):
+        check_target(target, args.input, regular=True)
     from companion.generation import Policy
     from companion.search import rank_file
 

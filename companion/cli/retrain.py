@@ -11,6 +11,7 @@ from typing import Final
 
 from companion.cli.shared import check_target, leave_process_group, picked
 from companion.cli.train import before_process_group, parse
+from companion.data.writing import write_text
 
 #: what this command does not know is a setting of training, which `args.settings` gets
 TAKES_SETTINGS: Final = True
@@ -75,9 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, compare, publish or not; 0 if published, else 20."""
-    check_target(args.json)
+    check_target(args.json, args.data, args.new)
     before_process_group()
-    from companion.data.writing import whole_file
     from companion.monitoring import retrain
 
     gc.freeze()  # as for `companion train`
@@ -88,8 +88,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.json is not None and (result.folder or args.dry_run):
         text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        with whole_file(args.json) as part:
-            part.write_text(text + "\n", encoding="utf-8")
+        write_text(args.json, text + "\n")
     leave_process_group()
     # of several processes the first has compared; the others leave no folder
     return 0 if result.published or args.dry_run or result.folder is None else NOT_BETTER

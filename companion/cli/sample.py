@@ -19,6 +19,7 @@ from companion.cli.shared import (
     progress_bar,
     say_noticed,
 )
+from companion.data.writing import write_text
 
 _EPILOG = """\
 what the rules are for:
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from companion.monitoring import read_completions, sample_pairs
 
     for target in (args.output, args.json):
-        check_target(target)
+        check_target(target, args.completions)
     if args.output.exists() and not args.overwrite:
         raise DataError(f"{args.output}: is there already", "give another, or --overwrite")
     if args.model is None and (args.url or args.rule == "uncertainty"):
@@ -119,5 +120,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     if args.json is not None:
         text = json.dumps(counts, indent=2, ensure_ascii=False)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        write_text(args.json, text + "\n")
     return 0

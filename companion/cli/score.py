@@ -13,6 +13,7 @@ from companion.cli.shared import (
     READING,
     REMOTE,
     add_flags,
+    check_target,
     open_scorer,
     picked,
     progress_bar,
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score the file; 0 if at least one row has a score, or there was nothing left to do."""
+    check_target(args.output, args.input, regular=True)
     from companion.engine import compile_parts
     from companion.layouts import columns_of
     from companion.scoring import score_file

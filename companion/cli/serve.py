@@ -163,8 +163,9 @@ def _token(path: str | None) -> str | None:
         return None
     try:
         token = Path(path).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise DataError(f"--token_file {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise DataError(f"--token_file {path}: {what}", "give a file of one line") from error
     if not token:
         raise DataError(f"--token_file {path} is empty", "write the token into it")
     return token

@@ -238,10 +238,10 @@ def raw_rows(
         if not isinstance(row, RowError):
             yield where, rename_columns(row, columns, where) if columns else dict(row)
             continue
-        said = f"{source}: {RowProblem.of(row, where)}"
+        problem = RowProblem.of(row, where)
         if on_error == "raise":
-            raise DataError(said)
-        print(f"left out: {said}", file=sys.stderr)
+            raise problem.as_error() from row
+        print(f"left out: {source}: {problem}", file=sys.stderr)
 
 
 def say_notes(loaded: Any) -> None:
@@ -336,13 +336,9 @@ def progress_bar(what: str, unit: str, total: int | None = None) -> Iterator[dic
         yield {"progress": bar.update, "on_total": lambda n: bar.reset(total=n)}
 
 
-def check_target(path: Path | None) -> None:
-    """Fail before the work, not after it, if a file cannot be written."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise DataError(f"{path} is a folder", "name a file in it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write to {path.parent}: {error.strerror}") from error
+def check_target(path: Path | str | None, *inputs: Any, regular: bool = False) -> None:
+    """:func:`companion.data.writing.check_output`; nothing for no path."""
+    if path is not None:
+        from companion.data.writing import check_output
+
+        check_output(path, *inputs, regular=regular)

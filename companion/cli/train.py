@@ -6,13 +6,16 @@ Started by ``accelerate launch -m companion train KIND …`` or ``torchrun … -
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import gc
 import importlib
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -130,7 +133,8 @@ def parse(
         if "not_offered" in own.metadata
     }
     arguments = _split_equals(argv)
-    _check_config(arguments, known, missing, help_line)
+    takes = {own.name: str(own.type) for cls in settings for own in fields(cls)}
+    _check_config(arguments, parser, takes, known, missing, help_line)
     flags = {name for action in parser._actions for name in action.option_strings}
     for argument in arguments:
         if argument.startswith("--") and argument not in flags and argument != "--config":
@@ -141,7 +145,7 @@ def parse(
             )
     try:
         data, model, config = parser.parse_args_and_config(args=arguments)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
         if isinstance(error, CompanionError):
             raise
         raise CompanionError(f"the settings do not fit: {error}", help_line) from error
@@ -160,9 +164,18 @@ def _split_equals(argv: Sequence[str]) -> list[str]:
 
 
 def _check_config(
-    arguments: Sequence[str], known: set[str], missing: Mapping[str, str], help_line: str
+    arguments: Sequence[str],
+    parser: argparse.ArgumentParser,
+    takes: Mapping[str, str],
+    known: set[str],
+    missing: Mapping[str, str],
+    help_line: str,
 ) -> None:
-    """Look at the YAML file before TRL does, whose messages name neither file nor cure."""
+    """Look at the YAML file before TRL does, whose messages name neither file nor cure.
+
+    A value of YAML becomes a default, which argparse looks at only if it is a text: `max_steps:
+    1.5` would train for one and a half steps.
+    """
     import yaml
 
     if "--config" not in arguments:
@@ -177,8 +190,10 @@ def _check_config(
         raise CompanionError(f"{path}: no such file", "give a YAML file")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CompanionError(f"{path}: is no valid YAML: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise CompanionError(f"{path}: is no valid YAML: {error}", "mend the file") from error
+    except RecursionError as error:
+        raise CompanionError(f"{path}: is nested too deeply", "write 'name: value'") from error
     if not isinstance(settings, dict):
         raise CompanionError(f"{path}: holds no settings", "write lines of the form 'name: value'")
     unknown = [str(key) for key in settings if key not in known | {"env"}]
@@ -187,6 +202,76 @@ def _check_config(
             f"{path}: there is no setting {', '.join(map(repr, unknown))}",
             "; ".join(missing.get(name) or _near(name, known, help_line) for name in unknown),
         )
+    for action in parser._actions:
+        value = settings.get(action.dest)
+        kind = takes.get(action.dest, "")
+        # (HfArgumentParser has put classes in place of the texts of types)
+        one_text = "str" in kind and "list" not in kind
+        several = action.nargs is not None and isinstance(value, str) and one_text
+        if several or ("dict" in kind and isinstance(value, dict)):
+            continue
+        if action.dest in settings:
+            _check_value(path, action, value)
+    _say_environment(path, settings.get("env"))
+
+
+def _check_value(path: Path, action: argparse.Action, value: Any) -> None:
+    """Refuse a value of YAML that the flag would not take."""
+    cure = f"write it as the flag --{action.dest} takes it"
+    if value is None:
+        if action.default is not None or action.dest == "output_dir":
+            raise CompanionError(f"{path}: {action.dest} is null", f"{cure}, or leave the line out")
+        return
+    # (a text is read as that of the flag; what is no number or truth, transformers reads by itself)
+    own = {int: (int, float), float: (int, float), str: (int, float)}.get(action.type)  # type: ignore[call-overload]
+    if getattr(action.type, "__name__", "") == "string_to_bool":
+        own = (bool,)
+    several = action.nargs in ("+", "*")
+    if several and not isinstance(value, list):
+        raise CompanionError(
+            f"{path}: {action.dest} is {_shown(value)}", "write a list: [one, two]"
+        )
+    for item in value if several else [value]:
+        if isinstance(item, date):  # 2026-01-01, which YAML reads by itself
+            raise CompanionError(f"{path}: {action.dest} is a date, {item}", "put it in quotes")
+        if isinstance(item, (list, dict)):
+            raise CompanionError(f"{path}: {action.dest} is {_shown(item)}", cure)
+        if own is not None and not isinstance(item, str):
+            if not isinstance(item, own) or isinstance(item, bool) != (own == (bool,)):
+                raise CompanionError(f"{path}: {action.dest} is {_shown(item)}", cure)
+            if action.type is int and isinstance(item, float):
+                raise CompanionError(
+                    f"{path}: {action.dest} is {_shown(item)}", "give a whole number"
+                )
+        if action.choices is not None and str(item) not in map(str, action.choices):
+            raise CompanionError(
+                f"{path}: {action.dest} is {_shown(item)}",
+                f"take one of: {', '.join(map(str, action.choices))}",
+            )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _say_environment(path: Path, env: Any) -> None:
+    """Say which variables a file sets: `env:` changes what libraries do, and shows nowhere else."""
+    if env is None:
+        return
+    good = isinstance(env, dict) and all(
+        isinstance(name, str)
+        and name
+        and "=" not in name
+        and "\0" not in f"{name}{value}"
+        and isinstance(value, (str, int, float))
+        for name, value in env.items()
+    )
+    if not good:
+        raise CompanionError(f"{path}: env is {_shown(env)}", "write lines of 'NAME: value'")
+    if int(os.environ.get("RANK", "0")) == 0:
+        given = ", ".join(f"{name}={value}" for name, value in env.items())
+        print(f"note: {path} sets in the environment: {given}", file=sys.stderr)
 
 
 def _near(name: str, known: set[str], help_line: str, prefix: str = "") -> str:

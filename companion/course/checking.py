@@ -35,8 +35,8 @@ from companion.course.exercise import (
     WrongShape,
 )
 from companion.course.result import CheckResult
-from companion.course.time_limit import TimeLimit, TooLong
 from companion.errors import DataError
+from companion.formatting.time_limit import TimeLimit, TooLong
 
 _MISSING: Any = object()
 _HERE = str(Path(__file__).resolve().parents[1])  # the package: frames in it are not the learner's

@@ -32,6 +32,7 @@ CURES: Final[dict[str, str]] = {
     "empty completion": "leave the row out: an empty text has nothing to score",
     "chosen equals rejected": "leave the row out: equal texts hold no preference",
     "no shared prompt": "chosen and rejected must begin with the same messages, or add a prompt",
+    "no valid text": "write whole characters: \\ud83d\\ude00 is one, \\ud83d alone is none",
     "margin not finite": "give a finite number, or leave the field out of all rows",
     "rating not finite": "give each completion a finite number",
     "label not bool": "write true (right) or false (wrong), or 1 and 0",

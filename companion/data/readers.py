@@ -86,7 +86,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and row of each row of one file; the first that is none is an error."""
     for where, row in read_file(path):
         if isinstance(row, RowError):
-            raise DataError(str(RowProblem.of(row, where)))
+            raise RowProblem.of(row, where).as_error() from row
         yield where, row
 
 
@@ -282,9 +282,11 @@ def _read_csv(
     try:
         header = list(reader.fieldnames or [])
     except csv.Error as error:
-        raise DataError(f"{name}: malformed CSV in the header ({error})") from error
+        raise DataError(f"{name}: malformed CSV in the header ({error})", "mend it") from error
     if len(set(header)) < len(header):
-        raise DataError(f"{name}: two columns have the same name ({', '.join(header)})")
+        raise DataError(
+            f"{name}: two columns have the same name ({', '.join(header)})", "rename one of them"
+        )
     records: list[Record] = []
     while True:
         where = f"{name}, row {len(records)} (line {reader.line_num + 1})"

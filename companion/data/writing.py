@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import io
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from companion.data.readers import file_format
-from companion.errors import DataError
+from companion.errors import DataError, system_fault
 
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,11 +30,21 @@ def _plain(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """JSON that any tool reads: UTF-8, one line; dates and other types as text, NaN as null."""
+    """JSON that any tool reads: UTF-8, one line; dates and other types as text.
+
+    Half of a surrogate pair, which has no UTF-8, is written as JSON's escape; a number that is not
+    finite, which JSON has not, as null.
+    """
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+        text = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(value), ensure_ascii=False, default=str)
+        value = _finite(value)
+        text = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, default=str, allow_nan=False)
+    return text
 
 
 def _finite(value: Any) -> Any:
@@ -45,15 +56,112 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def check_output(path: str | os.PathLike[str], *inputs: Any, regular: bool = False) -> None:
+    """Fail before the work, not after it, if a file cannot be written, or is an input.
+
+    Parameters
+    ----------
+    path : str or path
+        To be written; its folder is made.
+    *inputs : str, path, list of them, or None
+        What is read, by any path: a file by another name (a link) is the same file; of a pattern
+        (``*.jsonl``) all that it finds. Names that are no files (hub ids, None) are passed over.
+    regular : bool
+        Refuse devices and pipes, which can be neither gone on with nor replaced.
+
+    Raises
+    ------
+    DataError
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise DataError(f"{target} is a folder", "name a file in it")
+    for source in _each(inputs):
+        if _same_file(target, source):
+            raise DataError(
+                f"{source}: input and output are the same file",
+                "give another output: what is read would be overwritten",
+            )
+    if regular and target.exists() and not target.is_file():
+        raise DataError(f"{target}: is a device or a pipe, not a file", "name a file")
+    above = next(place for place in target.parents if os.path.lexists(place))
+    if not above.is_dir():
+        raise DataError(f"cannot write to {target}: {above} is no folder", "name another place")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{target}: its folder cannot be made ({error.strerror})", "name another place"
+        ) from error
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise DataError(f"{target}: may not be written", "name a place that you may write to")
+
+
+def _each(inputs: Iterable[Any]) -> Iterator[Any]:
+    for source in inputs:
+        if isinstance(source, (list, tuple)):
+            yield from _each(source)
+        elif source is not None:
+            yield source
+            if glob.has_magic(str(source)):
+                yield from glob.glob(str(source), recursive=True)
+
+
+def _same_file(one: Path, other: Any) -> bool:
+    try:
+        if os.path.samefile(one, other):
+            return not one.is_char_device()  # (/dev/null, twice)
+    except (OSError, ValueError):
+        pass
+    try:
+        return one.resolve() == Path(other).resolve()  # (neither is there yet)
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; the file appears under its own name only when it is whole."""
+    """A path to write to; the file appears under its own name only when it is whole.
+
+    A device or a pipe that is there (/dev/stdout) is written to, and not replaced.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
     part = path.with_name(f"{path.name}.part")
     try:
         yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text as UTF-8, whole or not at all; folders are made. Returns the path.
+
+    Raises
+    ------
+    DataError
+        If it cannot be written.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as part:
+            # (half of a surrogate pair, which a row may hold, has no UTF-8)
+            part.write_bytes(text.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise unwritable(target, error) from error
+    return target
+
+
+def unwritable(target: Path, error: OSError) -> DataError:
+    """The error of a file that could not be written."""
+    fault = system_fault(error)
+    return DataError(
+        f"{target}: cannot be written ({error.strerror or error})",
+        None if fault is None else fault.cure,
+    )
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> int:
@@ -82,7 +190,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) 
             else:
                 _write_text(plain, part, kind, packed=target.suffix == ".gz")
     except OSError as error:
-        raise DataError(f"{target}: cannot be written ({error.strerror or error})") from error
+        raise unwritable(target, error) from error
     return len(plain)
 
 

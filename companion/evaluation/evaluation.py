@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from companion.data.writing import write_text
+
 if TYPE_CHECKING:
     from companion.models.manifest import RewardManifest
 
@@ -71,11 +73,8 @@ class Evaluation:
 
     def save(self, path: str | Path) -> Path:
         """Write :meth:`to_dict` as JSON; folders are made."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        target.write_text(text + "\n", encoding="utf-8")
-        return target
+        return write_text(path, text + "\n")
 
 
 def _plain(value: Any) -> Any:

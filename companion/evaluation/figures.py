@@ -240,7 +240,8 @@ def draw_accuracy(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     ax.errorbar(
         100 * ours, place, xerr=100 * reach, fmt="o", color=BLUE, capsize=3, label="model [95%]"
     )
-    ax.set_yticks(place, [str(row["name"]) for row in rows])
+    # (a name with two $ is no formula)
+    ax.set_yticks(place, [str(row["name"]) for row in rows], parse_math=False)
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.set_xlabel("accuracy (%)")
     ax.grid(axis="y", visible=False)

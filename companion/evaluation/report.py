@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import io
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,12 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from companion.data.writing import write_text
+from companion.errors import first_line
 from companion.evaluation import figures
 from companion.evaluation.pairs import PairEvaluation, subset_rows, summary_rows
+
+logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets"
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True)
@@ -60,9 +65,13 @@ def inline_figure(
         figure.patch.set_alpha(0.0)
         axes = figure.add_subplot()
         axes.patch.set_alpha(0.0)
-        draw(axes, *given, **options)
         buffer = io.BytesIO()
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+        try:
+            draw(axes, *given, **options)
+            FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+        except Exception as error:  # the figures of hours are not lost by a name that does not draw
+            logger.warning(f"the figure {name!r} cannot be drawn: {error!r}")
+            return name, caption, f"<p>It could not be drawn: {html.escape(first_line(error))}</p>"
     svg = buffer.getvalue().decode("utf-8")
     svg = svg[svg.index("<svg") :]
     # Several figures share one page: their ids must not meet.
@@ -212,7 +221,4 @@ def write_report(
         ],
         facts=[(name, "–" if value is None else str(value)) for name, value in facts.items()],
     )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
-    return target
+    return write_text(path, page)

@@ -111,7 +111,10 @@ def check_messages(value: Sequence[Mapping[str, Any]], where: str) -> list[Messa
         content = message.get("content")
         if content is None:
             if not message.get("tool_calls"):
-                raise DataError(f"{where}: message {number} ({role}) has no content")
+                raise DataError(
+                    f"{where}: message {number} ({role}) has no content",
+                    "give it a text, or leave the row out",
+                )
             message["content"] = ""  # an assistant that only calls tools; templates expect a string
         elif not isinstance(content, (str, list, tuple)):
             raise DataError(

@@ -8,6 +8,7 @@ rows dropped for their length without a word) it does the right thing and counts
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -18,7 +19,7 @@ from datetime import date as Date
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from companion.errors import CompanionError, DataError, ModelError, ReadoutError
+from companion.errors import CompanionError, DataError, ModelError, ReadoutError, first_line
 from companion.formatting.conversation import (
     Message,
     as_reply,
@@ -46,6 +47,7 @@ from companion.formatting.template import (
     turn_headers,
     with_date,
 )
+from companion.formatting.time_limit import TimeLimit, TooLong
 from companion.layouts import read_row
 
 Text = str | Sequence[Mapping[str, Any]]
@@ -58,6 +60,17 @@ TextMode = Literal["chat", "plain"]
 Raw = tuple[list[int], list[tuple[int, int]]]
 
 _OVERLONG = ("drop", "error", "truncate_prompt")
+#: seconds that the first text of a template may take
+_RENDERING = 20.0
+#: what a template may raise beside jinja's own: it divides by zero, calls itself, counts too far
+_OF_TEMPLATES = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 class Given(NamedTuple):
@@ -158,6 +171,7 @@ class RewardFormatter:
         self._last_adds: tuple[Any, tuple[bool, bool]] | None = None
         self._of_template: tuple[Any, dict[str, Any]] = None, {}
         self._special_tokens: SpecialTokens | None = None
+        self._ends: str | None = None  # a template that is known to end
         self._pieces: PieceTokenizer | None = None
         #: whether the template is the model's own, not the transcript that stands in for one
         self.has_own_template = (chat_template or tokenizer.chat_template) not in (
@@ -519,7 +533,8 @@ class RewardFormatter:
             if value is not None and not isinstance(value, str) and not is_messages(value):
                 raise DataError(
                     f"{given.where}: a {type(value).__name__} that is neither text nor a list of "
-                    "messages"
+                    "messages",
+                    "write text, or a list of {role, content} messages",
                 )
         if prompt is None or prompt == "":  # the completion is the whole
             prompt, completion = completion, None
@@ -741,19 +756,31 @@ class RewardFormatter:
         from jinja2 import TemplateError
 
         template = self._template_of_day()
+        # the first text shows whether a template ends; a thread for each one would cost too much
+        ends = self._ends == self.chat_template
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=given.tools,
-                    chat_template=template,
-                    tokenize=False,
-                    **flags,
-                    **(given.template_kwargs or {}),
+            with contextlib.nullcontext() if ends else TimeLimit(_RENDERING).running():
+                text = str(
+                    self.tokenizer.apply_chat_template(
+                        messages,
+                        tools=given.tools,
+                        chat_template=template,
+                        tokenize=False,
+                        **flags,
+                        **(given.template_kwargs or {}),
+                    )
                 )
-            )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{given.where}: the chat template refuses it: {error}") from error
+        except TooLong:
+            raise ModelError(
+                f"the chat template has not come to its end after {_RENDERING:g} s",
+                "look for a loop that does not end in chat_template.jinja",
+            ) from None
+        except (TemplateError, *_OF_TEMPLATES) as error:
+            raise DataError(
+                f"{given.where}: the chat template refuses it: {first_line(error)}"
+            ) from error
+        self._ends = self.chat_template
+        return text
 
     def _template_of_day(self) -> str | None:
         """The template for transformers, with its date; None for the tokenizer's own."""

@@ -17,7 +17,7 @@ from companion.models.checkpoint import (
     refuse_missing,
     resolve,
 )
-from companion.models.memory import place
+from companion.models.memory import chosen_device, place
 
 
 def load_causal(
@@ -54,8 +54,7 @@ def load_causal(
         reward model: with tied embeddings transformers would load one as a language model without
         a word, and it would write noise.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
     name = resolve(path_or_id)
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_adapter(name, revision):

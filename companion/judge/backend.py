@@ -40,18 +40,23 @@ class Answer:
     text : str
         As the model wrote it, without special tokens.
     finished : bool
-        False if it was cut off by ``max_tokens``.
+        Whether the model ended it by itself. False if ``max_tokens`` or a filter cut it off, or a
+        server gave it up.
     probabilities : dict or None
         See :func:`companion.judge.probabilities.verdict_probabilities`; None where the backend
         gives none.
     refused : str or None
         Why this question cannot be answered (it is too long, the server rejects it). Not cached.
+    kept : bool
+        Whether the same question would be answered so again. What was no answer (no text at all,
+        one that a server gave up) is not cached.
     """
 
     text: str
     finished: bool
     probabilities: dict[Outcome, float] | None = None
     refused: str | None = None
+    kept: bool = True
 
 
 class Backend(Protocol):

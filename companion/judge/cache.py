@@ -2,7 +2,8 @@
 
 One JSON line an answer, appended as soon as it comes. A run that is killed may leave half a line at
 the end; it is cut off and counted, and so are lines that something else damaged: those questions
-are asked again.
+are asked again. So are those whose answer, kept by an earlier version, was none: that took null for
+an empty answer, and one that a filter or an ending server had cut off for a whole one.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import contextlib
 import json
 import logging
 import os
+import re
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from filelock import FileLock, Timeout
 
+from companion.data.writing import unwritable
 from companion.errors import JudgeError
 from companion.judge.backend import Answer
 
@@ -34,6 +37,8 @@ class AnswerCache:
     ----------
     n_damaged : int
         Lines that could not be read.
+    n_doubted : int
+        Answers of an earlier version that are none: without text, or ending within a sentence.
 
     Raises
     ------
@@ -43,7 +48,7 @@ class AnswerCache:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.n_damaged = 0
+        self.n_damaged = self.n_doubted = 0
         self._answers: dict[str, Answer] = {}
         with contextlib.ExitStack() as held:
             try:
@@ -71,9 +76,11 @@ class AnswerCache:
             entry = _entry(line)
             if entry is None:
                 self.n_damaged += 1
+            elif entry[1] is None:
+                self.n_doubted += 1
             else:
                 self._answers[entry[0]] = entry[1]
-        if self.n_damaged and not self._answers and end:
+        if self.n_damaged and not (self._answers or self.n_doubted) and end:
             raise JudgeError(
                 f"{self.path}: holds no answers, so it is no cache", "give another file"
             )
@@ -84,6 +91,13 @@ class AnswerCache:
                 "%s: %d damaged lines are passed over; their questions are asked again",
                 self.path,
                 self.n_damaged,
+            )
+        if self.n_doubted:
+            logger.warning(
+                "%s: %d answers of an earlier version are none (no text, or cut off within a "
+                "sentence); their questions are asked again",
+                self.path,
+                self.n_doubted,
             )
 
     def __len__(self) -> int:
@@ -97,10 +111,14 @@ class AnswerCache:
         """Keep an answer; once this returns, a killed process does not lose it."""
         self._answers[key] = answer
         entry: dict[str, Any] = {"key": key, "text": answer.text, "finished": answer.finished}
+        entry["version"] = _VERSION
         if answer.probabilities is not None:
             entry["probabilities"] = list(answer.probabilities.items())
-        self._file.write(json.dumps(entry, ensure_ascii=True).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(entry, ensure_ascii=True).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise unwritable(self.path, error) from error
 
     def close(self) -> None:
         """Make all answers durable and let the file go."""
@@ -117,7 +135,14 @@ class AnswerCache:
         self.close()
 
 
-def _entry(line: bytes) -> tuple[str, Answer] | None:
+#: of lines whose ``finished`` says that the model ended the answer by itself
+_VERSION: Final = 2
+#: how an answer ends that was not cut off: with a sentence, a bracket, a number; or it is a word
+_WHOLE: Final = re.compile(r"[^\w\s,;:(\[{-]\s*$|\d\s*$|^\s*\w+\s*$")
+
+
+def _entry(line: bytes) -> tuple[str, Answer | None] | None:
+    """Key and answer; no answer for one of an earlier version that is none."""
     try:
         value = json.loads(line)
         key, text, finished = value["key"], value["text"], value["finished"]
@@ -125,6 +150,8 @@ def _entry(line: bytes) -> tuple[str, Answer] | None:
         if not (isinstance(key, str) and isinstance(text, str) and isinstance(finished, bool)):
             return None
         probabilities = None if pairs is None else {o: float(p) for o, p in pairs}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    if "version" not in value and finished and not _WHOLE.search(text):
+        return key, None
     return key, Answer(text, finished, probabilities)

@@ -6,7 +6,6 @@ command asks only what is still open.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from typing import Any, Final, Literal
 
 from companion.data.problems import RowError, RowProblem
 from companion.data.readers import read_file
-from companion.data.writing import whole_file
+from companion.data.writing import check_output, to_json, whole_file
 from companion.errors import DataError
 from companion.judge.items import Item, read_item
 from companion.judge.judge import Grading, Judge, PairVerdict, Progress
@@ -103,6 +102,7 @@ def judge_file(
     source, target = Path(input_path), Path(output_path)
     if target.suffix != ".jsonl":
         raise DataError(f"{target}: the output is a .jsonl file")
+    check_output(target, source, regular=True)
     if target.exists() and not overwrite:
         raise DataError(f"{target}: is there already", "give another output, or --overwrite")
     if chunk_rows < 1 or (limit is not None and limit < 1):
@@ -115,7 +115,6 @@ def judge_file(
     )
     if on_total is not None:
         on_total(len(rows) * (2 if pairwise else 1))
-    target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as part, open(part, "w", encoding="utf-8") as out:
         for begin in range(0, len(rows), chunk_rows):
             chunk = rows[begin : begin + chunk_rows]
@@ -123,7 +122,7 @@ def judge_file(
             for (name, item), verdict in zip(chunk, verdicts, strict=True):
                 record = _record(item, verdict, judge, keep_answers)
                 _count(report, record, name, judge, on_error)
-                out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                out.write(to_json(record) + "\n")
         out.flush()
         os.fsync(out.fileno())
     return report
@@ -139,7 +138,7 @@ def _read(
         report.rows += 1
         try:
             if isinstance(row, RowError):
-                raise DataError(str(RowProblem.of(row, where)))
+                raise RowProblem.of(row, where).as_error() from row
             items.append((where, read_item(row, judge.template.mode, where)))
         except DataError as error:
             if on_error == "raise":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,11 +18,12 @@ from companion.data.formats import (
     verdict_side,
     without,
 )
-from companion.data.messages import Text, completion_of, plain, prompt_of
+from companion.data.messages import Text, completion_of, prompt_of
 from companion.data.problems import RowError, RowProblem
 
 Row = Mapping[str, Any]
 
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 #: Where the verdict goes that a row had before it was judged.
 GIVEN: Final = "given_preference"
 
@@ -70,14 +73,18 @@ def read_item(row: Any, mode: str, where: str) -> Item:
         if not isinstance(row, Mapping):
             raise RowError("not a row", None, type(row).__name__)
         fields = {key: value for key, value in row.items() if value is not None}
-        return _pair(fields) if mode == "pairwise" else _single(fields)
+        item = _pair(fields) if mode == "pairwise" else _single(fields)
+        for name, text in item.texts.items():
+            if _SURROGATE.search(text):
+                raise RowError("no valid text", name, "it holds half of a surrogate pair")
+        return item
     except RowError as error:
         raise RowProblem.of(error, where).as_error() from error
 
 
 def _single(row: dict[str, Any]) -> Item:
     prompt, completion = prompt_of(row), completion_of(row)
-    texts = {"prompt": spoken(prompt), "completion": spoken(completion)}
+    texts = {"prompt": spoken(prompt, row.get("tools")), "completion": spoken(completion)}
     return Item({**row, "prompt": prompt, "completion": completion}, texts)
 
 
@@ -96,7 +103,7 @@ def _pair(row: dict[str, Any]) -> Item:
             given = verdict_side(row[name], name)
         rest = without(row, *sides, *verdict_columns(row))
     prompt = prompt_of(rest)
-    texts = {"prompt": spoken(prompt), "a": spoken(a), "b": spoken(b)}
+    texts = {"prompt": spoken(prompt, rest.get("tools")), "a": spoken(a), "b": spoken(b)}
     kept = {**rest, "prompt": prompt, "a": a, "b": b}
     return Item(kept if given is None else {**kept, GIVEN: given}, texts)
 
@@ -106,8 +113,26 @@ def _chosen_first(chosen: str, rejected: str) -> bool:
     return digest.digest()[0] % 2 == 0
 
 
-def spoken(value: Text) -> str:
-    """A text as it is, one message as its content, several as a transcript with their roles."""
-    if isinstance(value, str) or len(value) == 1:
-        return plain(value)
-    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in value)
+def spoken(value: Text, tools: Any = None) -> str:
+    """A text as it is, one message as its content, several as a transcript with their roles.
+
+    Calls of tools stand behind the content, and `tools`, which could be called, before all, each as
+    one line of JSON: a judge that sees the content alone would take a call for an empty answer.
+    """
+    if isinstance(value, str):
+        text = value
+    elif len(value) == 1:
+        text = _said(value[0])
+    else:
+        text = "\n\n".join(f"{turn['role'].capitalize()}: {_said(turn)}" for turn in value)
+    return text if not tools else f"Tools: {_line(tools)}\n\n{text}"
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    calls = turn.get("tool_calls") or ()
+    own = [f"Tool call: {_line(call.get('function', call))}" for call in calls]
+    return "\n".join([text for text in (turn["content"],) if text or not own] + own)
+
+
+def _line(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

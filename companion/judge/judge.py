@@ -297,7 +297,7 @@ class Judge:
         asked = [questions[key] for key in open_keys]
         for number, answer in self.backend.answers(asked) if asked else ():
             self.counts["asked"] += 1
-            if self.cache is not None and answer.refused is None:
+            if self.cache is not None and answer.refused is None and answer.kept:
                 self.cache.put(open_keys[number], answer)
             yield open_keys[number], answer
 

@@ -24,6 +24,7 @@ from companion.data.formats import verdict_column, verdict_side
 from companion.data.problems import RowError, RowProblem
 from companion.data.readers import read_rows
 from companion.data.splits import prompt_key
+from companion.data.writing import write_text
 from companion.errors import DataError, ShapeError
 from companion.evaluation.tables import format_table
 from companion.functional.agreement import annotator_agreement
@@ -43,11 +44,8 @@ class JudgeReport:
 
     def save(self, path: str | Path) -> Path:
         """Write the figures as JSON; folders are made."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.figures, indent=2, ensure_ascii=False, allow_nan=False)
-        target.write_text(text + "\n", encoding="utf-8")
-        return target
+        return write_text(path, text + "\n")
 
     def table(self) -> str:
         """The figures as text, a line each."""
@@ -97,7 +95,7 @@ def judge_report(rows: Sequence[Mapping[str, Any]], *, own_model: str | None = N
         If there are no rows, or a row lacks a field (the row is named).
     """
     if not rows:
-        raise DataError("no verdicts to report on")
+        raise DataError("no verdicts to report on", "check the file")
     for number, row in enumerate(rows):
         for name in ("prompt", "a", "b", "preference", "first", "swapped"):
             if name not in row:

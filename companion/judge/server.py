@@ -8,13 +8,15 @@ that is no chat completion is asked for again here. Chapter 3.
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import accumulate
-from typing import Any
+from typing import Any, Final
 
 from companion.errors import JudgeError
 from companion.judge.backend import Answer, Question
@@ -76,7 +78,7 @@ class ServerBackend:
                 "a judge behind a server needs the package 'openai'",
                 "pip install 'reward-model-companion[judge]'",
             ) from error
-        if concurrency < 1 or max_retries < 0 or timeout <= 0:
+        if concurrency < 1 or max_retries < 0 or not 0 < timeout < math.inf:
             raise JudgeError(
                 f"concurrency {concurrency}, max_retries {max_retries}, timeout {timeout}",
                 "use at least 1, 0 and a positive number",
@@ -112,6 +114,9 @@ class ServerBackend:
                     yield waiting[done], done.result()
             finally:  # an error, or a caller that stops: what has not begun never does
                 pool.shutdown(wait=True, cancel_futures=True)
+
+    #: of each request, beside model and messages
+    _fields = ("temperature", "max_tokens", "logprobs", "top_logprobs", "chat_template_kwargs")
 
     def _body(self, question: Question) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -157,9 +162,27 @@ class ServerBackend:
             "does the address end in /v1, and is it a chat server?",
         )
 
+    def _setting(self, error: Any) -> str | None:
+        """The field of each request that the server does not take; None if a question is at fault.
+
+        OpenAI names it (``param``, ``code``); others in words.
+        """
+        said, body = _message(error), error.body if isinstance(error.body, dict) else {}
+        if _OF_TEXT.search(said) or not (_UNKNOWN.search(said) or body.get("code")):
+            return None
+        names = sorted({*self._fields, *self.request}, key=len, reverse=True)
+        if body.get("param") in names:
+            return str(body["param"])
+        return next((name for name in names if re.search(rf"\b{re.escape(name)}\b", said)), None)
+
     def _rejected(self, error: Any) -> Answer:
         """A fault of the question is an answer; one of server, key or address is an error."""
         said = f"{error.status_code}: {_message(error)}"
+        if error.status_code in (400, 422) and (name := self._setting(error)) is not None:
+            raise JudgeError(
+                f"{self.base_url}: does not take the setting {name!r} of each request, {said}",
+                f"{_OTHER.get(name, _TAKE_OUT.format(name))} (null takes a field out); {_KEPT}",
+            ) from error
         if error.status_code in (400, 413, 422):
             return Answer("", False, refused=f"the server rejects the request, {said}")
         cures = {
@@ -173,11 +196,29 @@ class ServerBackend:
         ) from error
 
 
+#: settings that models of today do not take: what to write in their place
+_TAKE_OUT: Final = """--request '{{"{0}": null}}'"""
+_OTHER: Final = {
+    "max_tokens": """--request '{"max_tokens": null, "max_completion_tokens": 4096}'""",
+    "max_completion_tokens": """--request '{"max_completion_tokens": null}' and --max_tokens""",
+    "logprobs": """--request '{"logprobs": null, "top_logprobs": null}'""",
+    "top_logprobs": """--request '{"logprobs": null, "top_logprobs": null}'""",
+}
+#: what a server says of a setting that it does not know, or not with this value; and of a text
+_UNKNOWN: Final = re.compile(
+    r"unsupported|not supported|does not support|unrecogni[sz]ed|unknown|unexpected|not permitted|"
+    r"not allowed|extra (inputs|fields)|deprecated|invalid (value|parameter)|incompatible|"
+    r"instead",
+    re.IGNORECASE,
+)
+_OF_TEXT: Final = re.compile(r"context|too (long|large|many)|maximum|input tokens", re.IGNORECASE)
+
+
 class _Pace:
     """Lets requests begin no faster than so many a minute, evenly spaced."""
 
     def __init__(self, per_minute: float | None) -> None:
-        if per_minute is not None and per_minute <= 0:
+        if per_minute is not None and not 0 < per_minute < math.inf:
             raise JudgeError(f"requests_per_minute is {per_minute}", "use a positive number")
         self._gap = 0.0 if per_minute is None else 60.0 / per_minute
         self._next = 0.0
@@ -202,13 +243,30 @@ def _read(reply: str, question: Question) -> Answer | None:
     """The answer in a reply; None if it is no chat completion."""
     try:
         choice = json.loads(reply)["choices"][0]
-        text = choice["message"].get("content") or ""
-        finished = choice.get("finish_reason") != "length"
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        text = _text(choice["message"].get("content"))
+        reason = choice.get("finish_reason")
+        finished = isinstance(reason, str) and reason.lower() in _ENDED
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
-    if not isinstance(text, str):
-        return None
-    return Answer(text, finished, _probabilities(choice, text, question) if finished else None)
+    kept = bool(text.strip()) and (finished or reason in _CUT)
+    return Answer(
+        text, finished, _probabilities(choice, text, question) if finished else None, kept=kept
+    )
+
+
+#: what servers say of an answer that the model ended; of one that ``max_tokens`` cut off, which it
+#: would do again. Any other (abort, content_filter, error, tool_calls, none) is no end of an answer
+_ENDED: Final = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
+_CUT: Final = ("length", "max_tokens", "model_length")
+
+
+def _text(content: Any) -> str:
+    """The text of a message: of a list of parts those of text, joined; of null none."""
+    if isinstance(content, (list, tuple)):
+        content = "".join(p["text"] for p in content if p.get("type", "text") == "text")
+    if content is not None and not isinstance(content, str):
+        raise TypeError(type(content).__name__)
+    return content or ""
 
 
 def _probabilities(choice: Mapping[str, Any], text: str, question: Question) -> Any:

@@ -6,6 +6,7 @@ Chapter 2.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import logging
@@ -20,8 +21,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from companion.errors import ModelError
+from companion.errors import ModelError, first_line
 from companion.models.head import find_head, has_own_readout, without_adapter
+from companion.models.memory import is_out_of_memory
 from companion.models.one_reader import read_once
 
 logger = logging.getLogger(__name__)
@@ -65,9 +67,20 @@ def resolve(path_or_id: PathLike) -> str:
                 cure = f"did you mean {path / checkpoints[-1]}?"
             raise ModelError(f"{name}: no config.json there, so it is no model folder", cure)
         return str(path)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise ModelError(f"{name}: no such folder", "check the path")
+    if not _is_hub_id(name):
+        raise ModelError(f"{name}: no such folder", f"check the path{_beside(name)}")
     return name
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------- its files
@@ -101,8 +114,10 @@ def read_json(path: str) -> dict[str, Any]:
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no valid JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{path}: no valid JSON: {first_line(error)}", "fetch or save the file again"
+        ) from error
     if not isinstance(data, dict):
         raise ModelError(f"{path}: holds a {type(data).__name__}, not an object")
     return data
@@ -180,7 +195,7 @@ def _old_file(path: str) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a pickle may fail as it likes
         raise ModelError(
-            f"{path}: cannot be read as weights alone: {_first_line(error)}",
+            f"{path}: cannot be read as weights alone: {first_line(error)}",
             "convert it to safetensors: save_pretrained of transformers does",
         ) from error
     return {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
@@ -206,16 +221,39 @@ def load_config(name: str, **shared: Any) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(name, **shared)
-    except (OSError, ValueError, KeyError) as error:
-        cure = "give a local folder, or a hub id while online; a gated model needs 'hf auth login'"
+    except Exception as error:  # whatever a damaged file makes of it
+        if Path(name).is_dir():
+            cure = "fetch or save the folder's config.json again"
+            what = f"{name}: cannot be loaded: {first_line(error)}"
+        else:
+            what = f"{name}: no such folder, and as an id of the hub it cannot be loaded now"
+            what += f": {first_line(error)}"
+            cure = "check the path, or give a hub id while online; a gated model needs 'hf auth "
+            cure += f"login'{_beside(name)}"
         if "trust_remote_code" in str(error):
-            cure = _TRUST
-        raise ModelError(f"{name}: cannot be loaded: {_first_line(error)}", cure) from error
+            what, cure = f"{name}: cannot be loaded: {first_line(error)}", _TRUST
+        raise ModelError(what, cure) from error
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
+        raise ModelError(
+            f"{name}: config.json has the architectures {named!r}", "write a list of one class"
+        )
     if config.is_encoder_decoder:
         raise ModelError(
             f"{name}: is an encoder-decoder ({config.model_type})", "use a decoder-only model"
         )
     return config
+
+
+def _beside(name: str) -> str:
+    """What stands where a folder of this name would, and is called almost so."""
+    path = Path(name)
+    try:
+        there = [one.name for one in path.parent.iterdir() if one.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, there, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
 def load_tokenizer(name: str, **shared: Any) -> Any:
@@ -229,9 +267,9 @@ def load_tokenizer(name: str, **shared: Any) -> Any:
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(name, **shared)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # (tokenizers raises no other class for a damaged file)
         raise ModelError(
-            f"{name}: has no tokenizer that can be loaded: {_first_line(error)}",
+            f"{name}: has no tokenizer that can be loaded: {first_line(error)}",
             "save the tokenizer beside the model",
         ) from error
 
@@ -257,7 +295,6 @@ def load_weights(
     and a classifier of their own, are for scoring only: with `encoder`.
     """
     import transformers
-    from safetensors import SafetensorError
 
     check_code(name, config, auto_class, bool(shared.get("trust_remote_code")))
     if attn_implementation is not None:
@@ -277,9 +314,11 @@ def load_weights(
     try:
         with quiet():
             model, info = read_once(read)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # (of a damaged pickle almost any)
+        if isinstance(error, ModelError) or is_out_of_memory(error):
+            raise
         raise ModelError(
-            f"{name}: the weights cannot be loaded: {_first_line(error)}",
+            f"{name}: the weights cannot be loaded: {first_line(error)}",
             "check that the folder is complete and of an architecture with such a head",
         ) from error
     if auto_class != "AutoModelForCausalLM":
@@ -486,7 +525,3 @@ def weight_parts(
         # 20 GB/s; SHA-256 took 8 s for the weights of a model of 0.6B
         data: Any = flat.view(torch.uint8).numpy()
         yield xxhash.xxh3_128_digest(memoryview(data))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

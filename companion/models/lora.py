@@ -178,7 +178,14 @@ def load_adapter(
             "save the merged model, and load that",
         )
     base = adapter.get("base_model_name_or_path")
-    if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
+    if isinstance(base, str) and not Path(base).is_dir():  # saved relative to where it lies
+        beside = [place / base for place in (Path(name), Path(name).parent)]
+        base = next((str(place) for place in beside if base and place.is_dir()), base)
+    if (
+        not isinstance(base, str)
+        or not base
+        or (Path(base).is_absolute() and not Path(base).is_dir())
+    ):
         raise ModelError(
             f"{name}: the adapter's base {base!r} is not found",
             "set base_model_name_or_path in adapter_config.json to the base",

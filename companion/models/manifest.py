@@ -25,6 +25,7 @@ from companion.models.readout import RULES, ScalarReadout, kind_of_rule
 MANIFEST_FILE = "reward_manifest.json"
 FORMAT_VERSION = 1
 _QUANTILES = 101
+_AGAIN = "fetch the file again, or save the model anew"
 
 
 @dataclass(frozen=True)
@@ -242,8 +243,8 @@ class RewardManifest:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ModelError(f"{where}: no valid JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"{where}: no valid JSON: {error}", _AGAIN) from error
         if not isinstance(data, dict):
             raise ModelError(f"{where}: holds a {type(data).__name__}, not an object")
         if data.get("format_version") != FORMAT_VERSION:  # before its fields are judged
@@ -296,7 +297,11 @@ class RewardManifest:
             file = file / MANIFEST_FILE
         if not file.is_file():
             raise ModelError(f"{file}: no such file")
-        return cls.from_json(file.read_text(encoding="utf-8"), str(file))
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{file}: cannot be read as UTF-8: {error}", _AGAIN) from error
+        return cls.from_json(text, str(file))
 
 
 def _is_number(value: object) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from companion.errors import ModelError
+from companion.errors import ModelError, first_line
 
 _GIB = 2**30
 
@@ -16,14 +16,41 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
 
 
+def chosen_device(device: str | torch.device | None) -> torch.device:
+    """The device that is asked for; the GPU, if there is one and nothing is asked.
+
+    Raises
+    ------
+    ModelError
+        If there is no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            return found
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ModelError(
+            f"device {str(device)!r} cannot be used here: {first_line(error)}",
+            f"there are: {', '.join(there)}; without one named, the GPU is taken if there is one",
+        ) from error
+    return found
+
+
 def place(model: Any, device: str | torch.device) -> Any:
     """Put a model on a device.
 
     Raises
     ------
     ModelError
-        If it does not fit there: its size, the card's, and the cure.
+        If there is no such device, or it does not fit there: its size, the card's, and the cure.
     """
+    device = chosen_device(device)
     try:
         return model.to(device)
     except RuntimeError as error:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from companion.data.problems import RowProblem
+from companion.data.writing import write_text
 from companion.errors import DataError, ModelError
 from companion.monitoring.evidence import measure
 from companion.monitoring.golden import check_target, read_golden
@@ -405,6 +406,4 @@ def _traffic_warnings(store: Store, plan: Plan, summary: TrafficSummary) -> list
 
 def write_json(path: Path, verdict: Mapping[str, Any]) -> None:
     """A verdict as a file, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(verdict, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_text(path, json.dumps(verdict, indent=1) + "\n")

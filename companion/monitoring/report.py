@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from companion.data.writing import write_text
 from companion.functional.betting import by_group
 from companion.functional.resampling import bootstrap_interval
 from companion.monitoring.evidence import Evidence, Labels, measure
@@ -76,10 +77,7 @@ def write_monitor_report(store: Store, path: str | os.PathLike[str]) -> Path:
         ],
         facts=_facts(store, plan),
     )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
-    return target
+    return write_text(path, page)
 
 
 def _percent(share: float, interval: Any = None) -> str:

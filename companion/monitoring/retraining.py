@@ -20,6 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from companion.data.writing import write_text
 from companion.errors import CompanionError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -537,12 +538,12 @@ def _prepare(
     template = manifest.formatter.get("chat_template")  # NEW reads texts as OLD does
     (kept / _TEMPLATE).unlink(missing_ok=True)
     if isinstance(template, str):
-        (kept / _TEMPLATE).write_text(template, encoding="utf-8")
+        write_text(kept / _TEMPLATE, template)
 
 
 def _record(folder: Path, result: Retraining) -> None:
     text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / RECORD, text + "\n")
 
 
 def _compare(

@@ -89,7 +89,9 @@ class Store:
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             found = self._db.execute("PRAGMA user_version").fetchone()[0]
         except sqlite3.Error as error:
-            raise DataError(f"{path}: is no monitor's file ({error})") from error
+            raise DataError(
+                f"{path}: is no monitor's file ({error})", "begin one: companion monitor init"
+            ) from error
         if found != _FORMAT:
             self._db.close()
             raise DataError(

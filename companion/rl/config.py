@@ -6,7 +6,7 @@ Chapter 5.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from trl import GRPOConfig
 
@@ -17,10 +17,19 @@ from companion.training.config import (
     HubArguments,
     LoadArguments,
     SourceArguments,
+    check_libraries,
+    check_numbers,
     refuse_several_devices,
     setting,
 )
 from companion.training.launching import settle_on_cpu
+
+#: what TRL takes, and says in the midst of the first step only
+_CHOICES: Final = {
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "loss_type": ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+}
 
 
 @dataclass
@@ -111,17 +120,20 @@ class GRPORunConfig(CheckpointArguments, HubArguments, GRPOConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = has_bf16() and not self.fp16 and not self.use_cpu
+        check_numbers(self)
+        check_libraries(self)
         settle_on_cpu(self)
         super().__post_init__()
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise CompanionError(
+                    f"{name} is {getattr(self, name)!r}", f"take one of: {', '.join(known)}"
+                )
         refuse_several_devices(self.n_gpu)
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_model):
             raise CompanionError(
                 f"{len(self.reward_weights)} reward_weights for {len(self.reward_model)} rewards",
                 "give one weight for each, in their order",
-            )
-        if self.monitor_steps <= 0:
-            raise CompanionError(
-                f"monitor_steps is {self.monitor_steps}", "give a number of steps, or a share"
             )
         if self.on_budget == "raise_beta" and not (self.beta > 0 and self.kl_budget is not None):
             raise CompanionError(

@@ -22,6 +22,7 @@ from accelerate import PartialState
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from companion.data.writing import write_text
 from companion.errors import CompanionError, DataError
 from companion.functional.sequential import Fall, FallTest
 from companion.generation.policy import Policy
@@ -314,7 +315,7 @@ class OveroptimizationMonitor(TrainerCallback):
         PartialState().wait_for_everyone()
         if PartialState().is_main_process:
             text = "".join(json.dumps(look.to_dict()) + "\n" for look in kept)
-            self.record.write_text(text, encoding="utf-8")
+            write_text(self.record, text)
         for look in kept:
             self._judge(look)
         if kept and kept[-1].step < step:

@@ -24,7 +24,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
 from companion.data.splits import dataset_fingerprint, prompt_key, split_by_prompt
-from companion.errors import CompanionError, DataError
+from companion.data.writing import write_text
+from companion.errors import CompanionError, DataError, first_line
 from companion.evaluation.tables import format_table
 from companion.functional.resampling import Interval, bootstrap_interval
 from companion.generation.causal import load_causal
@@ -54,7 +55,7 @@ from companion.training.checkpoints import (
     checkpoint_of,
     fingerprint_of,
 )
-from companion.training.config import require
+from companion.training.config import check_optimizer, require
 from companion.training.launching import require_launcher
 from companion.training.run import Say, load_given
 from companion.training.trainer import whole_parameters
@@ -159,8 +160,7 @@ class GRPOResult:
     def save(self) -> Path:
         """Write ``grpo_result.json``."""
         path = self.output_dir / "grpo_result.json"
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        return path
+        return write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def write_card(self, config: GRPORunConfig, base: str, model_id: str | None = None) -> None:
         """Write ``README.md``, unless one that was written by hand stands there."""
@@ -292,15 +292,24 @@ def train_grpo(
     }
     if model.attn_implementation is not None:
         config.model_init_kwargs["attn_implementation"] = model.attn_implementation
-    trainer = _Trainer(
-        model=name,
-        reward_funcs=rewards,  # type: ignore[arg-type]
-        args=config,
-        train_dataset=train,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-        peft_config=_lora(model),
-    )
+    try:
+        trainer = _Trainer(
+            model=name,
+            reward_funcs=rewards,  # type: ignore[arg-type]
+            args=config,
+            train_dataset=train,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            peft_config=_lora(model),
+        )
+    except (ValueError, ImportError) as error:  # what there is, each model's class says by itself
+        if "attn" in str(error) or "attention" in str(error):
+            raise CompanionError(
+                f"attn_implementation is {model.attn_implementation!r}: {first_line(error)}",
+                "take eager or sdpa, or install what it needs",
+            ) from error
+        raise
+    check_optimizer(config, trainer.model)
     if config.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
     for note in (differences := _differences(trainer, train)):

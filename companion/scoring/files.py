@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from companion.data.problems import RowError, RowProblem
 from companion.data.readers import file_format, json_lines, open_bytes, parse_json, read_file
-from companion.data.writing import to_json
+from companion.data.writing import check_output, to_json, unwritable, write_text
 from companion.errors import DataError
 from companion.layouts import rename_columns
 from companion.scoring.processes import across_processes, add_up_counts, in_first_process
@@ -189,8 +189,7 @@ def write_in_chunks(
     source, target = Path(input_path), Path(output_path)
     if target.suffix == ".gz":
         raise DataError(f"{target}: the output is plain text, so that a stopped run can go on")
-    if source.resolve() == target.resolve():
-        raise DataError(f"{source}: input and output are the same file")
+    check_output(target, source, regular=True)
     if chunk_rows < 1:
         raise DataError(f"chunk_rows is {chunk_rows}", "use a positive number")
     with contextlib.ExitStack() as stack:
@@ -224,9 +223,13 @@ def write_in_chunks(
         while chunk := list(islice(numbered, at_a_time)):
             records = across_processes(chunk, records_of, processes)
             if out is not None:
-                out.write("".join(to_json(record) + "\n" for record in records).encode())
-                out.flush()
-                os.fsync(out.fileno())
+                text = "".join(to_json(record) + "\n" for record in records).encode()
+                try:
+                    out.write(text)
+                    out.flush()
+                    os.fsync(out.fileno())
+                except OSError as error:
+                    raise unwritable(target, error) from error
             failed = sum("error" in record for record in records)
             report.without_score += failed
             report.scored += len(records) - failed
@@ -286,7 +289,10 @@ def parse_line(place: Place) -> Any:
     except RowError as error:
         raise RowProblem.of(error, where).as_error() from error
     if not isinstance(row, (dict, str, list)):
-        raise DataError(f"{where}: a {type(row).__name__}, not an object, a text or messages")
+        raise DataError(
+            f"{where}: a {type(row).__name__}, not an object, a text or messages",
+            "write an object with prompt and completion, or leave the line out",
+        )
     return row
 
 
@@ -417,6 +423,4 @@ def _resume(out: IO[bytes], path: Path, state: dict[str, Any], overwrite: bool) 
 
 
 def _write_state(path: Path, state: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(state, indent=2) + "\n")

@@ -432,6 +432,8 @@ class RemoteScorer(Scorer[Scores]):
                     )
                 kind, version = found["kind"], found["model_version"]
                 limit = found.get("max_length")
+                if limit is not None and (type(limit) is not int or limit < 1):
+                    raise TypeError(f"max_length is {limit!r}")
             except (KeyError, TypeError, AttributeError) as error:
                 raise ServiceError(
                     f"{url}{path}: the answer does not fit the protocol 'companion': {error!r}",
@@ -483,7 +485,7 @@ class RemoteScorer(Scorer[Scores]):
             raise Refused(f"{where}: {what}", cure, response.status_code)
         try:
             return response.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ServiceError(
                 f"{where}: answered no JSON: {response.text[:200]!r}", "check the URL"
             ) from error
@@ -493,7 +495,7 @@ class RemoteScorer(Scorer[Scores]):
         try:
             _, response = await self._servers.send(client, "/v1/models", only=url)
             return f"version {response.json()['data'][0]['model_version']}"
-        except (ServiceError, ValueError, LookupError, TypeError):
+        except (ServiceError, ValueError, LookupError, TypeError, RecursionError):
             return "another version"
 
     def _warn_of_probabilities(self, scores: np.ndarray) -> None:

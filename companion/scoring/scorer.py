@@ -30,6 +30,7 @@ from companion.models.ends import end_token_ids, turn_end_ids
 from companion.models.golden import ROWS
 from companion.models.loading import load_reward_model, manifest_of
 from companion.models.manifest import MANIFEST_FILE, ReferenceStats, RewardManifest
+from companion.models.memory import chosen_device
 from companion.models.published import kind_of
 from companion.models.readout import ReadAs, Readout, ScalarReadout, TokenReadout
 from companion.models.reward_model import RewardModel
@@ -576,8 +577,7 @@ class LocalScorer(Scorer[ScoresT]):
             For a folder of another kind, which names the class to take.
         """
         cls._check_kind(path_or_id, revision, read_as)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = chosen_device(device)
         reward_model = load_reward_model(
             path_or_id,
             device=device,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import random
 import ssl
 import threading
@@ -209,7 +210,8 @@ class Servers:
             times = max(address.failures, tries)
             # (a bound on the power: 2**1024 is no float)
             pause = min(_LONGEST_PAUSE, self.backoff * 2 ** min(times - 1, 30))
-            pause = pause if asked is None else asked
+            # (nor longer than an answer is waited for, whatever the server asks)
+            pause = pause if asked is None else min(asked, self.timeout)
             back_at = now + pause
             address.back_at = max(address.back_at, back_at)
             several = len(self._addresses) > 1
@@ -248,7 +250,7 @@ def refusal(response: httpx2.Response) -> tuple[str, str]:
     try:
         error = response.json()["error"]
         what, cure = str(error["message"]), str(error.get("cure") or cure)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         what = response.text[:500]
     return f"answered {status}: {what}", cure
 
@@ -258,13 +260,14 @@ def _seconds(retry_after: str | None) -> float | None:
     if retry_after is None:
         return None
     try:
-        return max(0.0, float(retry_after))
+        seconds = float(retry_after)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
     except ValueError:
         pass
     try:
         date = parsedate_to_datetime(retry_after)
         return max(0.0, (date - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):  # no date, or one without a zone
+    except (ValueError, TypeError, OverflowError):  # no date, or one without a zone
         return None
 
 

@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from accelerate import PartialState
 
-from companion.data.writing import write_rows
+from companion.data.writing import check_output, write_rows
 from companion.errors import CompanionError, DataError
 from companion.formatting.conversation import as_reply, check_messages, has_text, is_messages
 from companion.functional.resampling import Interval, bootstrap_interval
@@ -144,10 +144,9 @@ def rank_file(
         raise DataError(f"n={n}, top_k={top_k}", "both must be at least 1")
     if on_error not in ("raise", "skip"):
         raise DataError(f"on_error is {on_error!r}", "use 'raise' or 'skip'")
-    files = (source, output, ranks, pairs_path)
-    paths = [Path(file).resolve() for file in files if file is not None]
-    if len(set(paths)) < len(paths):
-        raise DataError("input, output, ranks and pairs must be different files")
+    files = [source, *(Path(file) for file in (output, ranks, pairs_path) if file is not None)]
+    for place, file in enumerate(files[1:], start=1):
+        check_output(file, *files[:place], regular=True)
     sampling = {
         "n": n,
         "temperature": temperature,
@@ -244,18 +243,24 @@ def _for_template(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in TEMPLATE_COLUMNS if row.get(key) is not None}
 
 
+_FORM: Final = "write text, or a list of {role, content} messages"
+
+
 def _row(row: Any, where: str, policy: Policy | None) -> dict[str, Any]:
     """Prompt, completions and whether each was ended; checked."""
     row = read_row(row, where, (), Counter(), alone=policy is not None)
     if not isinstance(row, dict) or row.get("prompt") is None:
-        raise DataError(f"{where}: the field 'prompt' is missing or null")
+        raise DataError(
+            f"{where}: the field 'prompt' is missing or null",
+            "write the prompt, or leave the row out",
+        )
     prompt, completions = row["prompt"], row.get("completions")
     base: dict[str, Any] = {"prompt": prompt, "where": where, **_for_template(row)}
     if "id" in row:
         base["id"] = row["id"]
     if not isinstance(prompt, str):
         if not is_messages(prompt) or not prompt:
-            raise DataError(f"{where}, 'prompt': neither text nor a list of messages")
+            raise DataError(f"{where}, 'prompt': neither text nor a list of messages", _FORM)
         base["prompt"] = check_messages(prompt, f"{where}, 'prompt'")
     if policy is not None:
         if completions is not None:
@@ -279,7 +284,7 @@ def _row(row: Any, where: str, policy: Policy | None) -> dict[str, Any]:
         raise DataError(f"{where}: texts and messages are mixed", "use one form for all")
     for number, item in enumerate(completions):
         if not isinstance(item, str) and (not is_messages(item) or not item):
-            raise DataError(f"{where}, completion {number}: neither text nor messages")
+            raise DataError(f"{where}, completion {number}: neither text nor messages", _FORM)
     ended = row.get("terminated", [True] * len(completions))
     if (
         not isinstance(ended, list)

@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from companion.errors import CompanionError, RunEnded
+from companion.errors import CompanionError, RunEnded, first_line, is_writing_fault
 from companion.formatting import RECIPE_FILE, RewardFormatter
 from companion.models.checkpoint import model_fingerprint
 from companion.training.preemption import PreemptionCallback, spare_workers
@@ -467,10 +467,6 @@ class WholeCheckpoints(_Base):
 def all_written(folder: Path, name: str) -> Iterator[None]:
     """Say so in one line if something of a run's `folder` cannot be written.
 
-    Neither torch nor the libraries in Rust raise an ``OSError`` then (torch 2.13: a
-    ``RuntimeError`` of ``inline_container.cc`` or ``basic_ios``; tokenizers: a plain exception with
-    "os error 28").
-
     Raises
     ------
     RunEnded
@@ -479,12 +475,9 @@ def all_written(folder: Path, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        words = ("inline_container", "basic_ios", "(os error ")
-        told = any(word in str(error) for word in words)
-        named = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
-        if not (told or named):
+        if not is_writing_fault(error):
             raise
-        text = (str(error) or type(error).__name__).splitlines()[0]
+        text = first_line(error)
         there = next(place for place in (folder, *folder.parents) if place.exists())
         room, go_on = f"{shutil.disk_usage(there).free:,} bytes are free", ""
         if (before := newest_whole(folder, required=False, main=False)) is not None:

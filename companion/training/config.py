@@ -8,14 +8,16 @@ A kind of training adds its own settings to the last group, and takes out what i
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, Final, get_args, get_type_hints
 
 from trl import RewardConfig
 
 from companion.data.mixing import is_mix
 from companion.engine.devices import has_bf16
-from companion.errors import CompanionError
+from companion.errors import CompanionError, first_line
 from companion.training.launching import settle_on_cpu
 
 
@@ -27,6 +29,87 @@ def setting(
         factory["default"] = default
     more = {name: value for name, value in (("choices", choices), ("nargs", nargs)) if value}
     return field(metadata={"help": help, **more}, **factory)
+
+
+_INF: Final = math.inf
+#: settings of numbers -> the least and the greatest value, and whether these two are allowed
+_RANGES: Final[dict[str, tuple[float, float, bool, bool]]] = {
+    **dict.fromkeys(
+        (
+            *("per_device_train_batch_size", "per_device_eval_batch_size"),
+            *("gradient_accumulation_steps", "max_length", "micro_batch_tokens"),
+            *("dataset_num_proc", "save_total_limit", "lora_r", "limit", "lora_alpha"),
+            *("max_completion_length", "monitor_completions", "monitor_prompts", "test_prompts"),
+            *("num_iterations", "steps_per_generation", "generation_batch_size"),
+            *("eval_accumulation_steps", "torch_empty_cache_steps", "ddp_timeout"),
+            *("ddp_bucket_cap_mb", "dataloader_prefetch_factor"),
+        ),
+        (1, _INF, True, False),
+    ),
+    **dict.fromkeys(
+        (
+            *("learning_rate", "weight_decay", "max_grad_norm", "neftune_noise_alpha"),
+            *("center_rewards_coefficient", "warmup_steps", "dataloader_num_workers", "beta"),
+            *("epsilon", "epsilon_high", "eval_delay"),
+        ),
+        (0, _INF, True, False),
+    ),
+    **dict.fromkeys(
+        (
+            *("num_train_epochs", "logging_steps", "eval_steps", "save_steps", "adam_epsilon"),
+            *("reward_clip", "kl_budget", "temperature", "repetition_penalty", "monitor_steps"),
+        ),
+        (0, _INF, False, False),
+    ),
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2", "lora_dropout", "warmup_ratio"), (0, 1, True, False)
+    ),
+    **dict.fromkeys(("eval_fraction", "fall_alpha"), (0, 1, False, False)),
+    **dict.fromkeys(("calibration_fraction", "top_p"), (0, 1, False, True)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32, True, False)),
+    "label_smoothing_factor": (0, 0.5, True, False),
+}
+
+
+def check_numbers(settings: Any) -> None:
+    """Refuse a dataclass of settings with a number that makes no sense, and say what would.
+
+    transformers takes a rate of −1, a batch of 0 and NaN, and ends with a traceback in the run, or
+    with a model of NaN.
+
+    Raises
+    ------
+    CompanionError
+    """
+    hints = get_type_hints(type(settings))
+    for own in fields(settings):
+        value, hint = getattr(settings, own.name), hints.get(own.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        kinds = {hint, *get_args(hint)}
+        if float in kinds and int not in kinds:  # (of YAML; torch takes no 0 for 0.0)
+            value = float(value)
+            setattr(settings, own.name, value)
+        if isinstance(value, float) and int in kinds and float not in kinds:
+            raise CompanionError(f"{own.name} is {value}", "give a whole number")
+        if own.name == "max_steps" and value < 1 and value != -1:
+            raise CompanionError(
+                f"max_steps is {value}", "give a positive number, or leave it out: num_train_epochs"
+            )
+        low, high, with_low, with_high = _RANGES.get(own.name, (-_INF, _INF, False, False))
+        above = low <= value if with_low else low < value
+        if not (above and (value <= high if with_high else value < high)):
+            raise CompanionError(f"{own.name} is {value}", _range_text(own.name))
+
+
+def _range_text(name: str) -> str:
+    low, high, with_low, with_high = _RANGES.get(name, (-_INF, _INF, False, False))
+    if high == _INF:
+        least = "" if low == -_INF else f" of at least {low:g}" if with_low else " above 0"
+        return f"give a finite number{least}"
+    return (
+        f"give a number in {'[' if with_low else '('}{low:g}, {high:g}{']' if with_high else ')'}"
+    )
 
 
 def not_offered(why: str, default: Any = None) -> Any:
@@ -57,6 +140,9 @@ class LoadArguments:
     lora_target_modules: list[str] | None = setting(
         None, "Layers to adapt; default: all linear ones."
     )
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 @dataclass
@@ -98,6 +184,7 @@ class SourceArguments:
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         names: Any = self.dataset_name
         if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
             self.dataset_name = names[0]
@@ -270,18 +357,11 @@ class PairwiseRewardConfig(CheckpointArguments, HubArguments, RewardConfig):
                 )
         if self.bf16 is None:
             self.bf16 = has_bf16() and not self.fp16 and not self.use_cpu
+        check_numbers(self)
+        check_libraries(self)
         settle_on_cpu(self)
         super().__post_init__()
         refuse_several_devices(self.n_gpu)
-        if not 0 <= self.label_smoothing_factor < 0.5:
-            raise CompanionError(
-                f"label_smoothing_factor is {self.label_smoothing_factor}",
-                "give a probability in [0, 0.5) with which a label is flipped",
-            )
-        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
-            raise CompanionError(
-                f"micro_batch_tokens is {self.micro_batch_tokens}", "give a positive number"
-            )
         settings: Any = self.accelerator_config
         settings.non_blocking = self.dataloader_pin_memory
         if settings.split_batches or settings.dispatch_batches:
@@ -359,6 +439,80 @@ class DataArguments(RowArguments):
         "A 'margin' column as given, made from ratings, or none.",
         choices=["given", "ratings", "none"],
     )
+
+
+#: what a reporter of transformers needs, where its package has another name
+_PACKAGES: Final = {
+    "azure_ml": "azureml",
+    "comet_ml": "comet_ml",
+    "dagshub": "dagshub",
+    "dvclive": "dvclive",
+    "tensorboard": "tensorboard",
+}
+
+
+def check_libraries(config: Any) -> None:
+    """Refuse what a library would find out in the midst of the run.
+
+    A reporter or a compiler that there is not, a package that is not installed, arguments that are
+    none.
+
+    Raises
+    ------
+    CompanionError
+    """
+    from accelerate.utils import DynamoBackend
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    if config.output_dir == "":
+        raise CompanionError("output_dir is empty", "name a folder")
+    kwargs = config.lr_scheduler_kwargs
+    if isinstance(kwargs, str) and not kwargs.lstrip().startswith("{"):
+        raise CompanionError(
+            f"lr_scheduler_kwargs is {kwargs!r}", """write JSON: '{"num_cycles": 1}'"""
+        )
+    for part in str(config.optim_args or "").replace(" ", "").split(","):
+        if part and part.count("=") != 1:
+            raise CompanionError(f"optim_args is {config.optim_args!r}", "write NAME=VALUE,…")
+    backend = config.torch_compile_backend
+    if backend is not None and backend.upper() not in DynamoBackend.__members__:
+        known = ", ".join(name.lower() for name in DynamoBackend.__members__)
+        raise CompanionError(f"torch_compile_backend is {backend!r}", f"take one of: {known}")
+    if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise CompanionError(
+            "use_liger_kernel is on, and the package liger-kernel is not installed",
+            "pip install liger-kernel, or leave it off",
+        )
+    report_to = config.report_to
+    for name in [report_to] if isinstance(report_to, str) else report_to or ():
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise CompanionError(
+                f"report_to is {name!r}",
+                f"take none, all, or some of: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}",
+            )
+        package = _PACKAGES.get(name, name)
+        if name not in ("codecarbon", "flyte") and importlib.util.find_spec(package) is None:
+            if name == "tensorboard" and importlib.util.find_spec("tensorboardX"):
+                continue
+            raise CompanionError(
+                f"report_to is {name!r}, and the package {package} is not installed",
+                f"pip install {package}, or --report_to none",
+            )
+
+
+def check_optimizer(config: Any, model: Any) -> None:
+    """Refuse an optimiser whose package is missing, or that takes none of these arguments."""
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(config, model)
+    except (ImportError, ValueError, TypeError) as error:
+        name = getattr(config.optim, "value", config.optim)
+        raise CompanionError(
+            f"optim is {name}: {first_line(error)}", "install what it needs, or take adamw_torch"
+        ) from error
 
 
 def refuse_several_devices(number: int) -> None:

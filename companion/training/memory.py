@@ -428,7 +428,7 @@ def _name(model: Any) -> str:
 
 def _check_positive(**numbers: float | None) -> None:
     for name, value in numbers.items():
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise CompanionError(f"{name} is {value}", "give a positive number")
 
 

@@ -55,6 +55,7 @@ from companion.training.config import (
     PairwiseRewardConfig,
     RowArguments,
     SourceArguments,
+    check_optimizer,
     describe_settings,
     require,
 )
@@ -201,6 +202,7 @@ def train(
         )
         tell(f"note: {notes[-1]}")
 
+    check_optimizer(config, start.model)
     named, base = config.learning_rate, fingerprint_of(start.model, main)
     trainer: Any = kind.trainer(
         start,

@@ -23,10 +23,12 @@ from typing import Any, Final
 import datasets
 import multiprocess
 import pyarrow as pa
+import xxhash
 from datasets import Dataset, Features
 from filelock import FileLock, Timeout
 
 from companion.data.pages import sparing
+from companion.data.writing import write_text
 from companion.formatting import RewardFormatter
 
 logger = logging.getLogger(__name__)
@@ -87,7 +89,9 @@ def tokenise_rows(
     with _cache_file(key, source, keep=may_keep and len(dataset) >= CACHE_FROM) as file:
         if num_proc is None:
             num_proc = default_processes(len(dataset), alone=file is not None)
-        return dataset.map(
+        if file is not None:
+            _drop_unless_whole(file, source)
+        made = dataset.map(
             function,
             batched=True,
             with_indices=True,
@@ -100,6 +104,45 @@ def tokenise_rows(
             cache_file_name=None if file is None else str(file),
             desc=f"Tokenising {source}",
         )
+        if file is not None:
+            _seal(file)
+        return made
+
+
+def _seal_of(file: Path) -> Path:
+    return file.with_suffix(".xxh3")
+
+
+def _digest_of(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(file, "rb") as data:
+        while part := data.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _drop_unless_whole(file: Path, source: str) -> None:
+    """Remove a file of token ids that is not as it was written: damaged, or altered since.
+
+    Arrow reads altered numbers as they are, and a model would be trained on other texts.
+    """
+    seal = _seal_of(file)
+    if not file.exists():
+        return
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if seal.read_text(encoding="ascii").strip() == _digest_of(file):
+            return
+    if seal.exists():  # (one of an earlier version has none)
+        logger.warning(f"{source}: the token ids in {file} were damaged or altered: made anew")
+    file.unlink(missing_ok=True)
+    seal.unlink(missing_ok=True)
+
+
+def _seal(file: Path) -> None:
+    """Note what was written, for the next run."""
+    if file.exists() and not _seal_of(file).exists():
+        with contextlib.suppress(OSError):
+            write_text(_seal_of(file), _digest_of(file) + "\n")
 
 
 def default_processes(rows: int, *, alone: bool = True) -> int:

@@ -49,10 +49,12 @@ sources:
 
 
 @given(
-    weights=st.lists(st.fractions(Fraction(1, 100), 10, max_denominator=100), min_size=1),
+    weights=st.lists(
+        st.fractions(Fraction(1, 100), 10, max_denominator=100), min_size=1, max_size=6
+    ),
     rows=st.integers(1, 10**7),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_counts_are_exact(weights: list[Fraction], rows: int) -> None:
     counts = exact_counts(weights, rows)
     assert sum(counts) == rows
@@ -145,7 +147,7 @@ def test_sources_that_do_not_fit(tmp_path: Path) -> None:
         ("rows: 3", "'sources' is missing"),
         ("[1, 2]", "a list, not keys"),
         ("a: [", "no valid YAML"),
-        ("[" * 3000, "no valid YAML"),
+        pytest.param("[" * 1500, "no valid YAML", id="deep"),
         ("seed: true\nsources: [{dataset_name: a, weight: 1}]", "seed is True"),
         ("rows: 1.5\nsources: [{dataset_name: a, weight: 1}]", "rows is 1.5"),
         ("sources: [{dataset_name: a}]", "source 0: 'weight' is missing"),

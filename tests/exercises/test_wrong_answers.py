@@ -30,7 +30,7 @@ from companion.course import check, checking
 from companion.course.catalogue import CATALOGUE
 from companion.course.checking import IN_PLACE, load_exercise
 from companion.course.exercise import Exercise
-from companion.course.time_limit import TimeLimit, TooLong
+from companion.formatting.time_limit import TimeLimit, TooLong
 
 KIND = "The result is not of the kind that was asked for."
 RAISES = "The function raises an exception."

@@ -9,6 +9,7 @@ import pytest
 
 from companion import load_rows_with_report
 from companion.cli.main import main
+from companion.data.writing import to_json
 from companion.errors import DataError, JudgeError
 from companion.judge import (
     Answer,
@@ -140,6 +141,67 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(tmp_path):
     with Judge(other, TEMPLATE + "!", cache=cache) as judge:  # another template, other answers
         judge.compare(rows)
         assert judge.counts["from cache"] == 0
+
+
+def test_answers_of_an_earlier_version_that_are_none_are_asked_again(tmp_path):
+    """It kept null content as an empty text, and took each end but 'length' for an ordinary one."""
+    path = tmp_path / "cache.jsonl"
+    kept = {
+        "empty": ("", False),
+        "torn": ("[[A]] is tempting, but on refl", False),
+        "torn at a comma": ("I prefer [[A]],", False),
+        "whole": ("I prefer [[A]].", True),
+        "verdict": ("[[B]]", True),
+        "word": ("A", True),
+        "grade": ("Rating: 7", True),
+        "thought": ("<think>so</think>", True),
+    }
+    lines = [
+        json.dumps({"key": key, "text": text, "finished": True}) for key, (text, _) in kept.items()
+    ]
+    lines.append(json.dumps({"key": "cut", "text": "and then", "finished": False}))
+    path.write_text("\n".join(lines) + "\n")
+    with AnswerCache(path) as cache:
+        assert (cache.n_doubted, cache.n_damaged) == (3, 0)
+        assert {key: cache.get(key) is not None for key in kept} == {
+            key: good for key, (_, good) in kept.items()
+        }
+        assert cache.get("cut") == Answer("and then", False)
+        cache.put("torn", Answer("[[B]] after all", True))
+    with AnswerCache(path) as cache:  # (what this version keeps says how it ended)
+        assert cache.get("torn") == Answer("[[B]] after all", True)
+
+
+def test_a_judge_sees_calls_of_tools_and_the_tools():
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    row = {
+        "prompt": [{"role": "user", "content": "Weather in Oslo?"}],
+        "tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}],
+        "a": [{"role": "assistant", "tool_calls": [call]}],
+        "b": [
+            {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+            {"role": "tool", "content": "rain"},
+            {"role": "assistant", "content": "It rains."},
+        ],
+    }
+    texts = read_item(row, "pairwise", "row 0").texts
+    assert texts["prompt"].startswith('Tools: [{"type": "function"')
+    assert texts["prompt"].endswith("\n\nWeather in Oslo?")
+    line = 'Tool call: {"name": "weather", "arguments": {"city": "Oslo"}}'
+    assert texts["a"] == line
+    assert texts["b"] == f"Assistant: I look.\n{line}\n\nTool: rain\n\nAssistant: It rains."
+
+
+def test_half_of_a_surrogate_pair_and_nan(tmp_path):
+    with pytest.raises(DataError, match=r"row 3, field 'prompt': no valid text") as stop:
+        read_item({"prompt": "p\ud800", "a": "x", "b": "y"}, "pairwise", "row 3")
+    assert "whole characters" in stop.value.cure
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    row = {"prompt": "p", "a": "x", "b": "y", "weight": float("nan")}
+    source.write_text(json.dumps(row) + "\n")
+    judge_file(Judge(Scripted(first_place), TEMPLATE), source, target)
+    assert json.loads(target.read_text(), parse_constant=pytest.fail)["weight"] is None
+    assert json.loads(to_json({"id": "\udc00", "é": 1})) == {"id": "\udc00", "é": 1}
 
 
 def test_a_torn_and_a_damaged_line_are_passed_over_and_counted(tmp_path):

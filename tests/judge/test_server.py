@@ -146,6 +146,10 @@ def test_a_rejected_question_is_refused_and_not_asked_again(serve):
     assert len(bodies) == 2
 
 
+#: how servers say that an answer is none, or is not whole
+NO_END = ("abort", "content_filter", "max_tokens", "model_length", "error", "tool_calls", None, 7)
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
@@ -153,6 +157,7 @@ def test_a_rejected_question_is_refused_and_not_asked_again(serve):
         (reply(None), "no verdict"),
         (reply("[[A]] or [[B]]"), "conflicting verdicts"),
         (reply("[[A]]", finish="length"), "cut off"),
+        *((reply("[[A]]", finish=why), "cut off") for why in NO_END),
     ],
 )
 def test_what_cannot_be_read_is_counted_by_its_reason(serve, answer, reason):
@@ -160,6 +165,84 @@ def test_what_cannot_be_read_is_counted_by_its_reason(serve, answer, reason):
     judge = judge_at(url)
     assert judge.compare(ROWS)[0].reason == reason
     assert judge.counts[reason] == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        (reply("[[A]]"), True),
+        (reply("[[A]]", finish="length"), True),  # it would be cut off again
+        (reply("[[A]]", finish="max_tokens"), True),
+        (reply(None), False),
+        (reply(" "), False),
+        (reply("", finish="length"), False),  # all of it was reasoning
+        *(
+            (reply("[[A]]", finish=why), False)
+            for why in ("abort", "content_filter", "error", None)
+        ),
+    ],
+)
+def test_what_is_no_answer_is_asked_again(serve, answer, kept, tmp_path):
+    for number in range(2):
+        url, bodies, _ = serve(lambda number, body: answer)
+        with judge_at(url, cache=tmp_path / "cache") as judge:
+            judge.compare(ROWS)
+        assert len(bodies) == (0 if number and kept else 2)
+
+
+def test_a_list_of_content_parts_is_joined(serve):
+    parts = [{"type": "text", "text": "I say [[A"}, {"type": "text", "text": "]]"}]
+    url, _, _ = serve(lambda number, body: reply(parts))
+    verdict = judge_at(url).compare(ROWS)[0]
+    assert verdict.answers[0] == "I say [[A]]"
+    assert verdict.first == "a"
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (
+            {
+                "message": "Unsupported parameter: 'max_tokens' is not supported with this model. "
+                "Use 'max_completion_tokens' instead.",
+                "code": "unsupported_parameter",
+                "param": "max_tokens",
+            },
+            "max_completion_tokens",
+        ),
+        (
+            {
+                "message": "Unsupported value: 'temperature' does not support 0 with this model.",
+                "code": "unsupported_value",
+                "param": "temperature",
+            },
+            '"temperature": null',
+        ),
+        ({"message": "Unknown field top_logprobs"}, '"top_logprobs": null'),
+        ({"message": "logprobs is not supported for this model"}, '"logprobs": null'),
+    ],
+)
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_setting_that_the_server_does_not_take_ends_the_run(serve, error, name, status):
+    url, bodies, _ = serve(lambda n, body: (status, {}, json.dumps({"error": error})))
+    with pytest.raises(JudgeError, match="does not take the setting") as stop:
+        judge_at(url).compare(ROWS)
+    assert name in stop.value.cure
+    assert "--request" in stop.value.cure
+    assert len(bodies) <= 2  # (the next one may be on its way)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model's maximum context length is 128 tokens; max_tokens is too large",
+        "'max_tokens' must be at least 1, got -40: too many input tokens",
+        "the prompt was flagged by a filter",
+    ],
+)
+def test_a_question_that_does_not_fit_is_a_bad_row(serve, message):
+    url, _, _ = serve(lambda n, body: (400, {}, json.dumps({"error": {"message": message}})))
+    assert message in judge_at(url).compare(ROWS)[0].reason
 
 
 def test_probabilities_come_from_the_servers_likeliest_tokens(serve):

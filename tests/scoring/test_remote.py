@@ -113,6 +113,49 @@ def test_answers_that_do_not_fit_are_errors(
         remote(service, tiny_reward).score(ROWS)
 
 
+@pytest.mark.parametrize("value", ["1.0", True, [1.0], {"raw": 1.0}])
+@pytest.mark.parametrize("protocol", ["classify", "companion"])
+def test_what_is_no_number_is_no_score(
+    value: Any, protocol: Any, service: Any, tiny_reward: Any
+) -> None:
+    def change(answer: dict[str, Any]) -> dict[str, Any]:
+        first = (answer.get("data") or answer.get("rewards"))[0]
+        first |= {"probs": [value], "raw": value}
+        return answer
+
+    service.change = change
+    with pytest.raises(ServiceError, match="is no number"):
+        remote(service, tiny_reward, protocol=protocol).score(["yes good", "no"])
+
+
+def test_a_reply_that_is_nested_too_deeply(
+    service: Any, tiny_reward: Any, monkeypatch: Any
+) -> None:
+    handler = service.RequestHandlerClass
+    send = handler._send
+    monkeypatch.setattr(handler, "_send", lambda self, *_: send(self, 200, b"[" * 100_000))
+    with pytest.raises(ServiceError, match="answered no JSON"):
+        remote(service, tiny_reward).score(["yes good"])
+
+
+def test_a_limit_of_the_server_that_is_no_number(service: Any, tiny_reward: Any) -> None:
+    service.max_length = "12"
+    with pytest.raises(ServiceError, match="max_length is '12'"):
+        remote(service, tiny_reward, protocol="companion").score(["yes good"])
+
+
+@pytest.mark.parametrize("asked", ["3600", "inf", "nan", "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_server_does_not_let_a_client_wait_longer_than_its_timeout(
+    asked: str, service: Any, tiny_reward: Any
+) -> None:
+    service.failures, service.retry_after = [503], asked
+    scorer = remote(service, tiny_reward, timeout=0.5)
+    begun = time.monotonic()
+    assert len(scorer.score(["yes good"]).raw) == 1
+    assert scorer.counts["retries"] == 1
+    assert time.monotonic() - begun < 60  # (it asked for an hour, at least)
+
+
 def test_a_score_that_is_not_finite_is_one_reason(service: Any, tiny_reward: Any) -> None:
     def change(answer: dict[str, Any]) -> dict[str, Any]:
         answer["data"][0]["probs"] = [None]  # of the last text

@@ -272,7 +272,7 @@ def test_a_budget_of_tokens_reaches_both_models_and_changes_no_rank(
 
 def test_files_must_differ(scorer, tmp_path):
     source = _write(tmp_path / "in.jsonl", [{"prompt": USER, "completions": ANSWERS}])
-    with pytest.raises(DataError, match="different files"):
+    with pytest.raises(DataError, match="the same file"):
         rank_file(scorer, source, source)
     with pytest.raises(DataError, match="top_k"):
         rank_file(scorer, source, tmp_path / "a.jsonl", top_k=0)

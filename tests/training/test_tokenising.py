@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 from datasets import Dataset, disable_progress_bars
 from filelock import FileLock
@@ -75,6 +76,43 @@ def test_a_second_run_reads_what_the_first_has_written(
     assert again.to_list() == rows.to_list()
     assert same_report.to_dict() == report.to_dict()
     assert len(list(cache.glob("*.arrow"))) == 1
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def _empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def _altered(file: Path) -> None:
+    """One token id is another: Arrow reads it as it is."""
+    content = bytearray(file.read_bytes())
+    ids = [3, 31, 14]
+    whole = pa.array(ids, pa.int32()).buffers()[1].to_pybytes()[:4]
+    place = content.index(whole, len(content) // 2)
+    content[place] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", [_cut, _empty, _altered])
+def test_damaged_and_altered_ids_are_made_anew(
+    damage: Any, cache: Path, fresh: Callable[..., RewardFormatter], caplog: Any
+) -> None:
+    rows, _ = format_pairs(rows_of("pairs"), fresh())
+    want = rows.to_list()
+    del rows
+    (file,) = cache.glob("*.arrow")
+    damage(file)
+    again, _ = format_pairs(rows_of("pairs"), fresh())
+    assert again.to_list() == want
+    assert "made anew" in caplog.text
+    caplog.clear()
+    last = fresh()
+    assert format_pairs(rows_of("pairs"), last)[0].to_list() == want
+    assert last.counts.rows == 0
+    assert "made anew" not in caplog.text
 
 
 CHANGES: dict[str, dict[str, Any]] = {

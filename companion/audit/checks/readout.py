@@ -20,6 +20,7 @@ from companion.audit.scripts import compare, local_script
 from companion.audit.shrinking import shrink
 from companion.audit.subject import Ability, Batch, Subject
 from companion.engine.positions import length_borders
+from companion.errors import first_line
 from companion.models.golden import ROWS
 from companion.models.guards import has_absolute_positions
 
@@ -100,7 +101,7 @@ def _batch(subject: Subject) -> Outcome | None:
     try:
         scores = local.call(Batch(texts))
     except _REFUSALS as error:
-        return not_asked(f"the model takes no batch: {_first_line(error)}")
+        return not_asked(f"the model takes no batch: {first_line(error)}")
     differs = local.differ(texts, want, scores)
     if not differs.any():
         lengths = [len(text) for text in texts]
@@ -162,7 +163,7 @@ def _order(subject: Subject) -> Outcome | None:
         first = local.call(Batch(texts))
         back = local.call(Batch(texts[::-1]))[::-1]
     except _REFUSALS as error:
-        return not_asked(f"the model takes no batch: {_first_line(error)}")
+        return not_asked(f"the model takes no batch: {first_line(error)}")
     differs = local.differ(texts, first, back)
     if not differs.any():
         return sound(
@@ -208,7 +209,7 @@ def _other_side(subject: Subject) -> Outcome | None:
         if local.differ(texts, local.alone(texts), local.call(Batch(texts))).any():
             return not_asked("a batch changes scores on the tokenizer's own side already")
     except _REFUSALS as error:
-        return not_asked(f"the model takes no batch: {_first_line(error)}")
+        return not_asked(f"the model takes no batch: {first_line(error)}")
     return _padded(
         local,
         side,
@@ -239,7 +240,7 @@ def _padded(local: LocalSubject, side: str, how: str, what: str) -> Outcome:
     try:
         scores = local.call(Batch(texts, side=side))  # type: ignore[arg-type]
     except _REFUSALS as error:
-        return not_asked(f"the model takes no batch padded {side}: {_first_line(error)}")
+        return not_asked(f"the model takes no batch padded {side}: {first_line(error)}")
     differs = local.differ(texts, want, scores)
     if not differs.any():
         return sound(f"{len(texts)} texts {how} have their scores (up to {_far(want, scores):.2g})")
@@ -311,7 +312,7 @@ def _pad_unknown(local: LocalSubject, pad: int) -> Outcome:
         local.call(Batch(texts[:2]))
         refused = ""
     except _REFUSALS as error:
-        refused = f"a batch is refused ({_first_line(error)})"
+        refused = f"a batch is refused ({first_line(error)})"
     if not _filled_differs(local, text, pad):
         said = f"the tokenizer pads with {pad} and config.pad_token_id is None"
         body = """
@@ -499,7 +500,7 @@ def _all_pad(subject: Subject) -> Outcome | None:
     try:
         score = float(local.call(Batch([text, []]))[1])
     except _REFUSALS as error:
-        return sound(f"a row of nothing but padding is refused: {_first_line(error)}")
+        return sound(f"a row of nothing but padding is refused: {first_line(error)}")
     if not np.isfinite(score):
         return sound(f"a row of nothing but padding has the score {score}")
     body = """
@@ -663,10 +664,6 @@ def _worst(differs: np.ndarray, one: np.ndarray, other: np.ndarray) -> int:
     """Of those that differ the one that is furthest."""
     far = np.abs(np.nan_to_num(one - other, nan=np.inf))
     return int(np.argmax(np.where(differs, far, -1)))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 _HF: Final = "https://github.com/huggingface"
