@@ -21,7 +21,7 @@ written. Anything else that escapes is a bug in the companion and keeps its trac
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 
@@ -110,6 +110,14 @@ def first_line(error: BaseException) -> str:
     """What an exception says, in a line; its class, if it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Names in a line, sorted, the first so many, long ones cut: a file may have any columns."""
+    found = sorted(map(str, names))
+    shown = [name if len(name) <= 60 else f"{name[:59]}…" for name in found[:most]]
+    more = [f"and {len(found) - most:,} more"] if len(found) > most else []
+    return ", ".join([*shown, *more]) or "(none)"
 
 
 def is_writing_fault(error: BaseException) -> bool:

@@ -50,7 +50,7 @@ from companion.data.messages import (
 )
 from companion.data.problems import RowError
 from companion.data.published import SCORES, STRENGTHS, own_columns
-from companion.errors import DataError
+from companion.errors import DataError, listed
 from companion.layouts import take_out, with_prompt
 
 Row = dict[str, Any]
@@ -180,7 +180,7 @@ def detect_kind(columns: Iterable[str]) -> str:
         if layout is not None and layout not in _LATER.get(kind, ()):
             return kind
     raise DataError(
-        f"no kind of rows has the columns {', '.join(sorted(names)) or '(none)'}",
+        f"no kind of rows has the columns {listed(names)}",
         "rename columns (columns={'old': 'new'}), to one of: "
         + "; ".join(f"{kind}: {text}" for kind, text in _FIELDS.items()),
     )
@@ -221,8 +221,7 @@ def find_conversion(columns: Iterable[str], kind: str, margins: str = "given") -
         cure = f"{kind} need {_FIELDS[kind]}; rename columns with columns={{'old': 'new'}}"
         with contextlib.suppress(DataError):
             cure += f"; these look like {detect_kind(names)} (kind={detect_kind(names)!r})"
-        listing = ", ".join(sorted(names)) or "(none)"
-        raise DataError(f"the columns do not fit {kind}: {listing}", cure)
+        raise DataError(f"the columns do not fit {kind}: {listed(names)}", cure)
     return Conversion(kind, layout, margins)
 
 

@@ -41,7 +41,7 @@ from companion.data.readers import Record
 from companion.data.sources import open_source, source_name, split_name
 from companion.data.splits import dataset_fingerprint, prompt_key
 from companion.data.writing import plain_row
-from companion.errors import DataError
+from companion.errors import DataError, listed
 from companion.layouts import has_turns, rename_columns
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _load(
     if missing := [old for old in rename if old not in given]:
         raise DataError(
             f"{label}: no column {missing[0]!r} to rename",
-            f"there are: {', '.join(sorted(given))}",
+            f"there are: {listed(given)}",
         )
     if usable:
         kind = detect_kind(names) if kind == "auto" else kind

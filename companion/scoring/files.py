@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from companion.data.problems import RowError, RowProblem
 from companion.data.readers import file_format, json_lines, open_bytes, parse_json, read_file
 from companion.data.writing import check_output, to_json, unwritable, write_text
-from companion.errors import DataError
+from companion.errors import DataError, listed
 from companion.layouts import rename_columns
 from companion.scoring.processes import across_processes, add_up_counts, in_first_process
 from companion.scoring.scorer import OnError, Progress, Scorer
@@ -358,7 +358,7 @@ def _check_columns(rows: Sequence[Any], columns: Mapping[str, str], source: Path
     if missing := [old for old in columns if old not in names]:
         raise DataError(
             f"{source}: no column {missing[0]!r} to rename",
-            f"there are: {', '.join(sorted(names))}",
+            f"there are: {listed(names)}",
         )
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
-from companion.errors import DataError
+from companion.errors import DataError, listed
 from companion.formatting import REMARKS, Encoded, RewardFormatter
 from companion.training.tokenising import tokenise_rows
 
@@ -95,7 +95,7 @@ def check_columns(dataset: Dataset, wanted: Sequence[str], source: str, kind: st
     if missing:
         raise DataError(
             f"{source}: no column {' and no column '.join(map(repr, missing))}; there are: "
-            f"{', '.join(dataset.column_names)}",
+            f"{listed(dataset.column_names)}",
             f"load the rows with companion.data.load_rows(…, kind={kind!r})",
         )
 

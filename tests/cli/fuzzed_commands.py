@@ -434,6 +434,8 @@ def faults(call: Try, oracle: Oracle) -> Iterator[str]:
         if place < 0 and "Cure:" not in said and "; " not in said:
             yield f"refused without an error: {said[-300:]!r}"
         line = said[place:].strip().split("\n")[0]
+        if len(line) > 2_000:
+            yield f"an error of {len(line):,} letters: {line[:300]}"
         of_rows = call.changed and re.search(r"\b(line|row) \d", line)
         if of_rows and "Cure:" not in said:
             yield f"refused without a cure: {line[:300]}"

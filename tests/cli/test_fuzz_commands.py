@@ -21,7 +21,7 @@ def _found(seed: int, tries: int, folder: Path, base: Path, reward: Path) -> Ite
 
 
 def test_forty_calls(tmp_path: Path, tiny_base: Path, tiny_reward: Path) -> None:
-    seed = random.SystemRandom().randrange(10**6)
+    seed = int(os.environ.get("FUZZ_SEED", 7))  # the same each time: the slow test draws another
     found = list(_found(seed, 40, tmp_path, tiny_base, tiny_reward))
     assert not found, "\n".join(found)
 
