@@ -45,7 +45,7 @@ NO_PROGRESS := COMPANION_PROGRESS_FILE=
 # only at a prompt.
 KERNEL := PYTHONSTARTUP=$(abspath book/_tools/startup.py)
 
-NOTEBOOK_SOURCES := $(wildcard book/ch*.md book/speed.md exercises/ch*.md solutions/ch*.md)
+NOTEBOOK_SOURCES := $(wildcard book/ch*.md book/benchmarks.md book/speed.md exercises/ch*.md solutions/ch*.md)
 NOTEBOOKS := $(patsubst %.md,$(BUILD)/notebooks/%.ipynb,$(NOTEBOOK_SOURCES))
 
 # Pages from the sources, with the outputs that lie in the cache; a notebook whose cells are not

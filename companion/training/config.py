@@ -503,8 +503,9 @@ def check_libraries(config: Any) -> None:
 
 
 def check_optimizer(config: Any, model: Any) -> None:
-    """Refuse an optimiser whose package is missing, or that takes none of these arguments."""
-    from transformers import Trainer
+    """Refuse an optimiser or a schedule that is not there or takes none of these arguments."""
+    import torch
+    from transformers import Trainer, get_scheduler
 
     try:
         Trainer.get_optimizer_cls_and_kwargs(config, model)
@@ -512,6 +513,16 @@ def check_optimizer(config: Any, model: Any) -> None:
         name = getattr(config.optim, "value", config.optim)
         raise CompanionError(
             f"optim is {name}: {first_line(error)}", "install what it needs, or take adamw_torch"
+        ) from error
+    given = config.lr_scheduler_kwargs or None
+    trial = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # a schedule is made of an optimiser alone
+    try:
+        get_scheduler(config.lr_scheduler_type, trial, 1, 10, scheduler_specific_kwargs=given)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CompanionError(
+            f"lr_scheduler_type is {getattr(config.lr_scheduler_type, 'value', '')}, with "
+            f"lr_scheduler_kwargs {given}: {first_line(error)}",
+            "take the arguments that transformers.get_scheduler names for it",
         ) from error
 
 

@@ -10,7 +10,12 @@ import pytest
 from companion.cli.train import parse
 from companion.errors import CompanionError
 from companion.rl.config import GRPORunConfig
-from companion.training.config import ModelArguments, PairwiseRewardConfig, RowArguments
+from companion.training.config import (
+    ModelArguments,
+    PairwiseRewardConfig,
+    RowArguments,
+    check_optimizer,
+)
 
 NONSENSE = [
     *(("learning_rate", value) for value in (-1.0, math.nan, math.inf)),
@@ -115,3 +120,11 @@ def test_yaml_that_sets_the_environment_says_so(tmp_path, monkeypatch, capsys):
     assert (config.max_steps, config.learning_rate) == (3, 1e-5)
     assert os.environ["COMPANION_TEST_OF_ENV"] == "7"
     assert "COMPANION_TEST_OF_ENV=7" in capsys.readouterr().err
+
+
+def test_a_schedule_is_asked_for_its_arguments(tmp_path):
+    settings = {"output_dir": str(tmp_path), "lr_scheduler_type": "cosine_with_min_lr"}
+    check_optimizer(PairwiseRewardConfig(**settings, lr_scheduler_kwargs={"min_lr": 1e-6}), None)
+    with pytest.raises(CompanionError, match="lr_scheduler_kwargs") as stop:
+        check_optimizer(PairwiseRewardConfig(**settings, lr_scheduler_kwargs={"nope": 1}), None)
+    assert stop.value.cure
