@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from companion.cli.shared import (
     add_flags,
@@ -16,6 +16,8 @@ from companion.cli.shared import (
     say_notes,
 )
 from companion.errors import DataError
+
+_OBJECT: Final = '{"enable_thinking": false}'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,9 +61,7 @@ def add_asking(parser: argparse.ArgumentParser, title: str) -> None:
     add("--timeout", type=float, default=120.0, help="seconds for one answer")
     add("--max_retries", type=int, default=6, help="of one request")
     add("--request", type=_json, metavar="JSON", help="fields of each request")
-    add(
-        "--chat_template_kwargs", type=_json, metavar="JSON", help='e.g. {"enable_thinking": false}'
-    )
+    add("--chat_template_kwargs", type=_json, metavar="JSON", help=f"e.g. {_OBJECT}")
     add("--max_tokens", type=int, help="of an answer; default: as the template says")
 
 
@@ -86,9 +86,10 @@ def _json(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"no valid JSON: {error}") from error
+        said = f"no valid JSON; give an object such as {_OBJECT}"
+        raise argparse.ArgumentTypeError(said) from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("no JSON object")
+        raise argparse.ArgumentTypeError(f"no JSON object, such as {_OBJECT}")
     return value
 
 

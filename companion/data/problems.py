@@ -43,6 +43,7 @@ CURES: Final[dict[str, str]] = {
     "unknown label": "write +1 (right), 0 (neutral), -1 (wrong), null (none), or true and false",
     "unknown preference": "write a, b or tie; or as the data set does (companion data --help)",
     "lengths differ": "give as many of the one as of the other",
+    "several answers": "write a row for each pair: companion data convert does",
     "too few completions": "give at least two completions to rank",
     "printed messages": "write messages as JSON (pandas' to_json does); to_csv prints Python",
     "verdicts disagree": "leave out the column that is wrong (--columns winner=)",

@@ -91,7 +91,10 @@ def _single(row: dict[str, Any]) -> Item:
 def _pair(row: dict[str, Any]) -> Item:
     given = row.get(GIVEN)
     if "chosen" in row or "rejected" in row:
-        (rest,) = preference_pair(row, Conversion("pairs", "preferences"))
+        pairs = preference_pair(row, Conversion("pairs", "preferences"))
+        if len(pairs) != 1:
+            raise RowError("several answers", "chosen", f"{len(pairs)} pairs in one row")
+        (rest,) = pairs
         chosen, rejected = rest.pop("chosen"), rest.pop("rejected")
         first = _chosen_first(spoken(chosen), spoken(rejected))
         a, b = (chosen, rejected) if first else (rejected, chosen)

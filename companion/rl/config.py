@@ -27,6 +27,7 @@ from companion.training.launching import settle_on_cpu
 #: what TRL takes, and says in the midst of the first step only
 _CHOICES: Final = {
     "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "scale_rewards": ("group", "batch", "none"),
     "loss_type": ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
 }

@@ -481,7 +481,8 @@ class Oracle:
         opener: Any = gzip.open if call.source.suffix == ".gz" else open
         with opener(call.source, "rb") as file:
             lines = [line.removeprefix(b"\xef\xbb\xbf") for line in file if line.strip()]
-        records = call.output.read_text(encoding="utf-8").splitlines()
+        # (not by `splitlines`: a text may hold other ends of lines than files have)
+        records = call.output.read_text(encoding="utf-8").split("\n")[:-1]
         if len(records) != len(lines):
             yield f"{len(records)} records of {len(lines)} lines"
             return

@@ -192,6 +192,13 @@ def test_a_judge_sees_calls_of_tools_and_the_tools():
     assert texts["b"] == f"Assistant: I look.\n{line}\n\nTool: rain\n\nAssistant: It rains."
 
 
+def test_a_row_with_several_answers_is_refused_by_its_place():
+    row = {"prompt": "p", "chosen": ["x"], "rejected": ["y", "z"]}
+    with pytest.raises(DataError, match=r"row 3, field 'chosen': several answers.*2 pairs") as stop:
+        read_item(row, "pairwise", "row 3")
+    assert "companion data convert" in stop.value.cure
+
+
 def test_half_of_a_surrogate_pair_and_nan(tmp_path):
     with pytest.raises(DataError, match=r"row 3, field 'prompt': no valid text") as stop:
         read_item({"prompt": "p\ud800", "a": "x", "b": "y"}, "pairwise", "row 3")

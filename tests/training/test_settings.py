@@ -48,7 +48,13 @@ def test_nonsense_is_refused(name, value, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("learning_rate", math.nan), ("temperature", 0.0), ("top_p", 0.0), ("fall_alpha", 1.0)],
+    [
+        ("learning_rate", math.nan),
+        ("temperature", 0.0),
+        ("top_p", 0.0),
+        ("multi_objective_aggregation", "x"),
+        ("fall_alpha", 1.0),
+    ],
 )
 def test_of_a_policy_too(name, value, tmp_path):
     with pytest.raises(CompanionError, match=name):
