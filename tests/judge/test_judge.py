@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+from datasets import Dataset
 
 from companion import load_rows_with_report
 from companion.cli.main import main
@@ -203,9 +204,9 @@ def test_half_of_a_surrogate_pair_and_nan(tmp_path):
     with pytest.raises(DataError, match=r"row 3, field 'prompt': no valid text") as stop:
         read_item({"prompt": "p\ud800", "a": "x", "b": "y"}, "pairwise", "row 3")
     assert "whole characters" in stop.value.cure
-    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    row = {"prompt": "p", "a": "x", "b": "y", "weight": float("nan")}
-    source.write_text(json.dumps(row) + "\n")
+    source, target = tmp_path / "in.parquet", tmp_path / "out.jsonl"  # (JSON has no NaN)
+    rows = [{"prompt": "p", "a": "x", "b": "y", "weight": float("nan")}]
+    Dataset.from_list(rows).to_parquet(str(source))
     judge_file(Judge(Scripted(first_place), TEMPLATE), source, target)
     assert json.loads(target.read_text(), parse_constant=pytest.fail)["weight"] is None
     assert json.loads(to_json({"id": "\udc00", "é": 1})) == {"id": "\udc00", "é": 1}
