@@ -60,6 +60,7 @@ TextMode = Literal["chat", "plain"]
 Raw = tuple[list[int], list[tuple[int, int]]]
 
 _OVERLONG = ("drop", "error", "truncate_prompt")
+_TOOLS_CURE = 'write [{"type": "function", "function": {"name": …}}]'
 #: seconds that the first text of a template may take
 _RENDERING = 20.0
 #: what a template may raise beside jinja's own: it divides by zero, calls itself, counts too far
@@ -496,7 +497,8 @@ class RewardFormatter:
         if terminated is None:
             said = row.get(f"{field}_terminated", row.get("terminated"))
             if said is not None and not isinstance(said, bool):
-                raise DataError(f"{where}: 'terminated' is {said!r}, not true or false")
+                what = f"{where}: 'terminated' is {said!r}, not true or false"
+                raise DataError(what, "write true for a finished text, false for one cut off")
             terminated = said is not False
         if prompt is None or (isinstance(prompt, (list, tuple)) and not prompt):
             prompt, completion = completion, None
@@ -505,11 +507,12 @@ class RewardFormatter:
             try:
                 tools = json.loads(tools)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: 'tools' is no valid JSON: {error}") from error
+                said = f"{where}: 'tools' is no valid JSON: {error}"
+                raise DataError(said, _TOOLS_CURE) from error
         if tools is not None and not _are_tools(tools):
             raise DataError(
                 f"{where}: 'tools' is no list of tools",
-                'write [{"type": "function", "function": {"name": …}}]',
+                _TOOLS_CURE,
             )
         # (a policy that was given the prompt may echo it: ``drawn`` says that it did)
         both = prompt is not None and completion is not None and not row.get("drawn")
