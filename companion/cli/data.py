@@ -189,8 +189,12 @@ def _check(args: argparse.Namespace) -> int:
 
     if args.max_length is not None and args.tokenizer is None:
         raise DataError("--max_length counts tokens", "give --tokenizer too")
-    logging.getLogger("companion.data.loading").setLevel(logging.ERROR)  # it is printed below
-    dataset, report = _load(args, "skip", args.max_errors)
+    loading = logging.getLogger("companion.data.loading")
+    loading.disabled = True  # it is printed below
+    try:
+        dataset, report = _load(args, "skip", args.max_errors)
+    finally:
+        loading.disabled = False
     against, other = None, None
     if args.against is not None:
         against, other = load_rows_with_report(args.against, kind="auto", on_error="skip")

@@ -18,7 +18,7 @@ from dataclasses import fields
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 from companion._exports import no_collection
 from companion.cli.shared import leave_process_group
@@ -133,7 +133,9 @@ def parse(
         if "not_offered" in own.metadata
     }
     arguments = _split_equals(argv)
-    takes = {own.name: str(own.type) for cls in settings for own in fields(cls)}
+    # (of the classes: HfArgumentParser writes other types into their fields)
+    hints = [get_type_hints(cls) for cls in settings]
+    takes = {name: str(hint) for own in hints for name, hint in own.items()}
     _check_config(arguments, parser, takes, known, missing, help_line)
     flags = {name for action in parser._actions for name in action.option_strings}
     for argument in arguments:
@@ -205,7 +207,6 @@ def _check_config(
     for action in parser._actions:
         value = settings.get(action.dest)
         kind = takes.get(action.dest, "")
-        # (HfArgumentParser has put classes in place of the texts of types)
         one_text = "str" in kind and "list" not in kind
         several = action.nargs is not None and isinstance(value, str) and one_text
         if several or ("dict" in kind and isinstance(value, dict)):

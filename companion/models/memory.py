@@ -50,13 +50,13 @@ def place(model: Any, device: str | torch.device) -> Any:
     ModelError
         If there is no such device, or it does not fit there: its size, the card's, and the cure.
     """
-    device = chosen_device(device)
     try:
         return model.to(device)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise does_not_fit(model, device) from error
+    except (RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise does_not_fit(model, device) from error
+        chosen_device(device)
+        raise
 
 
 def does_not_fit(model: Any, device: str | torch.device, what: str = "") -> ModelError:

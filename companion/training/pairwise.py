@@ -198,8 +198,11 @@ class PairwiseRewardTrainer(ExactTrainer, RewardTrainer):
         tables = dataset.select_columns(list(IDS)).with_format("arrow").iter(batch_size=10_000)
         sizes = np.concatenate(
             [
-                [pc.list_value_length(table[name]).to_numpy() for name in IDS]
-                for table in sparing(tables, dataset, rows=10_000)
+                np.empty((2, 0), np.int64),  # (there may be no rows)
+                *(
+                    [pc.list_value_length(table[name]).to_numpy() for name in IDS]
+                    for table in sparing(tables, dataset, rows=10_000)
+                ),
             ],
             axis=1,
         )

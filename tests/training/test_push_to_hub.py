@@ -26,6 +26,7 @@ from companion.cli.main import main
 from companion.cli.train import parse
 from companion.errors import CompanionError, ServiceError
 from companion.models.hub import open_destination
+from companion.rl.config import GRPORunConfig
 
 
 @pytest.fixture
@@ -158,8 +159,11 @@ def test_checkpoints_are_not_offered(tmp_path: Path) -> None:
         PairwiseRewardConfig(str(tmp_path), hub_strategy="every_save")
     (tmp_path / "run.yaml").write_text("push_to_hub: true\nhub_strategy: all_checkpoints\n")
     flags = ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path)]
+    with pytest.raises(CompanionError, match="hub_strategy is 'all_checkpoints'"):
+        parse(flags, "grpo")
+    config = GRPORunConfig(str(tmp_path), push_to_hub=True, hub_strategy="all_checkpoints")
     with pytest.raises(CompanionError, match="all_checkpoints: a checkpoint has no manifest"):
-        open_destination(parse(flags, "grpo")[2])
+        open_destination(config)
 
 
 @pytest.mark.slow
