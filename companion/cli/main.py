@@ -101,10 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped: companion {args.command} did not come to its end", file=sys.stderr)
         return 130
     except Exception as error:
-        fault = error if isinstance(error, CompanionError) else system_fault(error)
-        if fault is None:
+        # (no name for the error that is said: with its traceback it would hold this frame, and all
+        # below it, until garbage is collected: models, and DeepSpeed's setting for the next ones)
+        said = str(error if isinstance(error, CompanionError) else system_fault(error) or "")
+        if not said:
             raise
-        print(f"error: {fault}", file=sys.stderr)
+        print(f"error: {said}", file=sys.stderr)
         if isinstance(error, OSError):
             _drop_stdout()
         return 2

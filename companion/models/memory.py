@@ -50,6 +50,8 @@ def place(model: Any, device: str | torch.device) -> Any:
     ModelError
         If there is no such device, or it does not fit there: its size, the card's, and the cure.
     """
+    if str(device) == "meta":  # to which a model can be put, and then holds no numbers
+        chosen_device(device)
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:

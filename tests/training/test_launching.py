@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from companion.cli.main import main
 from companion.errors import CompanionError
@@ -63,3 +64,4 @@ def test_sharding_without_a_launcher_is_refused(
     said = capsys.readouterr().err
     assert "nothing started any" in said
     assert "torchrun" in said
+    assert not is_deepspeed_zero3_enabled()  # or the next model that is made would be cut
