@@ -17,7 +17,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from accelerate.utils import patch_environment
 
 _MAY_BE_HOLLOW: ContextVar[Callable[[Any], bool] | None] = ContextVar("one_reader", default=None)
 
@@ -50,6 +49,8 @@ def read_once(read: Callable[..., tuple[Any, dict[str, Any]]]) -> tuple[Any, dic
     if may_be_hollow is None or is_reader():
         return read()
     # by these transformers gives buffers that are no weights (of positions) their values here too
+    from accelerate.utils import patch_environment  # clients of a server may have none
+
     with patch_environment(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true"):
         model, info = read(device_map="meta")
     if any(buffer.is_meta for buffer in model.buffers()) or not may_be_hollow(model):
